@@ -1,0 +1,11 @@
+"""One embedding table per vocabulary: looked up, decoded and trained, tied, in Equinox."""
+
+from jaxtyping import install_import_hook
+
+from . import _beartype as _beartype
+
+
+with install_import_hook("eqx_embedding", "eqx_embedding._beartype.beartype"):
+    from ._decode import EmbeddingDecode as EmbeddingDecode
+    from ._lookup import EmbeddingLookup as EmbeddingLookup
+    from ._table import EmbeddingTable as EmbeddingTable

@@ -1,0 +1,113 @@
+"""`EmbeddingLookup`: tokens to vectors, and the gradient of that."""
+
+import functools
+from typing import final, get_args, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
+
+from ._table import EmbeddingTable
+
+
+OutOfRange = Literal["nan", "raise", "clip"]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _take(table: Array, rows: Array, axis: int, fill_value: float) -> Array:
+    """The `rows` of `table` along `axis`, which come first; `fill_value` for rows past the end."""
+    # To index the axis where it stands moves the axes of the result, not those of the table.
+    taken = table.at[(slice(None),) * axis + (rows,)].get(
+        mode="fill", fill_value=fill_value, wrap_negative_indices=False
+    )
+    return jnp.moveaxis(taken, range(axis, axis + rows.ndim), range(rows.ndim))
+
+
+@_take.defjvp
+def _take_jvp(axis, fill_value, primals, tangents):
+    table, rows = primals
+    # The gradient is the transpose of this line: a scatter-add, in float32 at least, for bfloat16
+    # stops counting the repeats of a token at 256, and float16 at 2048.
+    wide = jnp.float32 if jnp.finfo(table.dtype).bits < 32 else table.dtype
+    tangent = _take(tangents[0].astype(wide), rows, axis, 0.0).astype(table.dtype)
+    return _take(table, rows, axis, fill_value), tangent
+
+
+@final
+class EmbeddingLookup(eqx.Module):
+    """Looks up the embedding of each token.
+
+    ```python
+    vectors = EmbeddingLookup(table)(tokens)
+    ```
+
+    A token is in range when `0 <= token < table.vocab_size`. JAX would clamp or wrap the others,
+    padding rows included, and train the wrong row in silence. Here `out_of_range` decides:
+
+    - `"nan"`, the default: its vector is NaN, and no gradient reaches the table. This is free.
+    - `"raise"`: an error, by [`equinox.error_if`][], so that `EQX_ON_ERROR` is honoured.
+    - `"clip"`: the nearest token stands in, and receives the gradient.
+
+    **Fields:**
+
+    - `table`: the [`eqx_embedding.EmbeddingTable`][].
+    - `out_of_range`: `"nan"`, `"raise"` or `"clip"`.
+    """
+
+    table: EmbeddingTable
+    out_of_range: OutOfRange = eqx.field(static=True, default="nan")
+
+    def __check_init__(self):
+        if self.out_of_range not in get_args(OutOfRange):
+            raise ValueError(
+                f"out_of_range must be one of {get_args(OutOfRange)}, got {self.out_of_range!r}."
+            )
+
+    def __call__(
+        self, tokens: Integer[ArrayLike, "*batch"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "..."]:
+        """**Arguments:**
+
+        - `tokens`: integers of any shape `*batch`, signed or unsigned: a JAX array, a numpy array
+            or a Python int. Host data is checked before JAX narrows it to 32 bits, so a 64-bit id
+            out of range stays out of range. (Give it to this call and not to a jitted function,
+            for JAX narrows the arguments of those before any code of theirs runs.)
+        - `key`: ignored, for compatibility with `eqx.nn.Sequential`.
+
+        **Returns:**
+
+        The embeddings, of shape `*batch` followed by the embedding axes, in the table's dtype.
+        Their gradient with respect to the table is accumulated in float32 at least.
+
+        **Raises:**
+
+        A `RuntimeError` under `out_of_range="raise"`, naming the vocabulary and its size. A
+        `TypeError` for tokens that are not integers. A `ValueError` for a stacked table.
+        """
+        del key
+        table, axis = self.table, self.table._vocabulary_position()
+        if isinstance(tokens, int) and not isinstance(tokens, bool):
+            tokens = np.int64(min(max(tokens, -1), table.vocab_size))  # a Python int has no size
+        xp = jnp if isinstance(tokens, jax.Array) else np
+        tokens = xp.asarray(tokens)
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise TypeError(f"tokens must be integers, got {tokens.dtype.name}.")
+        if tokens.dtype.itemsize < 4:  # the size of the vocabulary need not fit an int8
+            tokens = tokens.astype(np.int32)
+        in_range = (tokens >= 0) & (tokens < table.vocab_size)
+        if self.out_of_range == "clip":
+            rows = xp.where(tokens < 0, 0, xp.where(in_range, tokens, table.vocab_size - 1))
+        else:  # a row past the end has no value and no gradient
+            rows = xp.where(in_range, tokens, table.vocab_size + table.padding_rows)
+        vectors = _take(table.embeddings, jnp.asarray(rows), axis, jnp.nan)
+        if self.out_of_range == "raise":
+            vectors = eqx.error_if(
+                vectors,
+                ~in_range,
+                f"a token is out of range: the vocabulary {table.vocabulary_axis!r} has "
+                f"{table.vocab_size} tokens, so tokens must be at least 0 and below "
+                f"{table.vocab_size}.",
+            )
+        return vectors
