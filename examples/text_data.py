@@ -1,0 +1,91 @@
+"""Text for a language model: how it is read and cut, and what easy methods reach on it."""
+
+import hashlib
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+
+class Text(NamedTuple):
+    """A text in bytes, cut in two: the last tenth is held out."""
+
+    name: str
+    train: Integer[np.ndarray, " train"]
+    held_out: Integer[np.ndarray, " held_out"]
+    sha256: str
+
+
+def read_text(path: Path | None, sequence_length: int) -> Text:
+    """Reads `path`, or the help topics that come with every Python.
+
+    Stops the program with one line if there is not enough to read.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        name, data = "the built-in text", "\n\n".join(topics.values()).encode()
+    else:
+        name = str(path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise SystemExit(f"cannot read the text {name}: {error.strerror}.") from None
+    if not data:
+        raise SystemExit(f"the text {name} is empty.")
+    cut = len(data) * 9 // 10
+    if len(data) - cut < sequence_length + 1:
+        raise SystemExit(
+            f"{name} is too short: its last tenth has {len(data) - cut} bytes, and one sequence "
+            f"needs {sequence_length + 1}. Give a longer --text or a shorter --sequence-length."
+        )
+    values = np.frombuffer(data, np.uint8)
+    return Text(name, values[:cut], values[cut:], hashlib.sha256(data).hexdigest())
+
+
+def random_windows(
+    values: Integer[np.ndarray, " values"], count: int, length: int, seed: tuple[int, int]
+) -> Integer[np.ndarray, "count length"]:
+    """`count` pieces of `values`; the same ones for the same seed."""
+    starts = np.random.default_rng(seed).integers(0, len(values) - length + 1, count)
+    return values[starts[:, None] + np.arange(length)]
+
+
+def windows(
+    values: Integer[np.ndarray, " values"], length: int, batch_size: int
+) -> tuple[
+    Integer[np.ndarray, "batches {batch_size} {length}"],
+    Integer[np.ndarray, "batches {batch_size} {length}"],
+    Float[np.ndarray, "batches {batch_size} {length}"],
+]:
+    """Inputs, targets and weights that ask for each of `values` but the first exactly once.
+
+    The weights are 1, and 0 for what fills the last batch up.
+    """
+    count = len(values) - 1
+    shape = (-1, batch_size, length)
+    padded = np.zeros(-(-count // (batch_size * length)) * batch_size * length + 1, np.int32)
+    padded[: len(values)] = values
+    weights = (np.arange(len(padded) - 1) < count).astype(np.float32)
+    return padded[:-1].reshape(shape), padded[1:].reshape(shape), weights.reshape(shape)
+
+
+def baselines(text: Text) -> dict[str, float]:
+    """Bits per byte on the held-out text of three methods that take no training to speak of.
+
+    - unigram: how often each byte occurs in the training text.
+    - bigram: how often it follows the byte before it, one part in (count + 1) unigram.
+    - zlib: the held-out text compressed on its own.
+    """
+    before, after = text.train[:-1], text.train[1:]
+    pairs = np.zeros((256, 256))
+    np.add.at(pairs, (before, after), 1)
+    unigram = (np.bincount(text.train, minlength=256) + 1) / (len(text.train) + 256)
+    bigram = (pairs + unigram) / (pairs.sum(axis=1, keepdims=True) + 1)
+    return {
+        "unigram": float(-np.log2(unigram[text.held_out]).mean()),
+        "bigram": float(-np.log2(bigram[text.held_out[:-1], text.held_out[1:]]).mean()),
+        "zlib": 8 * len(zlib.compress(text.held_out.tobytes(), 9)) / len(text.held_out),
+    }

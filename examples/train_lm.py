@@ -1,0 +1,264 @@
+"""Trains a small language model on text, with one table tied between its input and its output.
+
+    python examples/train_lm.py
+    python examples/train_lm.py --text FILE --out runs/mine --steps 2000
+    python examples/train_lm.py --text FILE --out runs/mine --steps 2000 --resume
+
+Writes checkpoints, metrics.jsonl, loss.png and sample.txt to --out.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jaxtyping import Array, Float, install_import_hook, Integer, PyTree
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+
+with install_import_hook(("checkpoints", "text_data", "toy_transformer"), "beartype.beartype"):
+    from checkpoints import Checkpoints, write_whole
+    from text_data import baselines, random_windows, read_text, Text, windows
+    from toy_transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run."""
+
+    text: Path | None = None
+    """A file to learn from. None: the help topics that come with Python, 460 kB."""
+    out: Path = Path("runs/train_lm")
+    """The folder to write to."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out."""
+
+    steps: int = 1000
+    """How many batches to train on."""
+    batch_size: int = 16
+    """Sequences in a batch."""
+    sequence_length: int = 128
+    """Bytes in a sequence: how far the model looks back."""
+
+    num_layers: int = 4
+    """Blocks of attention and multilayer perceptron."""
+    num_heads: int = 4
+    """Heads of each attention."""
+    embedding_size: int = 128
+    """The size of an embedding, a multiple of --num-heads."""
+
+    learning_rate: float = 2e-3
+    """The highest rate of AdamW. A cosine takes it from there to a twentieth."""
+    warmup: float = 0.1
+    """The share of the steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and tables."""
+    clip_norm: float = 1.0
+    """Gradients of a larger global norm are scaled down to this one."""
+
+    report_every: int = 100
+    """Steps between two reports, each with held-out loss, picture and checkpoint."""
+    sample_length: int = 600
+    """Bytes of text to write at the end."""
+    temperature: float = 0.8
+    """Of that text: near 0 for the likeliest bytes, 1 for the model's own probabilities."""
+    seed: int = 0
+    """Of the initial parameters, the batches and the sample."""
+
+    def __post_init__(self):
+        for name in ("weight_decay", "sample_length", "seed"):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("steps", "batch_size", "sequence_length", "num_layers", "num_heads"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        for name in ("learning_rate", "clip_norm", "report_every", "temperature"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        self._check("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
+        self._check(
+            "embedding_size",
+            self.embedding_size > 0 and self.embedding_size % self.num_heads == 0,
+            f"a multiple of --num-heads {self.num_heads}",
+        )
+
+    def _check(self, name: str, holds: bool, requirement: str) -> None:
+        if not holds:
+            option = name.replace("_", "-")
+            raise SystemExit(f"--{option} must be {requirement}, got {getattr(self, name)}.")
+
+    def identity(self, text: Text) -> dict[str, Any]:
+        """What a run must share with a checkpoint in order to go on from it."""
+        free = ("text", "out", "resume", "steps", "report_every", "sample_length", "temperature")
+        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+        return settings | {"text_sha256": text.sha256}
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=int(config.warmup * config.steps),
+        decay_steps=config.steps,
+        end_value=config.learning_rate / 20,
+    )
+    # Matrices and tables decay, vectors (the scales of the norms) do not. In a table the decay
+    # reaches every row at every step, those of tokens that are not in the batch included.
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule,
+            b2=0.99,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        ),
+    )
+
+
+def make_step(optimizer: optax.GradientTransformation, static: PyTree) -> Callable[..., Any]:
+    # Donated arguments give their memory to the results: parameters exist once, not twice.
+    @eqx.filter_jit(donate="all-except-first")
+    def step(tokens: Integer[Array, "batch length"], params: PyTree, opt_state: PyTree):
+        def loss(params: PyTree) -> Float[Array, ""]:
+            return eqx.combine(params, static).loss(tokens[:, :-1], tokens[:, 1:])
+
+        value, grads = eqx.filter_value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return value, eqx.apply_updates(params, updates), opt_state
+
+    return step
+
+
+@eqx.filter_jit
+def held_out_loss(
+    batches: tuple[Array, Array, Array], params: PyTree, static: PyTree
+) -> Float[Array, ""]:
+    """The mean loss in nats per token over all `batches` of inputs, targets and weights."""
+    model = eqx.combine(params, static)
+    sums = jax.lax.map(lambda batch: model.loss(*batch) * batch[2].sum(), batches)
+    return sums.sum() / batches[2].sum()
+
+
+def as_line(report: dict[str, Any]) -> str:
+    return json.dumps(report) + "\n"
+
+
+def draw(metrics: list[dict[str, Any]], reference: dict[str, float]) -> bytes:
+    """The picture of a run, as PNG: bits per byte over steps."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps = [line["step"] for line in metrics]
+    for name, value in reference.items():
+        axes.axhline(value, color="0.6", linewidth=1, linestyle="--")
+        axes.annotate(
+            f"{name} {value:.2f}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 3),
+            textcoords="offset points",
+            horizontalalignment="right",
+            color="0.4",
+        )
+    axes.plot(steps, [line["train_loss"] / math.log(2) for line in metrics], label="training text")
+    axes.plot(steps, [line["val_bits_per_byte"] for line in metrics], label="held-out text")
+    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    return png.getvalue()
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    """Trains, and returns what metrics.jsonl says: one dict of losses for each report."""
+    began_run = time.perf_counter()
+    text = read_text(config.text, config.sequence_length)
+    checkpoints = Checkpoints(config.out, config.resume, config.identity(text))
+    reference = baselines(text)
+    print(f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out")
+
+    model_key, sample_key = jax.random.split(jax.random.key(config.seed))
+    model = Transformer(
+        vocab_size=256,
+        sequence_length=config.sequence_length,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        embedding_size=config.embedding_size,
+        key=model_key,
+    )
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    optimizer = make_optimizer(config)
+    opt_state = optimizer.init(params)
+    start, metrics = 0, []
+    if config.resume:
+        start, (params, opt_state), metrics = checkpoints.restore((params, opt_state))
+    else:
+        checkpoints.save(start, (params, opt_state), metrics)
+
+    held_out = windows(text.held_out, config.sequence_length, batch_size=32)
+    step_shape = (config.batch_size, config.sequence_length + 1)
+    tokens_per_step = config.batch_size * config.sequence_length
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{size:,} parameters, {tokens_per_step:,} bytes a step")
+    train_step = make_step(optimizer, static)
+    train_step = train_step.lower(jnp.zeros(step_shape, int), params, opt_state).compile()
+
+    losses, seconds = [], 0.0
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step")
+    for step in bar:
+        began = time.perf_counter()
+        tokens = random_windows(text.train, *step_shape, seed=(config.seed, step))
+        loss, params, opt_state = train_step(jnp.asarray(tokens, int), params, opt_state)
+        losses.append(float(loss))
+        seconds += time.perf_counter() - began
+        rate = len(losses) * tokens_per_step / seconds
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
+        if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
+            val_loss = float(held_out_loss(held_out, params, static))
+            metrics.append(
+                {
+                    "step": step + 1,
+                    "train_loss": sum(losses) / len(losses),
+                    "val_loss": val_loss,
+                    "val_bits_per_byte": val_loss / math.log(2),
+                    "tokens_per_second": rate,
+                }
+            )
+            checkpoints.save(step + 1, (params, opt_state), metrics)
+            write_whole(config.out / "metrics.jsonl", "".join(map(as_line, metrics)).encode())
+            write_whole(config.out / "loss.png", draw(metrics, reference))
+            bar.write(
+                "step {step}: train {train_loss:.3f} nats, held out {val_loss:.3f} nats, "
+                "{val_bits_per_byte:.3f} bits per byte".format(**metrics[-1])
+            )
+            losses, seconds = [], 0.0
+    checkpoints.finish()
+
+    prompt = text.held_out[: config.sequence_length // 2]
+    sample = eqx.filter_jit(Transformer.sample)(
+        eqx.combine(params, static),
+        jnp.asarray(prompt, int),
+        config.sample_length,
+        config.temperature,
+        key=sample_key,
+    )
+    written = bytes(prompt) + b"|" + np.asarray(sample, np.uint8).tobytes()
+    write_whole(config.out / "sample.txt", written)
+    print(f"\n{written.decode(errors='replace')}\n")
+    print("Up to the bar that is held-out text, from there on the model's.\n")
+    others = ", ".join(f"{name} {value:.2f}" for name, value in reference.items())
+    print(f"held out: {metrics[-1]['val_bits_per_byte']:.3f} bits per byte ({others})")
+    print(f"{config.steps} steps, {time.perf_counter() - began_run:.0f} s; see {config.out}")
+    return metrics
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
