@@ -30,6 +30,7 @@ class Checkpoints:
             )
         if steps and not resume:
             raise SystemExit(f"{out} holds a run: go on with --resume, or choose another --out.")
+        self.last_step = max(steps, default=0)
         self.manager = ocp.CheckpointManager(
             folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)
         )
@@ -51,8 +52,7 @@ class Checkpoints:
 
     def restore(self, like: PyTree) -> tuple[int, PyTree, list[dict[str, Any]]]:
         """The step, state and metrics of the last checkpoint, the state shaped as `like`."""
-        step = self.manager.latest_step()
-        about = self._read(step, about=ocp.args.JsonRestore())["about"]
+        about = self._read(about=ocp.args.JsonRestore())["about"]
         differences = [
             f"{name} is {self.identity.get(name)} here and {about['identity'].get(name)} there"
             for name in self.identity | about["identity"]
@@ -63,15 +63,15 @@ class Checkpoints:
                 f"cannot resume: the run in {self.out} is another one: {'; '.join(differences)}."
             )
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        state = self._read(step, state=ocp.args.StandardRestore(shapes))["state"]
-        return step, state, about["metrics"]
+        state = self._read(state=ocp.args.StandardRestore(shapes))["state"]
+        return self.last_step, state, about["metrics"]
 
-    def _read(self, step: int, **items: Any) -> Any:
+    def _read(self, **items: Any) -> Any:
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(**items))
+            return self.manager.restore(self.last_step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax raises whatever its storage layers raise
             raise SystemExit(
-                f"cannot resume: the checkpoint {self.out}/checkpoints/{step} is broken "
+                f"cannot resume: the checkpoint {self.out}/checkpoints/{self.last_step} is broken "
                 f"({type(error).__name__}). Nothing was changed; delete that folder to go on from "
                 "the one before it."
             ) from error

@@ -203,7 +203,9 @@ def main(config: Config) -> list[dict[str, Any]]:
     else:
         checkpoints.save(start, (params, opt_state), metrics)
 
-    held_out = windows(text.held_out, config.sequence_length, batch_size=32)
+    held_out = jax.tree.map(
+        jnp.asarray, windows(text.held_out, config.sequence_length, batch_size=32)
+    )
     step_shape = (config.batch_size, config.sequence_length + 1)
     tokens_per_step = config.batch_size * config.sequence_length
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
