@@ -1,15 +1,18 @@
-"""`EmbeddingDecode`: vectors to logits."""
+"""`EmbeddingDecode`: vectors to logits, and to the loss."""
 
 import math
 from typing import final
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray
 
+from ._cross_entropy import Options, plan, weighted_cross_entropy
 from ._table import EmbeddingTable
+from ._tokens import tokens_in_range
 
 
 @final
@@ -73,19 +76,12 @@ class EmbeddingDecode(eqx.Module):
         stacked table.
         """
         del key
-        table, axis = self.table, self.table._vocabulary_position()
-        batch_axes = hidden.ndim - len(table.embedding_axes)
-        if batch_axes < 0 or hidden.shape[batch_axes:] != tuple(table.embedding_axes.values()):
-            expected = ", ".join(f"{name}={size}" for name, size in table.embedding_axes.items())
-            raise ValueError(
-                f"hidden must end with the embedding axes ({expected}) of the table, got the "
-                f"shape {hidden.shape}."
-            )
-        operands = [hidden, table.embeddings] + ([] if self.bias is None else [self.bias])
+        batch_axes, axis = self._check_hidden(hidden), self.table._vocabulary_position()
+        operands = [hidden, self.table.embeddings] + ([] if self.bias is None else [self.bias])
         dtype = jnp.result_type(*operands)
         wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
         product_dtype = jnp.result_type(*operands[:2])
-        rows = lax.slice_in_dim(table.embeddings, 0, table.vocab_size, axis=axis)
+        rows = lax.slice_in_dim(self.table.embeddings, 0, self.table.vocab_size, axis=axis)
         embedding_positions = [i for i in range(rows.ndim) if i != axis]
         logits = lax.dot_general(
             hidden.astype(product_dtype),
@@ -98,3 +94,128 @@ class EmbeddingDecode(eqx.Module):
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
         return logits.astype(dtype if self.logits_dtype is None else self.logits_dtype)
+
+    def cross_entropy(
+        self,
+        hidden: Float[Array, "..."],
+        targets: Integer[ArrayLike, "..."],
+        *,
+        weights: Bool[ArrayLike, "..."]
+        | Integer[ArrayLike, "..."]
+        | Float[ArrayLike, "..."]
+        | None = None,
+        label_smoothing: float | int = 0.0,
+        z_loss: float | int = 0.0,
+        reduction: str = "mean",
+        chunk_size: int | None = None,
+    ) -> Float[Array, "..."]:
+        """The cross-entropy of the targets, as if from the logits, which never all exist at once.
+
+        ```python
+        loss = EmbeddingDecode(table).cross_entropy(hidden, targets)
+        ```
+
+        With the logits `z`, their `lse = logsumexp(z)`, and `e = label_smoothing`, the loss of a
+        token is
+
+        `lse - (1 - e) * z[target] - e / vocab_size * sum(z) + z_loss * lse**2`
+
+        with label smoothing as in [Inception v3](https://arxiv.org/abs/1512.00567) and the
+        z-loss of [PaLM](https://arxiv.org/abs/2204.02311).
+
+        It has gradients with respect to `hidden`, the table, the bias and `weights`. They are
+        computed together with the loss, a chunk of tokens at a time: so the derivative is its
+        own, of first order and in reverse mode, and JAX refuses `jax.jvp` and `jax.hessian`.
+
+        **Arguments:**
+
+        - `hidden`: vectors of shape `*batch` followed by the embedding axes.
+        - `targets`: integers of shape `*batch`: the token that each vector should score highest.
+            As in [`eqx_embedding.EmbeddingLookup`][], host data is checked at 64 bits.
+        - `weights`: of shape `*batch`, how much each token counts; booleans are a mask. A token
+            of weight zero costs nothing, whatever its vector and target are: -100 may mark
+            padding. Defaults to `None`, which counts each token once.
+        - `label_smoothing`: the part of the target, below 1, that is spread over all tokens.
+        - `z_loss`: the factor of `lse**2`, which keeps the logits from drifting. 1e-4 in PaLM.
+        - `reduction`: `"mean"`, weighted, and 0 when all weights are zero; `"sum"`; or `"none"`,
+            one loss for each token times its weight, whose gradient computes the logits again.
+        - `chunk_size`: how many tokens have logits at once. Less takes less memory. Defaults to
+            `None`, which chooses what is fast.
+
+        **Returns:**
+
+        The loss: a scalar, or of shape `*batch` for `reduction="none"`. It is computed and
+        returned in float32, or in float64 for operands in float64, whatever `logits_dtype` is.
+        A target out of range at a weight other than zero makes it, and its gradient, NaN.
+
+        **Raises:**
+
+        A `ValueError` for shapes that do not fit, and for options out of their range. A
+        `TypeError` for targets that are not integers.
+        """
+        table, axis = self.table, self.table._vocabulary_position()
+        batch = hidden.shape[: self._check_hidden(hidden)]
+        for name, array in ("targets", targets), ("weights", weights):
+            if array is not None and np.shape(array) != batch:
+                raise ValueError(
+                    f"{name} must have the shape {batch} of hidden without its embedding axes, "
+                    f"got {np.shape(array)}."
+                )
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
+        if not 0 <= z_loss < math.inf:
+            raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}.")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+
+        wide = jnp.float32
+        if jnp.float64 in (hidden.dtype, table.embeddings.dtype, self.bias is not None and self.bias.dtype):
+            wide = jnp.float64
+        dtype = hidden.dtype if hidden.dtype == table.embeddings.dtype else wide
+        rows = jnp.moveaxis(table.embeddings, axis, 0).reshape(table.embeddings.shape[axis], -1)
+        (V, D), N = rows.shape, math.prod(batch)
+        size, tile_size, product_dtype = plan(N, D, V, dtype)
+        options = Options(
+            vocab_size=table.vocab_size,
+            chunk_size=size if chunk_size is None else chunk_size,
+            tile_size=tile_size,
+            label_smoothing=float(label_smoothing),
+            z_loss=float(z_loss),
+            soft_cap=None if self.soft_cap is None else float(self.soft_cap),
+            reduce=reduction != "none",
+            dtype=dtype,
+            product_dtype=product_dtype,
+        )
+        bias = None
+        if self.bias is not None:
+            bias = jnp.pad(self.bias.astype(wide), (0, table.padding_rows))
+        targets, in_range = tokens_in_range(targets, table.vocab_size)
+        xp = jnp if isinstance(targets, Array) else np
+        targets = xp.where(in_range, targets, table.vocab_size).astype(np.int32).reshape(-1)
+        weights = jnp.ones(batch, wide) if weights is None else jnp.asarray(weights).astype(wide)
+        if reduction == "mean":
+            total = jnp.sum(weights)
+            weights = weights / jnp.where(jnp.any(weights != 0), total, 1.0)
+        loss = weighted_cross_entropy(
+            options,
+            hidden.astype(dtype).reshape(N, D),
+            rows.astype(dtype),
+            bias,
+            weights.reshape(N),
+            jnp.asarray(targets),
+        )
+        return loss.reshape(batch) if reduction == "none" else loss
+
+    def _check_hidden(self, hidden: Float[Array, "..."]) -> int:
+        """The number of batch axes of `hidden`."""
+        sizes = tuple(self.table.embedding_axes.values())
+        batch_axes = hidden.ndim - len(sizes)
+        if batch_axes < 0 or hidden.shape[batch_axes:] != sizes:
+            expected = ", ".join(f"{n}={size}" for n, size in self.table.embedding_axes.items())
+            raise ValueError(
+                f"hidden must end with the embedding axes ({expected}) of the table, got the "
+                f"shape {hidden.shape}."
+            )
+        return batch_axes

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
 from ._table import EmbeddingTable
+from ._tokens import tokens_in_range
 
 
 OutOfRange = Literal["nan", "raise", "clip"]
@@ -88,15 +89,8 @@ class EmbeddingLookup(eqx.Module):
         """
         del key
         table, axis = self.table, self.table._vocabulary_position()
-        if isinstance(tokens, int) and not isinstance(tokens, bool):
-            tokens = np.int64(min(max(tokens, -1), table.vocab_size))  # a Python int has no size
+        tokens, in_range = tokens_in_range(tokens, table.vocab_size)
         xp = jnp if isinstance(tokens, jax.Array) else np
-        tokens = xp.asarray(tokens)
-        if not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise TypeError(f"tokens must be integers, got {tokens.dtype.name}.")
-        if tokens.dtype.itemsize < 4:  # the size of the vocabulary need not fit an int8
-            tokens = tokens.astype(np.int32)
-        in_range = (tokens >= 0) & (tokens < table.vocab_size)
         if self.out_of_range == "clip":
             rows = xp.where(tokens < 0, 0, xp.where(in_range, tokens, table.vocab_size - 1))
         else:  # a row past the end has no value and no gradient

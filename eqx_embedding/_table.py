@@ -1,6 +1,6 @@
 """`EmbeddingTable`: the array, the names of its axes, and how it is made."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import final
 
 import equinox as eqx
@@ -20,7 +20,7 @@ def _fan_out_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Arr
     return draw(key, shape, dtype)
 
 
-def _named_sizes(names: tuple[str, ...], sizes: tuple[int, ...]) -> str:
+def _named_sizes(names: Iterable[str], sizes: Iterable[int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
 
 

@@ -1,4 +1,7 @@
+import contextlib
+
 import jax
+import jax.numpy as jnp
 import pytest
 
 from .helpers import Keys
@@ -11,3 +14,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 @pytest.fixture
 def getkey():
     return Keys()
+
+
+@pytest.fixture(params=["float16", "bfloat16", "float32", "float64"])
+def dtype(request):
+    """Each floating dtype, float64 in JAX's 64-bit mode."""
+    wide = request.param == "float64"
+    with jax.enable_x64(True) if wide else contextlib.nullcontext():
+        yield jnp.dtype(request.param)

@@ -1,8 +1,16 @@
 """What several tests need: keys, and references in numpy that share no code with the library."""
 
+import json
+import os
 import random
+import subprocess
+import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqx_embedding import EmbeddingTable
 
 
 class Keys:
@@ -18,3 +26,113 @@ class Keys:
 
     def __repr__(self):
         return f"Keys(seed={self.seed})"
+
+
+VOCAB_SIZE = 7
+PADDING_ROWS = 2
+
+# The axis names and sizes of a table of 7 tokens and 2 padding rows, with the vocabulary anywhere.
+LAYOUTS = {
+    "first": {"vocabulary": 9, "embedding": 4},
+    "middle": {"heads": 2, "vocabulary": 9, "features": 3},
+    "last": {"heads": 2, "features": 3, "vocabulary": 9},
+    "alone": {"vocabulary": 9},
+}
+
+
+def make_array(shape: tuple[int, ...], dtype="float32", seed: int = 0) -> jax.Array:
+    """Normal numbers, drawn by numpy, which has nothing to compile."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+
+
+def make_table(layout: str, dtype="float32", seed: int = 0) -> EmbeddingTable:
+    """A table of one of the `LAYOUTS`; its padding rows are not zero, so that a leak shows."""
+    axes = LAYOUTS[layout]
+    embeddings = make_array(tuple(axes.values()), dtype, seed)
+    return EmbeddingTable(embeddings, tuple(axes), padding_rows=PADDING_ROWS)
+
+
+def float64(array) -> np.ndarray:
+    return np.asarray(array, np.float64)
+
+
+def rows_first(table: EmbeddingTable) -> np.ndarray:
+    """The embeddings of the tokens, one row each, in float64."""
+    axis = table.axis_names.index(table.vocabulary_axis)
+    return np.moveaxis(float64(table.embeddings), axis, 0)[: table.vocab_size]
+
+
+def as_embeddings(table: EmbeddingTable, rows: np.ndarray) -> np.ndarray:
+    """The reverse of `rows_first`, with zeros for the padding."""
+    padded = np.concatenate([rows, np.zeros((table.padding_rows, *rows.shape[1:]))])
+    return np.moveaxis(padded, 0, table.axis_names.index(table.vocabulary_axis))
+
+
+def lookup_reference(table: EmbeddingTable, tokens, clip: bool = False) -> np.ndarray:
+    rows = rows_first(table)
+    vectors = np.full(np.shape(tokens) + rows.shape[1:], np.nan)
+    for position, token in np.ndenumerate(np.asarray(tokens, object)):
+        if clip:
+            token = min(max(token, 0), len(rows) - 1)
+        if 0 <= token < len(rows):
+            vectors[position] = rows[token]
+    return vectors
+
+
+def lookup_gradient_reference(table: EmbeddingTable, tokens, cotangent, clip: bool = False):
+    """The gradient of `sum(cotangent * lookup(table, tokens))` with respect to the embeddings."""
+    gradient = np.zeros_like(rows_first(table))
+    for position, token in np.ndenumerate(np.asarray(tokens, object)):
+        if clip:
+            token = min(max(token, 0), len(gradient) - 1)
+        if 0 <= token < len(gradient):
+            gradient[token] += float64(cotangent)[position]
+    return as_embeddings(table, gradient)
+
+
+def decode_reference(table: EmbeddingTable, hidden, bias=None, soft_cap=None) -> np.ndarray:
+    rows = rows_first(table)
+    logits = np.tensordot(float64(hidden), np.moveaxis(rows, 0, -1), rows.ndim - 1)
+    if bias is not None:
+        logits = logits + float64(bias)
+    return logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
+
+
+def decode_gradient_reference(table: EmbeddingTable, hidden, cotangent, bias=None, soft_cap=None):
+    """The gradients of `sum(cotangent * logits)` with respect to hidden, embeddings and bias."""
+    rows, hidden, cotangent = rows_first(table), float64(hidden), float64(cotangent)
+    if soft_cap is not None:
+        logits = decode_reference(table, hidden, bias)
+        cotangent = cotangent * (1 - np.tanh(logits / soft_cap) ** 2)
+    batch_axes = tuple(range(cotangent.ndim - 1))
+    return (
+        np.tensordot(cotangent, rows, 1),
+        as_embeddings(table, np.tensordot(cotangent, hidden, (batch_axes, batch_axes))),
+        cotangent.sum(batch_axes),
+    )
+
+
+def assert_close(actual, expected, rtol: float = 1e-5, atol: float = 1e-6):
+    np.testing.assert_allclose(float64(actual), float64(expected), rtol, atol)
+
+
+def rounding(dtype) -> float:
+    """The distance between 1 and the next number of this dtype."""
+    return float(jnp.finfo(dtype).eps)
+
+
+def run_python(code: str, **environment: str):
+    """Runs `code` in a fresh process and returns what it printed last, which is JSON."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("EQX_ON_ERROR", "JAXTYPING_DISABLE", "XLA_FLAGS")
+    }
+    process = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])

@@ -1,0 +1,299 @@
+"""`EmbeddingDecode`: the logits, and their gradients. The loss has test_cross_entropy.py."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqx_embedding import EmbeddingDecode, EmbeddingTable
+
+from .helpers import (
+    assert_close,
+    decode_gradient_reference,
+    decode_reference,
+    float64,
+    LAYOUTS,
+    make_array,
+    make_table,
+    PADDING_ROWS,
+    rounding,
+    VOCAB_SIZE,
+)
+
+
+OPTIONS = {
+    "plain": (False, None),
+    "bias": (True, None),
+    "capped": (False, 2.0),
+    "capped-bias": (True, 3),
+}
+
+
+def make_layer(layout, dtype="float32", with_bias=False, soft_cap=None):
+    bias = make_array((VOCAB_SIZE,), dtype, seed=1) if with_bias else None
+    return EmbeddingDecode(make_table(layout, dtype), bias, soft_cap)
+
+
+def make_hidden(layer, batch, dtype="float32"):
+    return make_array((*batch, *layer.table.embedding_axes.values()), dtype, seed=2)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_are_products_with_each_embedding_plus_bias_then_capped(layout, options, dtype):
+    with_bias, soft_cap = OPTIONS[options]
+    layer = make_layer(layout, dtype, with_bias, soft_cap)
+    hidden = make_hidden(layer, (2, 3), dtype)
+    logits = layer(hidden)
+    assert logits.shape == (2, 3, VOCAB_SIZE)
+    assert logits.dtype == dtype
+    expected = decode_reference(layer.table, hidden, layer.bias, soft_cap)
+    # The products accumulate in float32 at least, and are rounded once.
+    accumulated = 30 * min(rounding(dtype), rounding("float32"))
+    assert_close(logits, expected, rtol=rounding(dtype) / 2 + accumulated, atol=accumulated)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_reach_hidden_table_and_bias_and_no_padding_row(layout, options):
+    with_bias, soft_cap = OPTIONS[options]
+    layer = make_layer(layout, "float32", with_bias, soft_cap)
+    hidden = make_hidden(layer, (2, 3))
+    cotangent = make_array((2, 3, VOCAB_SIZE), seed=3)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradients(layer_and_hidden):
+        layer, hidden = layer_and_hidden
+        return jnp.sum(layer(hidden) * cotangent)
+
+    layer_gradient, hidden_gradient = gradients((layer, hidden))
+    for_hidden, for_embeddings, for_bias = decode_gradient_reference(
+        layer.table, hidden, cotangent, layer.bias, soft_cap
+    )
+    assert_close(hidden_gradient, for_hidden)
+    assert_close(layer_gradient.table.embeddings, for_embeddings)
+    assert np.count_nonzero(for_embeddings) == for_embeddings.size * VOCAB_SIZE // 9
+    if with_bias:
+        assert_close(layer_gradient.bias, for_bias)
+    else:
+        assert layer_gradient.bias is None
+
+
+def test_gradients_have_the_dtypes_of_their_operands(dtype):
+    layer = make_layer("middle", dtype, True, 3.0)
+    hidden = make_hidden(layer, (2, 3), dtype)
+    cotangent = make_array((2, 3, VOCAB_SIZE), dtype, seed=3)
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+    _, pullback = jax.vjp(
+        lambda params, hidden: eqx.combine(params, static)(hidden), params, hidden
+    )
+    layer_gradient, hidden_gradient = pullback(cotangent)
+    actual = (hidden_gradient, layer_gradient.table.embeddings, layer_gradient.bias)
+    expected = decode_gradient_reference(layer.table, hidden, cotangent, layer.bias, 3.0)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == dtype
+        scale = np.abs(other).max()
+        assert_close(one, other, rtol=0, atol=4 * rounding(dtype) * scale)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (0,), (2, 0), (1, 2, 3)], ids=str)
+def test_hidden_may_have_any_batch_shape(batch):
+    layer = make_layer("middle", with_bias=True)
+    hidden = make_hidden(layer, batch)
+    logits = layer(hidden)
+    assert logits.shape == (*batch, VOCAB_SIZE)
+    expected = decode_reference(layer.table, hidden, layer.bias)
+    assert_close(logits, expected)
+
+
+def test_padding_rows_have_no_logit_whatever_they_hold():
+    table = make_table("first")
+    poisoned = eqx.tree_at(
+        lambda table: table.embeddings, table, table.embeddings.at[-PADDING_ROWS:].set(jnp.nan)
+    )
+    hidden = make_array((3, 4), seed=2)
+    logits = EmbeddingDecode(poisoned)(hidden)
+    np.testing.assert_array_equal(logits, EmbeddingDecode(table)(hidden))
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_of_half_precision_are_summed_in_float32(dtype):
+    # 0.25 added 16384 times stops at 64 in bfloat16, at 512 in float16.
+    table = EmbeddingTable(jnp.full((3, 16384), 0.25, dtype), ("vocabulary", "embedding"))
+    hidden = jnp.ones(16384, dtype)
+    assert EmbeddingDecode(table)(hidden).tolist() == [4096, 4096, 4096]
+    table = EmbeddingTable(jnp.ones((2, 4099), dtype), ("vocabulary", "embedding"))
+    logits = EmbeddingDecode(table, logits_dtype=jnp.float32)(jnp.ones(4099, dtype))
+    assert logits.dtype == jnp.float32
+    assert logits.tolist() == [4099, 4099]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_half_precision_gradient_adds_4096_vectors(dtype):
+    table = EmbeddingTable(jnp.ones((2, 1), dtype), ("vocabulary", "embedding"))
+    hidden = jnp.ones((4096, 1), dtype)
+    gradient = eqx.filter_grad(
+        lambda table: jnp.sum(EmbeddingDecode(table, logits_dtype=jnp.float32)(hidden))
+    )(table)
+    assert gradient.embeddings.tolist() == [[4096], [4096]]
+
+
+@pytest.mark.parametrize(
+    "logits_dtype", ["float16", jnp.bfloat16, np.float32, jnp.dtype("float64")]
+)
+def test_logits_dtype_is_the_dtype_of_the_logits(logits_dtype, dtype):
+    with jax.enable_x64(True):
+        table = make_table("first", dtype)
+        hidden = make_array((3, 4), dtype, seed=2)
+        logits = EmbeddingDecode(table, logits_dtype=logits_dtype)(hidden)
+    assert logits.dtype == jnp.dtype(logits_dtype)
+    computed_in = min(rounding("float32"), rounding(dtype))
+    tolerance = rounding(logits_dtype) + 10 * computed_in
+    expected = decode_reference(table, hidden)
+    assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "hidden_dtype, table_dtype, bias_dtype, expected",
+    [
+        ("bfloat16", "float32", None, "float32"),
+        ("float32", "bfloat16", None, "float32"),
+        ("float16", "bfloat16", None, "float32"),
+        ("bfloat16", "bfloat16", "float32", "float32"),
+        ("float32", "float32", "bfloat16", "float32"),
+        ("float32", "float32", "float64", "float64"),
+        ("float64", "float16", None, "float64"),
+    ],
+)
+def test_operands_of_several_dtypes_promote_as_in_jax(
+    hidden_dtype, table_dtype, bias_dtype, expected
+):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        bias = None if bias_dtype is None else make_array((VOCAB_SIZE,), bias_dtype, seed=1)
+        layer = EmbeddingDecode(make_table("middle", table_dtype), bias, 3.0)
+        hidden = make_hidden(layer, (2,), hidden_dtype)
+        logits = layer(hidden)
+    assert logits.dtype == expected
+    reference = decode_reference(layer.table, hidden, bias, 3.0)
+    assert_close(logits, reference)
+
+
+def test_operands_of_several_dtypes_are_refused_under_strict_promotion():
+    with pytest.raises(jax.dtypes.TypePromotionError):
+        EmbeddingDecode(make_table("first"))(jnp.zeros(4, "bfloat16"))
+
+
+# The cap
+
+
+def test_a_soft_cap_bounds_the_logits_and_leaves_small_ones():
+    table = EmbeddingTable(jnp.asarray([[1e-3], [1.0], [-1e9]]), ("vocabulary", "embedding"))
+    logits = EmbeddingDecode(table, soft_cap=30)(jnp.asarray([[1.0], [1e9]]))
+    assert np.all(np.abs(logits) <= 30)
+    assert logits[0, 0] == pytest.approx(1e-3)
+    assert logits[1].tolist() == [30, 30, -30]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((3, 5), r"embedding axes \(embedding=4\) of the table, got the shape \(3, 5\)"),
+        ((), r"embedding axes \(embedding=4\) of the table, got the shape \(\)"),
+        ((4, 3), r"embedding axes \(embedding=4\) of the table, got the shape \(4, 3\)"),
+    ],
+    ids=str,
+)
+def test_a_hidden_vector_of_another_size_is_an_error_that_names_the_axis(shape, expected):
+    with pytest.raises(ValueError, match=expected):
+        EmbeddingDecode(make_table("first"))(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2), (5, 6), (3,), (2, 3, 5)], ids=str)
+def test_a_missing_or_misplaced_embedding_axis_is_an_error_that_names_them_all(shape):
+    message = rf"\(heads=2, features=3\) of the table, got the shape \({shape[0]}, ?"
+    with pytest.raises(ValueError, match=message):
+        EmbeddingDecode(make_table("middle"))(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"soft_cap": 0}, "soft_cap must be positive and finite, got 0"),
+        ({"soft_cap": -30.0}, "soft_cap must be positive and finite, got -30"),
+        ({"soft_cap": float("inf")}, "soft_cap must be positive and finite, got inf"),
+        ({"soft_cap": float("nan")}, "soft_cap must be positive and finite, got nan"),
+        ({"logits_dtype": jnp.int32}, "logits are floats, got logits_dtype=int32"),
+        ({"logits_dtype": "complex64"}, "logits are floats, got logits_dtype=complex64"),
+        (
+            {"bias": jnp.zeros(9)},
+            r"bias must have shape \(7,\).*'vocabulary' without its padding rows, got \(9,\)",
+        ),
+        ({"bias": jnp.zeros(1)}, r"bias must have shape \(7,\).*got \(1,\)"),
+    ],
+)
+def test_an_option_that_makes_no_logits_is_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        EmbeddingDecode(make_table("first"), **options)
+
+
+# Transformations
+
+
+def test_a_key_is_accepted_and_ignored(getkey):
+    layer = make_layer("first")
+    hidden = make_hidden(layer, (3,))
+    np.testing.assert_array_equal(layer(hidden, key=getkey()), layer(hidden))
+
+
+def test_forward_mode_agrees_with_reverse_mode():
+    layer = make_layer("middle", with_bias=True, soft_cap=3.0)
+    hidden = make_hidden(layer, (3,))
+    params, static = eqx.partition((layer, hidden), eqx.is_inexact_array)
+    directions = jax.tree.map(lambda leaf: make_array(leaf.shape, seed=4), params)
+    cotangent = make_array((3, VOCAB_SIZE), seed=5)
+
+    def logits(params):
+        layer, hidden = eqx.combine(params, static)
+        return layer(hidden)
+
+    value, tangent = jax.jvp(logits, (params,), (directions,))
+    expected = decode_reference(layer.table, hidden, layer.bias, 3.0)
+    assert_close(value, expected)
+    hidden_gradient, table_gradient, bias_gradient = decode_gradient_reference(
+        layer.table, hidden, cotangent, layer.bias, 3.0
+    )
+    layer_direction, hidden_direction = directions
+    reverse = (
+        np.sum(hidden_gradient * float64(hidden_direction))
+        + np.sum(table_gradient * float64(layer_direction.table.embeddings))
+        + np.sum(bias_gradient * float64(layer_direction.bias))
+    )
+    forward = np.sum(float64(tangent) * float64(cotangent))
+    assert forward == pytest.approx(reverse, rel=1e-5)
+
+
+def test_vmap_over_layers_and_over_hidden_vectors_is_a_loop():
+    names = ("embedding", "vocabulary")
+    arrays, biases = make_array((3, 4, 9)), make_array((3, 7), seed=1)
+
+    @eqx.filter_vmap
+    def stack(array, bias):
+        return EmbeddingDecode(EmbeddingTable(array, names, padding_rows=2), bias, 3.0)
+
+    layers = stack(arrays, biases)
+    hidden = make_array((3, 5, 4), seed=2)
+    logits = eqx.filter_vmap(lambda layer, hidden: layer(hidden))(layers, hidden)
+    for i in range(3):
+        layer = jax.tree.map(lambda leaf: leaf[i], layers)
+        expected = decode_reference(layer.table, hidden[i], biases[i], 3.0)
+        assert_close(logits[i], expected)
+        one_by_one = jax.vmap(layer)(hidden[i])
+        assert_close(one_by_one, expected)

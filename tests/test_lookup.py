@@ -1,0 +1,331 @@
+"""`EmbeddingLookup`: the vectors of tokens, and what their gradient does to the table."""
+
+import enum
+
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqx_embedding import EmbeddingLookup, EmbeddingTable
+
+from .helpers import (
+    as_embeddings,
+    assert_close,
+    LAYOUTS,
+    lookup_gradient_reference,
+    lookup_reference,
+    make_array,
+    make_table,
+    rounding,
+    run_python,
+    VOCAB_SIZE,
+)
+
+
+# Of a vocabulary of 7 tokens with 2 padding rows: repeats, both ends, padding, and far outside.
+TOKENS = np.asarray([[0, 6, 3, 3, 7], [8, 9, -1, -9, 1_000_000]], np.int32)
+IN_RANGE = np.asarray([[0, 6, 3], [3, 1, 3]], np.int32)
+
+
+def total(embeddings, table, tokens, cotangent, out_of_range):
+    table = eqx.tree_at(lambda table: table.embeddings, table, embeddings)
+    vectors = EmbeddingLookup(table, out_of_range)(tokens)
+    return jnp.sum(vectors.astype("float32") * cotangent)
+
+
+grad_of_total = eqx.filter_jit(jax.grad(total))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_token_becomes_its_embedding_with_the_batch_first(layout, dtype):
+    table = make_table(layout, dtype)
+    vectors = EmbeddingLookup(table)(jnp.asarray(IN_RANGE))
+    assert vectors.shape == (2, 3, *table.embedding_axes.values())
+    assert vectors.dtype == dtype
+    np.testing.assert_array_equal(vectors, lookup_reference(table, IN_RANGE).astype(dtype))
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("host", [False, True], ids=["device", "host"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_token_out_of_range_is_nan_or_clipped(layout, host, jit):
+    table = make_table(layout)
+    tokens = TOKENS if host else jnp.asarray(TOKENS)
+    for out_of_range in ("nan", "clip"):
+        lookup = EmbeddingLookup(table, out_of_range)
+        vectors = eqx.filter_jit(lambda: lookup(tokens))() if jit else lookup(tokens)
+        expected = lookup_reference(table, TOKENS, clip=out_of_range == "clip")
+        np.testing.assert_array_equal(vectors, expected)
+
+
+@pytest.mark.parametrize("out_of_range", ["nan", "clip"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_reaches_the_rows_that_the_policy_says(layout, out_of_range):
+    table = make_table(layout)
+    cotangent = np.array(make_array(TOKENS.shape + tuple(table.embedding_axes.values()), seed=1))
+    clip = out_of_range == "clip"
+    expected = lookup_gradient_reference(table, TOKENS, cotangent, clip)
+    if not clip:  # not even a NaN comes back from a token that is out of range
+        cotangent[(TOKENS < 0) | (TOKENS >= VOCAB_SIZE)] = np.nan
+    gradient = grad_of_total(table.embeddings, table, jnp.asarray(TOKENS), cotangent, out_of_range)
+    assert_close(gradient, expected)
+
+
+def test_the_gradient_under_raise_is_the_gradient_of_the_tokens_in_range():
+    table = make_table("middle")
+    cotangent = make_array((2, 3, 2, 3), seed=1)
+    gradient = grad_of_total(table.embeddings, table, jnp.asarray(IN_RANGE), cotangent, "raise")
+    expected = lookup_gradient_reference(table, IN_RANGE, cotangent)
+    assert_close(gradient, expected)
+
+
+def test_the_gradient_has_the_dtype_of_the_table_and_is_rounded_once(dtype):
+    table = make_table("first", dtype)
+    tokens = np.random.default_rng(2).integers(0, VOCAB_SIZE, 300)
+    cotangent = make_array((300, 4), dtype, seed=3)
+    _, pullback = jax.vjp(
+        lambda embeddings: EmbeddingLookup(EmbeddingTable(embeddings, table.axis_names))(tokens),
+        table.embeddings,
+    )
+    (gradient,) = pullback(cotangent)
+    assert gradient.dtype == dtype
+    expected = lookup_gradient_reference(table, tokens, cotangent)
+    error = np.abs(np.asarray(gradient, np.float64) - expected)
+    summed = min(rounding(dtype), rounding("float32")) * 300 * np.abs(expected).max()
+    assert np.all(error <= rounding(dtype) / 2 * np.abs(expected) + summed)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_half_precision_gradient_counts_4096_repeats_of_a_token(dtype):
+    table = make_table("last", dtype)
+    tokens = jnp.full(4096, 3)
+    gradient = grad_of_total(table.embeddings, table, tokens, jnp.ones((4096, 2, 3)), "nan")
+    assert gradient.dtype == dtype
+    expected = as_embeddings(table, np.zeros((VOCAB_SIZE, 2, 3)))
+    expected[..., 3] = 4096
+    np.testing.assert_array_equal(gradient.astype("float32"), expected)
+
+
+# Raising
+
+
+def test_raise_names_the_vocabulary_and_its_size_in_and_out_of_jit():
+    table = EmbeddingTable(make_array((9, 4)), ("bytes", "embedding"), "bytes", padding_rows=2)
+    lookup = EmbeddingLookup(table, "raise")
+    message = "a token is out of range: the vocabulary 'bytes' has 7 tokens.*below 7"
+    jitted = eqx.filter_jit(lookup)
+    np.testing.assert_array_equal(lookup(jnp.arange(7)), table.embeddings[:7])
+    np.testing.assert_array_equal(jitted(jnp.arange(7)), table.embeddings[:7])
+    for tokens in (jnp.asarray(7), jnp.asarray(-1), np.asarray(7), 7, -1, np.int64(2**32)):
+        with pytest.raises(RuntimeError, match=message):
+            lookup(tokens)
+    with pytest.raises(RuntimeError, match=message):
+        jitted(jnp.arange(8, dtype=jnp.int32)[1:])
+
+
+def test_raise_checks_host_tokens_inside_jit():
+    lookup = EmbeddingLookup(make_table("first"), "raise")
+    with pytest.raises(RuntimeError, match="the vocabulary 'vocabulary' has 7 tokens"):
+        eqx.filter_jit(lambda: lookup(np.asarray([3, 2**32 + 3])))()
+
+
+def test_raise_honours_eqx_on_error():
+    code = """
+import json
+import equinox as eqx
+import jax.numpy as jnp
+from eqx_embedding import EmbeddingLookup, EmbeddingTable
+
+table = EmbeddingTable(jnp.ones((5, 2)), ("vocabulary", "embedding"))
+vectors = eqx.filter_jit(EmbeddingLookup(table, "raise"))(jnp.asarray([1, 5]))
+print(json.dumps(jnp.isnan(vectors).tolist()))
+"""
+    assert run_python(code, EQX_ON_ERROR="nan") == [[True, True], [True, True]]
+
+
+# Tokens of any integer dtype
+
+INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+@pytest.mark.parametrize("integer", INTEGERS)
+def test_host_tokens_may_have_any_integer_dtype(integer):
+    table = EmbeddingTable(make_array((300, 2)), ("vocabulary", "embedding"), padding_rows=10)
+    ends = np.iinfo(integer)
+    tokens = np.asarray([0, 1, 127, ends.min, ends.max], integer)
+    for out_of_range in ("nan", "clip"):
+        vectors = EmbeddingLookup(table, out_of_range)(tokens)
+        expected = lookup_reference(table, tokens.tolist(), clip=out_of_range == "clip")
+        np.testing.assert_array_equal(vectors, expected)
+
+
+@pytest.mark.parametrize("integer", INTEGERS)
+def test_traced_tokens_may_have_any_integer_dtype(integer):
+    with jax.enable_x64(True):
+        table = EmbeddingTable(make_array((300, 2)), ("vocabulary", "embedding"), padding_rows=10)
+        ends = np.iinfo(integer)
+        tokens = np.asarray([0, 1, 127, ends.min, ends.max], integer)
+        for out_of_range in ("nan", "clip"):
+            lookup = EmbeddingLookup(table, out_of_range)
+            vectors = eqx.filter_jit(lookup)(jnp.asarray(tokens))
+            expected = lookup_reference(table, tokens.tolist(), clip=out_of_range == "clip")
+            np.testing.assert_array_equal(vectors, expected)
+
+
+@pytest.mark.parametrize("integer", ["int8", "uint8"])
+def test_a_small_integer_dtype_serves_a_vocabulary_that_it_cannot_count(integer):
+    table = EmbeddingTable(make_array((1000, 2)), ("vocabulary", "embedding"))
+    tokens = jnp.arange(100, 128, dtype=integer)
+    gradient = grad_of_total(table.embeddings, table, tokens, jnp.ones((28, 2)), "nan")
+    expected = np.zeros((1000, 2))
+    expected[100:128] = 1
+    np.testing.assert_array_equal(gradient, expected)
+
+
+FAR = [2**31, 2**32, 2**32 + 3, 2**40 + 3, 2**63 - 1]
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("far", FAR + [-token for token in FAR])
+def test_a_64_bit_host_id_never_lands_on_the_row_of_another_token(far, x64):
+    with jax.enable_x64(x64):
+        table = make_table("first")
+        end = table.embeddings[6 if far > 0 else 0]
+        kinds = [far, np.int64(far), np.asarray(far), np.asarray([far])[0]]
+        for tokens in kinds + ([np.uint64(far)] if far > 0 else []):
+            assert np.all(np.isnan(EmbeddingLookup(table)(tokens)))
+            np.testing.assert_array_equal(EmbeddingLookup(table, "clip")(tokens), end)
+            # Outside jit: jit narrows its arguments before the library sees them.
+            gradient = eqx.filter_grad(lambda table: jnp.sum(EmbeddingLookup(table)(tokens)))(table)
+            np.testing.assert_array_equal(gradient.embeddings, np.zeros((9, 4)))
+            with pytest.raises(RuntimeError, match="out of range"):
+                EmbeddingLookup(table, "raise")(tokens)
+
+
+@pytest.mark.parametrize("token", [2**63, 2**64 - 1, 2**64 + 3, 2**200, -(2**63) - 1, -(2**200)])
+def test_a_python_int_that_no_dtype_holds_is_out_of_range(token):
+    table = make_table("first")
+    assert np.all(np.isnan(EmbeddingLookup(table)(token)))
+    end = table.embeddings[6 if token > 0 else 0]
+    np.testing.assert_array_equal(EmbeddingLookup(table, "clip")(token), end)
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+    st.lists(
+        st.one_of(st.integers(-3, 12), st.integers(-(2**63), 2**63 - 1)), min_size=6, max_size=6
+    )
+)
+def test_any_host_ids_are_looked_up_as_the_reference_says(ids):
+    table = make_table("last")
+    for out_of_range in ("nan", "clip"):
+        vectors = EmbeddingLookup(table, out_of_range)(np.asarray(ids, np.int64))
+        expected = lookup_reference(table, ids, clip=out_of_range == "clip")
+        np.testing.assert_array_equal(vectors, expected)
+
+
+class Special(enum.IntEnum):
+    UNKNOWN = 3
+
+
+@pytest.mark.parametrize(
+    "token",
+    [3, np.int8(3), np.uint64(3), np.asarray(3), jnp.asarray(3), jnp.uint8(3), Special.UNKNOWN],
+    ids=lambda token: type(token).__name__,
+)
+def test_a_single_token_of_any_kind_gives_a_single_embedding(token):
+    table = make_table("middle")
+    np.testing.assert_array_equal(EmbeddingLookup(table)(token), table.embeddings[:, 3])
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+@pytest.mark.parametrize("kind", [np.zeros, jnp.zeros])
+def test_an_empty_batch_gives_an_empty_batch(shape, kind):
+    table = make_table("middle")
+    for out_of_range in ("nan", "raise", "clip"):
+        vectors = EmbeddingLookup(table, out_of_range)(kind(shape, "int32"))
+        assert vectors.shape == (*shape, 2, 3)
+
+
+def test_a_key_is_accepted_and_ignored(getkey):
+    table = make_table("first")
+    vectors = EmbeddingLookup(table)(jnp.asarray([1, 2]), key=getkey())
+    np.testing.assert_array_equal(vectors, table.embeddings[1:3])
+
+
+# Transformations
+
+
+@pytest.mark.parametrize("out_of_range", ["nan", "clip"])
+def test_forward_mode_moves_the_vectors_as_their_rows_move(out_of_range):
+    table, direction = make_table("middle"), make_table("middle", seed=1)
+
+    def lookup(embeddings):
+        moved = eqx.tree_at(lambda table: table.embeddings, table, embeddings)
+        return EmbeddingLookup(moved, out_of_range)(jnp.asarray(TOKENS))
+
+    vectors, tangent = jax.jvp(lookup, (table.embeddings,), (direction.embeddings,))
+    clip = out_of_range == "clip"
+    np.testing.assert_array_equal(vectors, lookup_reference(table, TOKENS, clip))
+    expected = np.nan_to_num(lookup_reference(direction, TOKENS, clip))
+    np.testing.assert_array_equal(tangent, expected)
+
+
+def test_the_second_derivative_is_right_in_every_order_of_modes():
+    table = make_table("first")
+    tokens = jnp.asarray([3, 3, 1, 9])
+
+    def energy(embeddings):
+        vectors = EmbeddingLookup(EmbeddingTable(embeddings, table.axis_names))(tokens)
+        return jnp.sum(vectors[:3] ** 3)
+
+    # d/dx of the gradient, 3 n x**2 in a row that occurs n times, along ones
+    counts = np.asarray([0, 1, 0, 2, 0, 0, 0, 0, 0])[:, None]
+    expected = 6 * counts * np.asarray(table.embeddings)
+    ones = jnp.ones_like(table.embeddings)
+    x = table.embeddings
+    forward_reverse = jax.jvp(jax.grad(energy), (x,), (ones,))[1]
+    reverse_reverse = jax.grad(lambda x: jnp.vdot(jax.grad(energy)(x), ones))(x)
+    reverse_forward = jax.grad(lambda x: jax.jvp(energy, (x,), (ones,))[1])(x)
+    for second in (forward_reverse, reverse_reverse, reverse_forward):
+        assert_close(second, expected)
+
+
+def test_vmap_over_tokens_over_tables_and_over_gradients_is_a_loop():
+    tables = eqx.filter_vmap(lambda rows: EmbeddingTable(rows, ("vocabulary", "embedding")))(
+        make_array((3, 9, 4))
+    )
+    tokens = jnp.asarray([[0, 6, 3], [3, 3, 10], [1, -1, 1]])
+    cotangents = make_array((3, 3, 4), seed=1)
+
+    def gradient(table, tokens, cotangent):
+        return eqx.filter_grad(
+            lambda table: jnp.nansum(cotangent * EmbeddingLookup(table)(tokens))
+        )(table)
+
+    rows = [jax.tree.map(lambda leaf: leaf[i], tables) for i in range(3)]
+    one_table = eqx.filter_vmap(lambda tokens: EmbeddingLookup(rows[0])(tokens))(tokens)
+    all_tables = eqx.filter_vmap(lambda table, tokens: EmbeddingLookup(table)(tokens))(
+        tables, tokens
+    )
+    gradients = eqx.filter_jit(eqx.filter_vmap(gradient))(tables, tokens, cotangents)
+    for i in range(3):
+        np.testing.assert_array_equal(one_table[i], lookup_reference(rows[0], tokens[i]))
+        np.testing.assert_array_equal(all_tables[i], lookup_reference(rows[i], tokens[i]))
+        expected = lookup_gradient_reference(rows[i], tokens[i], cotangents[i])
+        assert_close(gradients.embeddings[i], expected)
+
+
+def test_vmap_over_one_table_adds_the_gradients_of_the_batch():
+    table = make_table("middle")
+    tokens, cotangent = jnp.asarray(IN_RANGE), make_array((2, 3, 2, 3), seed=1)
+
+    def loss(table):
+        return jnp.sum(cotangent * jax.vmap(jax.vmap(EmbeddingLookup(table)))(tokens))
+
+    expected = lookup_gradient_reference(table, IN_RANGE, cotangent)
+    assert_close(eqx.filter_grad(loss)(table).embeddings, expected)

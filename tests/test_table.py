@@ -1,0 +1,269 @@
+"""`EmbeddingTable`: how it is made, what it knows of itself, and what it refuses."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.nn import initializers
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
+
+from .helpers import LAYOUTS, make_array, make_table, VOCAB_SIZE
+
+
+def test_a_new_table_is_variance_scaling_over_the_embedding_axes_bit_for_bit(dtype, getkey):
+    key = getkey()
+    table = EmbeddingTable.from_config(7, {"heads": 2, "features": 3}, dtype=dtype, key=key)
+    draw = initializers.variance_scaling(
+        1.0, "fan_out", "normal", in_axis=(), out_axis=(1, 2), batch_axis=0
+    )
+    assert table.embeddings.dtype == dtype
+    np.testing.assert_array_equal(table.embeddings, draw(key, (7, 2, 3), dtype))
+
+
+def test_a_new_embedding_has_a_standard_deviation_of_one_over_the_root_of_its_size():
+    table = EmbeddingTable.from_config(2000, {"heads": 4, "features": 16}, key=jax.random.key(0))
+    assert np.std(table.embeddings) == pytest.approx(1 / 8, rel=0.01)
+    assert np.mean(table.embeddings) == pytest.approx(0, abs=0.002)
+
+
+def test_the_default_dtype_is_float32_and_float64_in_64_bit_mode(getkey):
+    make = eqx.filter_eval_shape
+    assert make(EmbeddingTable.from_config, 3, {"e": 2}, key=getkey()).embeddings.dtype == "float32"
+    with jax.enable_x64(True):
+        table = make(EmbeddingTable.from_config, 3, {"e": 2}, key=getkey())
+    assert table.embeddings.dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    "initializer",
+    [initializers.normal(0.02), initializers.orthogonal(), initializers.he_uniform()],
+    ids=["normal", "orthogonal", "he_uniform"],
+)
+def test_any_initializer_of_jax_is_drawn_with_the_vocabulary_first(initializer, getkey):
+    key = getkey()
+    table = EmbeddingTable.from_config(
+        7, {"heads": 2, "features": 3}, "bytes", initializer, jnp.float32, key=key
+    )
+    assert table.axis_names == ("bytes", "heads", "features")
+    assert table.vocabulary_axis == "bytes"
+    expected = initializer(key, (7, 2, 3), jnp.float32)
+    np.testing.assert_array_equal(table.embeddings, expected)
+
+
+def test_an_initializer_is_called_once_with_key_shape_and_dtype_by_position(getkey):
+    calls = []
+
+    def initializer(*args):
+        calls.append(args)
+        return jnp.zeros(args[1], args[2])
+
+    key = getkey()
+    EmbeddingTable.from_config(
+        5, {"embedding": 2}, initializer=initializer, pad_to_multiple_of=4, key=key
+    )
+    assert calls == [(key, (5, 2), jnp.float32)]
+
+
+@pytest.mark.parametrize("multiple, padding_rows", [(1, 0), (2, 1), (7, 0), (8, 1), (128, 121)])
+def test_padding_fills_up_to_a_multiple_and_does_not_change_what_is_drawn(multiple, padding_rows):
+    key = jax.random.key(0)
+    plain = EmbeddingTable.from_config(7, {"heads": 2, "features": 3}, key=key)
+    padded = EmbeddingTable.from_config(
+        7, {"heads": 2, "features": 3}, pad_to_multiple_of=multiple, key=key
+    )
+    assert padded.padding_rows == padding_rows
+    assert padded.vocab_size == plain.vocab_size == 7
+    assert padded.embeddings.shape == (7 + padding_rows, 2, 3)
+    np.testing.assert_array_equal(padded.embeddings[:7], plain.embeddings)
+    np.testing.assert_array_equal(padded.embeddings[7:], 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_table_tells_its_vocabulary_without_padding_and_its_embedding_axes_in_order(layout):
+    table = make_table(layout)
+    sizes = dict(LAYOUTS[layout])
+    del sizes["vocabulary"]
+    assert table.vocab_size == VOCAB_SIZE
+    assert list(table.embedding_axes.items()) == list(sizes.items())
+
+
+def test_the_vocabulary_may_have_any_name_and_any_place():
+    table = EmbeddingTable(jnp.zeros((2, 5, 3)), ("heads", "bytes", "features"), "bytes")
+    assert table.vocab_size == 5
+    assert table.embedding_axes == {"heads": 2, "features": 3}
+
+
+def test_a_table_is_read_only():
+    table = make_table("first")
+    for name in ("embeddings", "vocab_size", "embedding_axes", "padding_rows"):
+        with pytest.raises(AttributeError):
+            setattr(table, name, 3)
+
+
+# Stacked tables
+
+
+def test_tables_stacked_by_vmap_are_a_table_whose_names_describe_the_last_axes():
+    array = make_array((3, 8, 2))
+    names = ("vocabulary", "embedding")
+    stacked = eqx.filter_vmap(lambda rows: EmbeddingTable(rows, names, padding_rows=3))(array)
+    assert isinstance(stacked, EmbeddingTable)
+    assert (stacked.vocab_size, stacked.padding_rows) == (5, 3)
+    assert stacked.embedding_axes == {"embedding": 2}
+    np.testing.assert_array_equal(stacked.embeddings, array)
+    assert eqx.tree_equal(stacked, EmbeddingTable(array, names, padding_rows=3))
+
+
+@pytest.mark.parametrize("use", [EmbeddingLookup, EmbeddingDecode])
+def test_a_stacked_table_says_how_it_can_be_used(use):
+    stacked = EmbeddingTable(jnp.zeros((3, 5, 2)), ("vocabulary", "embedding"))
+    argument = jnp.asarray([0, 1]) if use is EmbeddingLookup else jnp.zeros((3, 2))
+    with pytest.raises(ValueError, match=r"stacked.*\(3, 5, 2\).*last 2 axes.*filter_vmap"):
+        use(stacked)(argument)
+
+
+# Splitting over devices
+
+
+@pytest.mark.parametrize(
+    "rules, expected",
+    [
+        ({"vocabulary": "model"}, PartitionSpec(None, "model", None)),
+        ({"features": "model", "vocabulary": ("data", "model")}, None),
+        ({"batch": "data", "mlp": "model"}, PartitionSpec(None, None, None)),
+        ({"heads": None}, PartitionSpec(None, None, None)),
+        ({}, PartitionSpec(None, None, None)),
+    ],
+)
+def test_partition_spec_follows_the_rules_for_the_names_that_the_table_has(rules, expected):
+    table = EmbeddingTable(jnp.zeros((2, 5, 3)), ("heads", "vocabulary", "features"))
+    expected = PartitionSpec(None, ("data", "model"), "model") if expected is None else expected
+    assert table.partition_spec(rules) == expected
+
+
+def test_partition_spec_leaves_stacked_axes_whole_and_works_on_a_skeleton(getkey):
+    keys = jax.random.split(getkey(), 3)
+
+    def make(keys):
+        return eqx.filter_vmap(
+            lambda key: EmbeddingTable.from_config(5, {"embedding": 2}, key=key)
+        )(keys)
+
+    skeleton = eqx.filter_eval_shape(make, keys)
+    assert isinstance(skeleton.embeddings, jax.ShapeDtypeStruct)
+    spec = skeleton.partition_spec({"embedding": "model"})
+    assert spec == PartitionSpec(None, None, "model")
+
+
+def test_a_table_is_placed_by_its_partition_spec():
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("model",))
+    table = make_table("first")
+    sharding = NamedSharding(mesh, table.partition_spec({"vocabulary": "model"}))
+    placed = jax.device_put(table, sharding)
+    assert placed.embeddings.sharding == sharding
+    np.testing.assert_array_equal(placed.embeddings, table.embeddings)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        (
+            (5, 5),
+            {"axis_names": ("vocabulary", "vocabulary")},
+            r"axis names must be unique, got axis_names=\('vocabulary', 'vocabulary'\)",
+        ),
+        (
+            (5, 2),
+            {"axis_names": ("tokens", "embedding")},
+            r"vocabulary_axis='vocabulary' is not one of axis_names=\('tokens', 'embedding'\)",
+        ),
+        (
+            (5, 2),
+            {"axis_names": ("vocabulary", "heads", "features")},
+            r"shape \(5, 2\) have 2 axes, but 3 are named: axis_names=\('vocabulary', 'heads', ",
+        ),
+        ((), {"axis_names": ("vocabulary",)}, r"shape \(\) have 0 axes, but 1 are named"),
+        ((5, 2), {"axis_names": ()}, r"vocabulary_axis='vocabulary' is not one of axis_names=\(\)"),
+        (
+            (0, 2),
+            {"axis_names": ("vocabulary", "embedding")},
+            "size of at least 1, got vocabulary=0, embedding=2",
+        ),
+        (
+            (5, 0),
+            {"axis_names": ("vocabulary", "embedding")},
+            "size of at least 1, got vocabulary=5, embedding=0",
+        ),
+        (
+            (5, 2),
+            {"axis_names": ("vocabulary", "embedding"), "padding_rows": -1},
+            "padding_rows must be at least 0 and below 5.*'vocabulary', got -1 for a table of "
+            "vocabulary=5, embedding=2",
+        ),
+        (
+            (5, 2),
+            {"axis_names": ("embedding", "bytes"), "vocabulary_axis": "bytes", "padding_rows": 2},
+            "below 2, the number of rows on axis 'bytes', got 2 for a table of embedding=5, ",
+        ),
+    ],
+)
+def test_a_table_that_does_not_fit_its_names_is_an_error(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        EmbeddingTable(jnp.zeros(shape), **options)
+
+
+def test_invariants_are_checked_again_when_fields_are_replaced():
+    table = make_table("first")
+    assert dataclasses.replace(table, padding_rows=0).vocab_size == 9
+    with pytest.raises(ValueError, match="padding_rows must be at least 0 and below 9"):
+        dataclasses.replace(table, padding_rows=9)
+
+
+@pytest.mark.parametrize(
+    "vocab_size, embedding_axes, options, message",
+    [
+        (
+            5,
+            {"vocabulary": 2},
+            {},
+            "vocabulary axis 'vocabulary' is also an embedding axis: vocabulary=5, vocabulary=2",
+        ),
+        (
+            5,
+            {"bytes": 2, "embedding": 3},
+            {"vocabulary_axis": "bytes"},
+            "vocabulary axis 'bytes' is also an embedding axis: bytes=5, bytes=2, embedding=3",
+        ),
+        (0, {"embedding": 2}, {}, "at least 1, got vocabulary=0, embedding=2"),
+        (-5, {"embedding": 2}, {}, "at least 1, got vocabulary=-5, embedding=2"),
+        (5, {"heads": 2, "features": 0}, {}, "at least 1, got vocabulary=5, heads=2, features=0"),
+        (5, {"embedding": -2}, {}, "at least 1, got vocabulary=5, embedding=-2"),
+        (5, {"embedding": 2}, {"pad_to_multiple_of": 0}, "at least 1.*pad_to_multiple_of=0"),
+        (5, {"embedding": 2}, {"dtype": jnp.int32}, "embeddings are floats, got dtype=int32"),
+        (5, {"embedding": 2}, {"dtype": "complex64"}, "embeddings are floats, got dtype=complex64"),
+        (
+            5,
+            {"embedding": 2},
+            {"initializer": lambda key, shape, dtype: jnp.zeros(shape[::-1], dtype)},
+            r"shape \(2, 5\), expected \(5, 2\) \(vocabulary=5, embedding=2\)",
+        ),
+    ],
+)
+def test_a_configuration_that_makes_no_table_is_an_error(
+    vocab_size, embedding_axes, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        EmbeddingTable.from_config(vocab_size, embedding_axes, **options, key=jax.random.key(0))
+
+
+def test_there_is_no_default_key():
+    with pytest.raises(TypeError, match="key"):
+        EmbeddingTable.from_config(5, {"embedding": 2})  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,273 @@
+"""One table for lookup and decode: stored once, trained as one parameter, under every
+transformation of Equinox."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import Array, ArrayLike
+
+from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
+
+from .helpers import (
+    assert_close,
+    decode_gradient_reference,
+    decode_reference,
+    float64,
+    lookup_gradient_reference,
+    lookup_reference,
+    make_array,
+    make_table,
+    VOCAB_SIZE,
+)
+
+
+class Model(eqx.Module):
+    """The smallest tied model: it stores the table once and makes the layers where it is called."""
+
+    table: EmbeddingTable
+
+    def __call__(self, tokens) -> Array:
+        hidden = jnp.tanh(EmbeddingLookup(self.table)(tokens))
+        return EmbeddingDecode(self.table)(hidden)
+
+
+TOKENS = np.asarray([0, 3, 3, 6, 2], np.int32)
+TARGETS = np.asarray([3, 3, 6, 2, 1], np.int32)
+
+
+def make_model(layout="first", seed=0):
+    return Model(make_table(layout, seed=seed))
+
+
+def loss(model, tokens: ArrayLike = TOKENS, targets: ArrayLike = TARGETS):
+    logits = model(jnp.asarray(tokens))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(targets))
+    return jnp.mean(losses)
+
+
+def loss_reference(table):
+    """The loss and its gradient with respect to the table, in float64."""
+    vectors = lookup_reference(table, TOKENS)
+    logits = decode_reference(table, np.tanh(vectors))
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(-1, keepdims=True)
+    positions = np.arange(len(TARGETS))
+    loss = -np.mean(np.log(probabilities[positions, TARGETS]))
+    cotangent = probabilities.copy()
+    cotangent[positions, TARGETS] -= 1
+    cotangent /= len(TARGETS)
+    for_hidden, for_decode, _ = decode_gradient_reference(table, np.tanh(vectors), cotangent)
+    for_vectors = for_hidden * (1 - np.tanh(vectors) ** 2)
+    for_lookup = lookup_gradient_reference(table, TOKENS, for_vectors)
+    return loss, for_lookup, for_decode
+
+
+@pytest.mark.parametrize("layout", ["first", "middle", "last"])
+def test_the_tied_gradient_is_the_sum_of_both_uses(layout):
+    model = make_model(layout)
+    value, gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss))(model)
+    expected, for_lookup, for_decode = loss_reference(model.table)
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert np.any(for_lookup != 0) and np.any(for_decode != 0)
+    assert_close(gradient.table.embeddings, for_lookup + for_decode)
+
+
+def test_a_model_that_stores_its_table_once_has_one_parameter():
+    model = make_model()
+    assert len(jax.tree.leaves(model)) == 1
+    eqx.tree_check(model)
+
+
+def test_tree_check_finds_a_table_that_is_stored_twice():
+    table = make_table("first")
+    with pytest.raises(ValueError, match="`EmbeddingTable` appears in the PyTree multiple times"):
+        eqx.tree_check((EmbeddingLookup(table), EmbeddingDecode(table)))
+
+
+def test_layers_are_views_of_the_array_of_their_table():
+    table = make_table("first")
+    assert EmbeddingLookup(table).table.embeddings is table.embeddings
+    assert EmbeddingDecode(table).table.embeddings is table.embeddings
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adamw(0.1)], ids=["sgd", "adamw"])
+def test_optax_trains_the_one_table_and_both_uses_follow(optimizer):
+    model = make_model()
+    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(model, state):
+        value, gradient = eqx.filter_value_and_grad(loss)(model)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = optimizer.update(gradient, state, params)
+        return eqx.apply_updates(model, updates), state, value
+
+    after, losses = model, []
+    for _ in range(5):
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by its step count
+            after, state, value = step(after, state)
+        losses.append(float(value))
+    assert losses == sorted(losses, reverse=True)
+    assert jax.tree.structure(after) == jax.tree.structure(model)
+    hidden = np.tanh(lookup_reference(after.table, TOKENS))
+    assert_close(after(jnp.asarray(TOKENS)), decode_reference(after.table, hidden))
+
+
+def make_shared():
+    table = make_table("middle")
+    layers = [EmbeddingLookup(table), eqx.nn.Lambda(jnp.tanh), EmbeddingDecode(table)]
+    return eqx.nn.Shared(
+        eqx.nn.Sequential(layers), lambda model: model[2].table, lambda model: model[0].table
+    )
+
+
+def test_shared_ties_the_tables_of_layers_in_a_sequential():
+    shared = make_shared()
+    arrays = eqx.filter(shared, eqx.is_inexact_array)
+    assert len(jax.tree.leaves(arrays)) == 1
+    model = shared()
+    assert model[0].table.embeddings is model[2].table.embeddings
+    expected = decode_reference(model[0].table, np.tanh(lookup_reference(model[0].table, TOKENS)))
+    assert_close(model(jnp.asarray(TOKENS)), expected)
+
+
+def test_shared_tables_stay_tied_after_optax_updates():
+    shared = make_shared()
+    optimizer = optax.adam(0.1)
+    state = optimizer.init(eqx.filter(shared, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(shared, state):
+        value, gradient = eqx.filter_value_and_grad(lambda shared: loss(shared()))(shared)
+        updates, state = optimizer.update(gradient, state)
+        return eqx.apply_updates(shared, updates), state, value, gradient
+
+    before = shared()[0].table
+    with jax.numpy_dtype_promotion("standard"):
+        shared, state, value, gradient = step(shared, state)
+        once_more, *_ = step(shared, state)
+    expected, for_lookup, for_decode = loss_reference(before)
+    assert value == pytest.approx(expected, rel=1e-5)
+    actual = gradient.pytree[0].table.embeddings
+    assert_close(actual, for_lookup + for_decode)
+    model = once_more()
+    assert model[0].table.embeddings is model[2].table.embeddings
+    assert np.all(model[0].table.embeddings[:, :VOCAB_SIZE] != before.embeddings[:, :VOCAB_SIZE])
+
+
+# Memory
+
+
+@pytest.mark.parametrize("names", [("vocabulary", "embedding"), ("embedding", "vocabulary")])
+def test_the_tied_gradient_takes_one_buffer_of_the_size_of_the_table(names):
+    size = 4 * 2048 * 64
+    shape = (2048, 64) if names[0] == "vocabulary" else (64, 2048)
+    model = Model(EmbeddingTable(jnp.zeros(shape), names))
+    tokens = jnp.zeros(4, "int32")
+    gradient = jax.jit(jax.grad(lambda model: loss(model, tokens, tokens)))
+    memory = gradient.lower(model).compile().memory_analysis()
+    assert memory is not None
+    assert memory.output_size_in_bytes == pytest.approx(size, rel=0.01)
+    assert memory.temp_size_in_bytes < size / 2
+
+
+def test_a_donated_table_is_updated_in_place():
+    @eqx.filter_jit(donate="all")
+    def descend(model):
+        gradient = eqx.filter_grad(loss)(model)
+        return eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, gradient))
+
+    model = make_model()
+    before = float64(model.table.embeddings)
+    _, for_lookup, for_decode = loss_reference(model.table)
+    after = descend(model)
+    assert model.table.embeddings.is_deleted()
+    assert_close(after.table.embeddings, before - 0.1 * (for_lookup + for_decode))
+
+
+# Transformations
+
+
+def test_filter_jit_vmap_and_eval_shape_leave_the_model_what_it_is():
+    model = make_model()
+    expected = model(jnp.asarray(TOKENS))
+    assert_close(eqx.filter_jit(model)(jnp.asarray(TOKENS)), expected)
+    assert_close(eqx.filter_vmap(model)(jnp.asarray(TOKENS)), expected)
+    shape = eqx.filter_eval_shape(model, jnp.asarray(TOKENS))
+    assert (shape.shape, shape.dtype) == (expected.shape, expected.dtype)
+    again = eqx.filter_jit(lambda model: model)(model)
+    assert eqx.tree_equal(again, model)
+
+
+def test_partition_and_combine_take_a_model_apart_and_together():
+    model = make_model()
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    assert static.table.embeddings is None
+    assert static.table.axis_names == model.table.axis_names
+    assert eqx.tree_equal(eqx.combine(params, static), model)
+    mask = jax.tree.map(lambda _: True, model)
+    assert mask.table.embeddings is True
+    masked, rest = eqx.partition(model, mask)
+    assert eqx.tree_equal(masked, model) and rest.table.embeddings is None
+    assert "EmbeddingTable" in repr((static, mask, eqx.filter_eval_shape(lambda: model)))
+
+
+def test_tree_at_replaces_the_embeddings_of_a_model():
+    model, other = make_model(), make_model(seed=1)
+    changed = eqx.tree_at(lambda model: model.table.embeddings, model, other.table.embeddings)
+    assert eqx.tree_equal(changed, other)
+    assert not eqx.tree_equal(changed, model)
+
+
+def test_scan_over_stacked_tables_is_a_loop_with_the_gradient_of_each():
+    stacked = eqx.filter_vmap(lambda rows: EmbeddingTable(rows, ("vocabulary", "embedding")))(
+        make_array((3, 9, 4))
+    )
+    tokens = jnp.asarray(TOKENS)
+
+    def sum_of_losses(tables):
+        dynamic, static = eqx.partition(tables, eqx.is_array)
+
+        def body(total, dynamic):
+            table = eqx.combine(dynamic, static)
+            return total + loss(Model(table), tokens), table.vocab_size
+
+        return jax.lax.scan(body, jnp.zeros(()), dynamic)[0]
+
+    value, gradient = eqx.filter_jit(eqx.filter_value_and_grad(sum_of_losses))(stacked)
+    tables = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(3)]
+    expected = [loss_reference(table) for table in tables]
+    assert value == pytest.approx(sum(loss for loss, _, _ in expected), rel=1e-5)
+    for i, (_, for_lookup, for_decode) in enumerate(expected):
+        assert_close(gradient.embeddings[i], for_lookup + for_decode)
+
+
+def test_checkpoint_recomputes_to_the_same_gradient():
+    model = make_model("last")
+    value, gradient = eqx.filter_value_and_grad(eqx.filter_checkpoint(loss))(model)
+    again, plain = eqx.filter_value_and_grad(jax.checkpoint(loss))(model)
+    expected, for_lookup, for_decode = loss_reference(model.table)
+    assert value == again == pytest.approx(expected, rel=1e-5)
+    for actual in (gradient, plain):
+        assert_close(actual.table.embeddings, for_lookup + for_decode)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_table_is_saved_and_loaded_into_a_skeleton(tmp_path, dtype, getkey):
+    def make(key):
+        return Model(
+            EmbeddingTable.from_config(
+                5, {"embedding": 2}, "bytes", dtype=dtype, pad_to_multiple_of=4, key=key
+            )
+        )
+
+    model = make(getkey())
+    eqx.tree_serialise_leaves(tmp_path / "model.eqx", model)
+    skeleton = eqx.filter_eval_shape(make, getkey())
+    loaded = eqx.tree_deserialise_leaves(tmp_path / "model.eqx", skeleton)
+    assert eqx.tree_equal(loaded, model)
+    assert loaded.table.axis_names == ("bytes", "embedding")
+    assert loaded.table.vocab_size == 5
