@@ -44,11 +44,11 @@ class Config:
     resume: bool = False
     """Go on from the last checkpoint in --out."""
 
-    steps: int = 1000
+    steps: int = 2000
     """How many batches to train on."""
     batch_size: int = 16
     """Sequences in a batch."""
-    sequence_length: int = 128
+    sequence_length: int = 64
     """Bytes in a sequence: how far the model looks back."""
 
     num_layers: int = 4
@@ -58,7 +58,7 @@ class Config:
     embedding_size: int = 128
     """The size of an embedding, a multiple of --num-heads."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """The highest rate of AdamW. A cosine takes it from there to a twentieth."""
     warmup: float = 0.1
     """The share of the steps over which the learning rate rises from zero."""
@@ -67,7 +67,7 @@ class Config:
     clip_norm: float = 1.0
     """Gradients of a larger global norm are scaled down to this one."""
 
-    report_every: int = 100
+    report_every: int = 200
     """Steps between two reports, each with held-out loss, picture and checkpoint."""
     sample_length: int = 600
     """Bytes of text to write at the end."""
