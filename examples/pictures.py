@@ -9,6 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, FontProperties, get_font
 
 
+COLORS = {
+    "lower case": "tab:blue",
+    "capitals": "tab:orange",
+    "digits": "tab:green",
+    "white space": "tab:red",
+    "others": "0.35",
+}
+
+
 def loss_picture(metrics: list[dict[str, Any]], reference: dict[str, float]) -> bytes:
     """Bits per byte over steps, beside what easier methods reach."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -25,10 +34,11 @@ def loss_picture(metrics: list[dict[str, Any]], reference: dict[str, float]) -> 
             horizontalalignment="right",
             color="0.4",
         )
-    axes.plot(steps, [line["train_bits_per_byte"] for line in metrics], label="training text")
-    axes.plot(steps, [line["val_bits_per_byte"] for line in metrics], label="held-out text")
+    for name, label in ("train", "training text"), ("val", "held-out text"):
+        values = [line[f"{name}_bits_per_byte"] for line in metrics]
+        axes.plot(steps, values, marker="o", markersize=3, label=f"{label} {values[-1]:.2f}")
     axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, None))
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
@@ -40,73 +50,71 @@ def embedding_picture(
 ) -> bytes:
     """The hundred most frequent tokens, in the plane in which their embeddings differ most.
 
-    Where labels would overlap, the more frequent token keeps its own.
+    Where two would overlap, the less frequent one is a dot.
     """
     tokens = [token for token in np.argsort(-counts, kind="stable")[:100] if counts[token] > 0]
-    rows = np.nan_to_num(embeddings[tokens].astype(np.float64))
-    rows -= rows.mean(axis=0)
-    _, sizes, directions = np.linalg.svd(rows, full_matrices=False)
-    points = np.zeros((len(tokens), 2))
-    points[:, : len(directions[:2])] = rows @ directions[:2].T
-    shares = [*(sizes**2 / max((sizes**2).sum(), 1e-30)), 0.0]
+    points, shares = principal_plane(embeddings[tokens])
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
-    colors = {
-        "lower case": "tab:blue",
-        "capitals": "tab:orange",
-        "digits": "tab:green",
-        "white space": "tab:red",
-        "others": "0.35",
-    }
-    kinds = np.array([_kind(pieces[token]) for token in tokens])
-    for kind, color in colors.items():
-        if (kinds == kind).any():
-            axes.scatter(*points[kinds == kind].T, s=6, color=color, label=kind)
+    axes.scatter(*points.T, s=0)
     axes.set(
-        xlabel=f"first principal component, {shares[0]:.0%} of the variance",
+        title=f"the {len(tokens)} most frequent tokens",
+        xlabel=f"first principal component of their embeddings, {shares[0]:.0%} of the variance",
         ylabel=f"second, {shares[1]:.0%}",
+        xticks=[],
+        yticks=[],
     )
-    axes.margins(0.06)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=5, frameon=False, markerscale=2)
+    kinds = [kind_of(pieces[token]) for token in tokens]
+    for kind, color in COLORS.items():
+        if kind in kinds:
+            axes.scatter([], [], color=color, label=kind)
+    figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False)
     figure.draw_without_rendering()  # puts everything in its place, so that labels have one
 
     taken = []
-    for token, kind, point in zip(tokens, kinds, points):
-        label = axes.annotate(
-            _readable(pieces[token]),
-            (point[0], point[1]),
-            xytext=(3, 2),
-            textcoords="offset points",
-            color=colors[kind],
-            parse_math=False,
-        )
+    for token, kind, (x, y) in zip(tokens, kinds, points.tolist()):
+        style = {"color": COLORS[kind], "ha": "center", "va": "center", "parse_math": False}
+        label = axes.text(x, y, readable(pieces[token]), **style)
         box = label.get_window_extent()
         if any(box.overlaps(other) for other in taken):
             label.remove()
+            axes.scatter(x, y, s=8, color=COLORS[kind], alpha=0.5, linewidths=0)
         else:
             taken.append(box)
     return _png(figure)
 
 
-def _kind(piece: bytes) -> str:
+def principal_plane(
+    rows: Float[np.ndarray, "rows size"],
+) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " 2"]]:
+    """Rows in the plane in which they differ most, and each axis' share of their variance."""
+    rows = np.nan_to_num(rows.astype(np.float64))  # there is no plane for what has diverged
+    left, sizes, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    # a plane even for a single row, or for embeddings of size one
+    left, sizes = np.pad(left, ((0, 0), (0, 2))), np.pad(sizes, (0, 2))
+    return (left * sizes)[:, :2], sizes[:2] ** 2 / max(sum(sizes**2), 1e-30)
+
+
+def kind_of(piece: bytes) -> str:
     text = piece.decode(errors="replace").strip()
     if not text:
         return "white space"
     if text.isdigit():
         return "digits"
-    if text.isalpha():
-        return "lower case" if text.islower() else "capitals"
-    return "others"
+    if text.isalpha() and text.islower():
+        return "lower case"
+    return "capitals" if text.isalpha() and text[0].isupper() else "others"
 
 
-def _readable(piece: bytes) -> str:
+def readable(piece: bytes) -> str:
     """The text of a token, with white space that can be seen and escapes for what has no glyph."""
-    glyphs = get_font(findfont(FontProperties())).get_charmap()
+    font = get_font(findfont(FontProperties()))
     text = piece.decode(errors="backslashreplace")
     text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() and ord(c) in glyphs else ascii(c)[1:-1] for c in text)
+    shown = (c.isprintable() and font.get_char_index(ord(c)) > 0 for c in text)
+    return "".join(c if show else ascii(c)[1:-1] for c, show in zip(text, shown))
 
 
 def _png(figure: Figure) -> bytes:
