@@ -1,13 +1,14 @@
 """Continues a text with a model that train_lm.py has trained.
 
     python examples/generate.py --run runs/train_lm --prompt "The "
-    python examples/generate.py --run runs/train_lm --prompt "The " --temperature 0.5 --top-k 10
+    python examples/generate.py --run runs/bpe --temperature 0.5 --top-k 10
 
 Prints the text as it is made.
 """
 
 import codecs
 import dataclasses
+import os
 from pathlib import Path
 
 import equinox as eqx
@@ -87,4 +88,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except (BrokenPipeError, KeyboardInterrupt):
+        os._exit(1)  # the reader has seen enough; Python's own exit would complain

@@ -1,9 +1,9 @@
 """Trains a small language model on text, with one table tied between its input and its output.
 
     python examples/train_lm.py
-    python examples/train_lm.py --text FILE --out runs/mine --steps 2000
-    python examples/train_lm.py --text FILE --out runs/mine --steps 2000 --resume
-    python examples/train_lm.py --tokenizer bpe --vocab-size 1024 --out runs/bpe
+    python examples/train_lm.py --text FILE --out runs/mine
+    python examples/train_lm.py --text FILE --out runs/mine --resume
+    python examples/train_lm.py --tokenizer bpe --out runs/bpe
 
 Writes checkpoints, metrics.jsonl, loss.png, embedding.png and sample.txt to --out.
 """
