@@ -22,6 +22,8 @@ class Checkpoints:
 
     def __init__(self, out: Path, exists: bool):
         """Stops the program with one line unless `out` holds a run, or none, as `exists` says."""
+        if out.exists() and not out.is_dir():
+            raise SystemExit(f"{out} is not a folder.")
         self.out, self.folder = out, out.absolute() / "checkpoints"
         steps = ocp.utils.checkpoint_steps(self.folder) if self.folder.is_dir() else []
         if exists and not steps:

@@ -185,8 +185,6 @@ class Transformer(eqx.Module):
         for key in jax.random.split(key, length):
             if len(window) > size:
                 window, encoded = window[-(size // 2 + 1) :], 0
-            if not cache:
-                encoded = 0
             new = window[encoded:]
             # One token, or a whole window: two sizes, so that only two programs are compiled.
             padding = [0] * (0 if encoded else size - len(new))
@@ -199,7 +197,7 @@ class Transformer(eqx.Module):
                 top_k,
                 key,
             )
-            encoded = len(window)
+            encoded = len(window) if cache else 0
             window.append(int(token))
             yield window[-1]
 

@@ -103,6 +103,12 @@ class Config:
             option = name.replace("_", "-")
             raise SystemExit(f"--{option} must be {requirement}, got {getattr(self, name)}.")
 
+    def given_tokenizer(self) -> Tokenizer | None:
+        """The one that --tokenizer names, or None if it is to be trained."""
+        if self.tokenizer == "bpe":
+            return None
+        return Tokenizer() if self.tokenizer == "bytes" else read_tokenizer(Path(self.tokenizer))
+
     def identity(self, text: Text, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """What a run must share with a checkpoint in order to go on from it."""
         free = ("text", "out", "resume", "steps", "report_every", "sample_length", "temperature")
@@ -165,10 +171,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     """Trains, and returns what metrics.jsonl says: one dict of losses for each report."""
     began_run = time.perf_counter()
     text = read_text(config.text)
-    given = None  # --tokenizer bpe is trained, but not before all else is known to be right
-    if config.tokenizer != "bpe":
-        bytewise = config.tokenizer == "bytes"
-        given = Tokenizer() if bytewise else read_tokenizer(Path(config.tokenizer))
+    given = config.given_tokenizer()
     identity = config.identity(text, given)
     checkpoints = Checkpoints(config.out, config.resume)
     metrics = []

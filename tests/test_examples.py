@@ -300,6 +300,20 @@ def test_baselines_are_those_of_counting():
     assert 0 < reached["zlib"] < 8
 
 
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_with_the_cache_there_is_one_token_to_encode_unless_the_window_is_full(monkeypatch, cache):
+    encoded = []
+
+    def next_token(self, tokens, start, last, caches, *args):
+        encoded.append(len(tokens))
+        return jnp.asarray(7), caches
+
+    model = Transformer(32, 8, 1, 2, 8, key=jax.random.key(1))
+    monkeypatch.setattr(Transformer, "_next", next_token)
+    list(model.sample(np.arange(5), 12, 1.0, cache=cache, key=jax.random.key(2)))
+    assert encoded == ([8, 1, 1, 1] * 3 if cache else [8] * 12)
+
+
 TEXTS = [
     b"",
     b"The list of the elements.\n\n\tThe end.\r\n",
@@ -451,6 +465,7 @@ def test_a_run_that_cannot_be_used_is_refused_in_one_line(finished, tmp_path):
     for run, message in [
         (tmp_path / "missing", "missing holds no checkpoint"),
         (tmp_path / "empty", "empty holds no checkpoint"),
+        (finished[0].text, "text.txt is not a folder"),
         (broken, "checkpoints/300 is broken"),
     ]:
         with pytest.raises(SystemExit, match=message) as error:
