@@ -109,12 +109,13 @@ def kind_of(piece: bytes) -> str:
 
 
 def readable(piece: bytes) -> str:
-    """The text of a token, with white space that can be seen and escapes for what has no glyph."""
+    """The text of a token, cut short, with white space and bytes that can be seen."""
     font = get_font(findfont(FontProperties()))
     text = piece.decode(errors="backslashreplace")
     text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     shown = (c.isprintable() and font.get_char_index(ord(c)) > 0 for c in text)
-    return "".join(c if show else ascii(c)[1:-1] for c, show in zip(text, shown))
+    label = "".join(c if show else ascii(c)[1:-1] for c, show in zip(text, shown))
+    return label if len(label) <= 16 else label[:15] + "…"
 
 
 def _png(figure: Figure) -> bytes:

@@ -506,6 +506,7 @@ def test_the_principal_plane_is_that_of_the_covariance():
         (b"42", "42", "digits"),
         ("Ö".encode(), "Ö", "capitals"),
         (b"$x$", "$x$", "others"),
+        (b"=" * 50, "=" * 15 + "…", "others"),
         (b"\x00\xe2", "\\x00\\xe2", "others"),
         ("中".encode(), "\\u4e2d", "others"),
     ],
