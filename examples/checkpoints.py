@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, whatever kills the program and whenever."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -19,59 +20,68 @@ def write_whole(path: Path, content: bytes) -> None:
 class Checkpoints:
     """The last two checkpoints of the run in the folder `out`, written by orbax."""
 
-    def __init__(self, out: Path, resume: bool, identity: dict[str, Any]):
-        """Stops the program with one line unless `out` holds what `resume` and `identity` need."""
-        self.out, self.identity = out, identity
-        folder = out.absolute() / "checkpoints"
-        steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
-        if resume and not steps:
+    def __init__(self, out: Path, exists: bool):
+        """Stops the program with one line unless `out` holds a run, or none, as `exists` says."""
+        if out.exists() and not out.is_dir():
+            raise SystemExit(f"{out} is not a folder.")
+        self.out, self.folder = out, out.absolute() / "checkpoints"
+        steps = ocp.utils.checkpoint_steps(self.folder) if self.folder.is_dir() else []
+        if exists and not steps:
             raise SystemExit(
-                f"cannot resume: {out} holds no checkpoint. Check --out, or start without --resume."
+                f"{out} holds no checkpoint. Check the name; train_lm.py without --resume starts a "
+                "run there."
             )
-        if steps and not resume:
+        if steps and not exists:
             raise SystemExit(f"{out} holds a run: go on with --resume, or choose another --out.")
         self.last_step = max(steps, default=0)
-        self.manager = ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)
-        )
 
-    def save(self, step: int, state: PyTree, metrics: list[dict[str, Any]]) -> None:
-        """Writes in the background, from a copy of `state`."""
-        about = {"identity": self.identity, "metrics": metrics}
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
-            ),
-        )
+    @functools.cached_property
+    def manager(self) -> ocp.CheckpointManager:
+        # It makes the folder: so it waits until there is something to write.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, about: dict[str, Any], **trees: PyTree) -> None:
+        """Writes in the background, from a copy of `trees`. What goes into `about` is JSON."""
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        args = ocp.args.Composite(about=ocp.args.JsonSave(about), **items)
+        self.manager.save(step, args=args)
 
     def finish(self) -> None:
         """Waits until everything is written."""
         self.manager.wait_until_finished()
         self.manager.close()
 
-    def restore(self, like: PyTree) -> tuple[int, PyTree, list[dict[str, Any]]]:
-        """The step, state and metrics of the last checkpoint, the state shaped as `like`."""
-        about = self._read(about=ocp.args.JsonRestore())["about"]
-        differences = [
-            f"{name} is {self.identity.get(name)} here and {about['identity'].get(name)} there"
-            for name in self.identity | about["identity"]
-            if self.identity.get(name) != about["identity"].get(name)
-        ]
-        if differences:
-            raise SystemExit(
-                f"cannot resume: the run in {self.out} is another one: {'; '.join(differences)}."
-            )
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        state = self._read(state=ocp.args.StandardRestore(shapes))["state"]
-        return self.last_step, state, about["metrics"]
+    def about(self) -> dict[str, Any]:
+        """What was saved as `about` with the last checkpoint."""
+        return self._restore(about=ocp.args.JsonRestore())["about"]
 
-    def _read(self, **items: Any) -> Any:
+    def trees(self, **like: PyTree) -> list[PyTree]:
+        """Trees of the last checkpoint, by their names, shaped as those given."""
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+        restored = self._restore(**items)
+        return [restored[name] for name in like]
+
+    def _restore(self, **items: Any) -> Any:
         try:
             return self.manager.restore(self.last_step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax raises whatever its storage layers raise
             raise SystemExit(
-                f"cannot resume: the checkpoint {self.out}/checkpoints/{self.last_step} is broken "
+                f"the checkpoint {self.out}/checkpoints/{self.last_step} is broken "
                 f"({type(error).__name__}). Nothing was changed; delete that folder to go on from "
                 "the one before it."
             ) from error
+
+
+def check_identity(out: Path, here: dict[str, Any], there: dict[str, Any]) -> None:
+    """Stops the program with one line that names what differs between two runs."""
+    differences = [
+        f"{name} is {here.get(name)} here and {there.get(name)} there"
+        for name in here | there
+        if here.get(name) != there.get(name)
+    ]
+    if differences:
+        raise SystemExit(
+            f"cannot resume: the run in {out} is another one: {'; '.join(differences)}."
+        )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
+from tokenizer import Tokenizer
 
 
 class Text(NamedTuple):
@@ -18,10 +19,10 @@ class Text(NamedTuple):
     sha256: str
 
 
-def read_text(path: Path | None, sequence_length: int) -> Text:
+def read_text(path: Path | None) -> Text:
     """Reads `path`, or the help topics that come with every Python.
 
-    Stops the program with one line if there is not enough to read.
+    Stops the program with one line if there is nothing to read.
     """
     if path is None:
         from pydoc_data.topics import topics
@@ -36,13 +37,40 @@ def read_text(path: Path | None, sequence_length: int) -> Text:
     if not data:
         raise SystemExit(f"the text {name} is empty.")
     cut = len(data) * 9 // 10
-    if len(data) - cut < sequence_length + 1:
-        raise SystemExit(
-            f"{name} is too short: its last tenth has {len(data) - cut} bytes, and one sequence "
-            f"needs {sequence_length + 1}. Give a longer --text or a shorter --sequence-length."
-        )
     values = np.frombuffer(data, np.uint8)
     return Text(name, values[:cut], values[cut:], hashlib.sha256(data).hexdigest())
+
+
+class Tokens(NamedTuple):
+    """A part of a text in tokens."""
+
+    values: Integer[np.ndarray, " tokens"]
+    per_byte: float
+    """Tokens for each byte, the first token left out: nothing predicts it."""
+
+
+def tokenize(text: Text, tokenizer: Tokenizer, sequence_length: int) -> tuple[Tokens, Tokens]:
+    """The training text and the held-out text in tokens.
+
+    Stops the program with one line if the tokenizer loses something, or a part is too short.
+    """
+    parts = []
+    for part, data in ("first nine tenths", text.train), ("last tenth", text.held_out):
+        data = data.tobytes()
+        values = tokenizer.encode(data)
+        if tokenizer.decode(values) != data:
+            raise SystemExit(
+                f"the tokenizer does not give {text.name} back byte for byte. Take a byte-level "
+                "one that changes nothing, or --tokenizer bpe."
+            )
+        if len(values) < sequence_length + 1:
+            raise SystemExit(
+                f"{text.name} is too short: its {part} has {len(values)} tokens, and one sequence "
+                f"needs {sequence_length + 1}. Give a longer --text or a shorter --sequence-length."
+            )
+        predicted = len(data) - len(tokenizer.decode(values[:1]))
+        parts.append(Tokens(values, (len(values) - 1) / predicted))
+    return parts[0], parts[1]
 
 
 def random_windows(

@@ -6,9 +6,12 @@ and whose methods are functions of them. The methods are written for one sequenc
 the program runs; see `train_lm.py`.
 """
 
+from collections.abc import Iterator
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
@@ -45,6 +48,21 @@ class Attention(eqx.Module):
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return mixed.reshape(sequence, embedding) @ self.output
 
+    def extend(
+        self,
+        x: Float[Array, "new embedding"],
+        start: Integer[Array, ""],
+        cache: Float[Array, "2 sequence embedding"],
+    ) -> tuple[Float[Array, "new embedding"], Float[Array, "2 sequence embedding"]]:
+        """As above for the tokens from `start` on, given the keys and values of those before."""
+        new, embedding = x.shape
+        query, *key_value = jnp.split(x @ self.query_key_value, 3, axis=1)
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, jnp.stack(key_value), start, axis=1)
+        heads = [rows.reshape(len(rows), self.num_heads, -1) for rows in (query, *cache)]
+        seen = jnp.arange(cache.shape[1]) <= start + jnp.arange(new)[:, None]
+        mixed = jax.nn.dot_product_attention(*heads, mask=seen[None])
+        return mixed.reshape(new, embedding) @ self.output, cache
+
 
 class Block(eqx.Module):
     """Attention between tokens, then a small network on each token; both are added to `x`."""
@@ -69,8 +87,21 @@ class Block(eqx.Module):
 
     def __call__(self, x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedding"]:
         x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def mlp(self, x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedding"]:
         # the square of a ReLU costs less than a GELU and learns as well: arxiv.org/abs/2109.08668
-        return x + jnp.square(jax.nn.relu(self.mlp_norm(x) @ self.expand)) @ self.contract
+        return jnp.square(jax.nn.relu(x @ self.expand)) @ self.contract
+
+    def extend(
+        self,
+        x: Float[Array, "new embedding"],
+        start: Integer[Array, ""],
+        cache: Float[Array, "2 sequence embedding"],
+    ) -> tuple[Float[Array, "new embedding"], Float[Array, "2 sequence embedding"]]:
+        mixed, cache = self.attention.extend(self.attention_norm(x), start, cache)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class Transformer(eqx.Module):
@@ -102,14 +133,18 @@ class Transformer(eqx.Module):
 
     def hidden(self, tokens: Integer[Array, " sequence"]) -> Float[Array, "sequence embedding"]:
         """What the model makes of each token and of those before it."""
-        x = EmbeddingLookup(self.tokens)(tokens)
-        x = x + EmbeddingLookup(self.positions)(jnp.arange(len(tokens)))
-        # The tables start with vectors of length one, the right size for logits; the blocks want
-        # entries of size one.
-        x = x * x.shape[-1] ** 0.5
+        x = self.embed(tokens, jnp.arange(len(tokens)))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def embed(
+        self, tokens: Integer[Array, " sequence"], positions: Integer[Array, " sequence"]
+    ) -> Float[Array, "sequence embedding"]:
+        x = EmbeddingLookup(self.tokens)(tokens) + EmbeddingLookup(self.positions)(positions)
+        # The tables start with vectors of length one, the right size for logits; the blocks want
+        # entries of size one.
+        return x * x.shape[-1] ** 0.5
 
     def logits(self, tokens: Integer[Array, " sequence"]) -> Float[Array, "sequence vocabulary"]:
         """Scores for the token that follows each token."""
@@ -127,25 +162,64 @@ class Transformer(eqx.Module):
 
     def sample(
         self,
-        prompt: Integer[Array, " prompt"],
+        prompt: Integer[np.ndarray, " prompt"],
         length: int,
         temperature: float,
         *,
+        top_k: int | None = None,
+        cache: bool = True,
         key: PRNGKeyArray,
-    ) -> Integer[Array, " length"]:
-        """Continues `prompt`, at most one sequence long, by `length` tokens."""
-        limit = self.positions.vocab_size
-        window = jnp.pad(prompt, (0, limit - len(prompt)))
+    ) -> Iterator[int]:
+        """Continues `prompt`, at least one token, by `length` tokens, one at a time.
 
-        def next_token(carry, key):
-            window, count = carry
-            # attention looks back only, so what stands behind `count` has no influence
-            logits = self.logits(window)[count - 1]
-            token = jax.random.categorical(key, logits / temperature).astype(window.dtype)
-            full = count == limit
-            window = jnp.where(full, jnp.roll(window, -1), window)
-            count = jnp.where(full, count, count + 1)
-            return (window.at[count - 1].set(token), count), token
+        A temperature of 0 takes the likeliest token each time. `top_k` leaves all but the k
+        likeliest out. Without `cache` each token encodes all tokens before it anew: the same text,
+        to rounding, at a higher price.
 
-        _, tokens = jax.lax.scan(next_token, (window, len(prompt)), jax.random.split(key, length))
-        return tokens
+        There are as many positions as tokens in a sequence. When they are used up, the newer half
+        of the tokens is kept, and moves to the front.
+        """
+        size = self.positions.vocab_size
+        window, encoded = [int(token) for token in prompt[-size:]], 0
+        caches = [jnp.zeros((2, *self.positions.embeddings.shape)) for _ in self.blocks]
+        for key in jax.random.split(key, length):
+            if len(window) > size:
+                window, encoded = window[-(size // 2 + 1) :], 0
+            new = window[encoded:]
+            # One token, or a whole window: two sizes, so that only two programs are compiled.
+            padding = [0] * (0 if encoded else size - len(new))
+            token, caches = self._next(
+                jnp.asarray(new + padding),
+                jnp.asarray(encoded),
+                jnp.asarray(len(new) - 1),
+                caches,
+                temperature,
+                top_k,
+                key,
+            )
+            encoded = len(window) if cache else 0
+            window.append(int(token))
+            yield window[-1]
+
+    @eqx.filter_jit
+    def _next(
+        self,
+        tokens: Integer[Array, " new"],
+        start: Integer[Array, ""],
+        last: Integer[Array, ""],
+        caches: list[Float[Array, "2 sequence embedding"]],
+        temperature: float,
+        top_k: int | None,
+        key: PRNGKeyArray,
+    ) -> tuple[Integer[Array, ""], list[Float[Array, "2 sequence embedding"]]]:
+        """A token to follow `tokens[last]`, and the keys and values of all tokens so far."""
+        x = self.embed(tokens, start + jnp.arange(len(tokens)))
+        for i, block in enumerate(self.blocks):
+            x, caches[i] = block.extend(x, start, caches[i])
+        logits = EmbeddingDecode(self.tokens)(self.norm(x)[last])
+        if temperature == 0:
+            return jnp.argmax(logits), caches
+        if top_k is not None:
+            likeliest, _ = jax.lax.top_k(logits, min(top_k, len(logits)))
+            logits = jnp.where(logits < likeliest[-1], -jnp.inf, logits)
+        return jax.random.categorical(key, logits / temperature), caches

@@ -1,14 +1,14 @@
 """Trains a small language model on text, with one table tied between its input and its output.
 
     python examples/train_lm.py
-    python examples/train_lm.py --text FILE --out runs/mine --steps 2000
-    python examples/train_lm.py --text FILE --out runs/mine --steps 2000 --resume
+    python examples/train_lm.py --text FILE --out runs/mine
+    python examples/train_lm.py --text FILE --out runs/mine --resume
+    python examples/train_lm.py --tokenizer bpe --out runs/bpe
 
-Writes checkpoints, metrics.jsonl, loss.png and sample.txt to --out.
+Writes checkpoints, metrics.jsonl, loss.png, embedding.png and sample.txt to --out.
 """
 
 import dataclasses
-import io
 import json
 import math
 import time
@@ -23,13 +23,15 @@ import numpy as np
 import optax
 import tyro
 from jaxtyping import Array, Float, install_import_hook, Integer, PyTree
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 
-with install_import_hook(("checkpoints", "text_data", "toy_transformer"), "beartype.beartype"):
-    from checkpoints import Checkpoints, write_whole
-    from text_data import baselines, random_windows, read_text, Text, windows
+CHECKED = ("checkpoints", "pictures", "text_data", "tokenizer", "toy_transformer")
+with install_import_hook(CHECKED, "beartype.beartype"):
+    from checkpoints import check_identity, Checkpoints, write_whole
+    from pictures import embedding_picture, loss_picture
+    from text_data import baselines, random_windows, read_text, Text, tokenize, windows
+    from tokenizer import read_tokenizer, Tokenizer, train_bpe
     from toy_transformer import Transformer
 
 
@@ -43,13 +45,18 @@ class Config:
     """The folder to write to."""
     resume: bool = False
     """Go on from the last checkpoint in --out."""
+    tokenizer: str = "bytes"
+    """What a token is. bytes: a byte. bpe: what byte pair encoding finds in the training text. Or
+    the path of a byte-level tokenizer.json, such as that of GPT-2."""
+    vocab_size: int = 4096
+    """How many different tokens --tokenizer bpe makes at most, the 256 bytes included."""
 
     steps: int = 2000
     """How many batches to train on."""
     batch_size: int = 16
     """Sequences in a batch."""
     sequence_length: int = 64
-    """Bytes in a sequence: how far the model looks back."""
+    """Tokens in a sequence: how far the model looks back."""
 
     num_layers: int = 4
     """Blocks of attention and multilayer perceptron."""
@@ -70,19 +77,20 @@ class Config:
     report_every: int = 200
     """Steps between two reports, each with held-out loss, picture and checkpoint."""
     sample_length: int = 600
-    """Bytes of text to write at the end."""
+    """Tokens of text to write at the end."""
     temperature: float = 0.8
-    """Of that text: near 0 for the likeliest bytes, 1 for the model's own probabilities."""
+    """Of that text: 0 for the likeliest token each time, 1 for the model's own probabilities."""
     seed: int = 0
     """Of the initial parameters, the batches and the sample."""
 
     def __post_init__(self):
-        for name in ("weight_decay", "sample_length", "seed"):
+        for name in ("weight_decay", "sample_length", "temperature", "seed"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("steps", "batch_size", "sequence_length", "num_layers", "num_heads"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("learning_rate", "clip_norm", "report_every", "temperature"):
+        for name in ("learning_rate", "clip_norm", "report_every"):
             self._check(name, getattr(self, name) > 0, "above 0")
+        self._check("vocab_size", self.vocab_size >= 256, "at least 256, the number of bytes")
         self._check("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
         self._check(
             "embedding_size",
@@ -95,10 +103,18 @@ class Config:
             option = name.replace("_", "-")
             raise SystemExit(f"--{option} must be {requirement}, got {getattr(self, name)}.")
 
-    def identity(self, text: Text) -> dict[str, Any]:
+    def given_tokenizer(self) -> Tokenizer | None:
+        """The one that --tokenizer names, or None if it is to be trained."""
+        if self.tokenizer == "bpe":
+            return None
+        return Tokenizer() if self.tokenizer == "bytes" else read_tokenizer(Path(self.tokenizer))
+
+    def identity(self, text: Text, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """What a run must share with a checkpoint in order to go on from it."""
         free = ("text", "out", "resume", "steps", "report_every", "sample_length", "temperature")
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+        name = f"bpe of {settings.pop('vocab_size')} tokens"
+        settings["tokenizer"] = name if tokenizer is None else tokenizer.name
         return settings | {"text_sha256": text.sha256}
 
 
@@ -151,43 +167,31 @@ def as_line(report: dict[str, Any]) -> str:
     return json.dumps(report) + "\n"
 
 
-def draw(metrics: list[dict[str, Any]], reference: dict[str, float]) -> bytes:
-    """The picture of a run, as PNG: bits per byte over steps."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    steps = [line["step"] for line in metrics]
-    for name, value in reference.items():
-        axes.axhline(value, color="0.6", linewidth=1, linestyle="--")
-        axes.annotate(
-            f"{name} {value:.2f}",
-            (1, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
-            textcoords="offset points",
-            horizontalalignment="right",
-            color="0.4",
-        )
-    axes.plot(steps, [line["train_loss"] / math.log(2) for line in metrics], label="training text")
-    axes.plot(steps, [line["val_bits_per_byte"] for line in metrics], label="held-out text")
-    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, None))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()
-
-
 def main(config: Config) -> list[dict[str, Any]]:
     """Trains, and returns what metrics.jsonl says: one dict of losses for each report."""
     began_run = time.perf_counter()
-    text = read_text(config.text, config.sequence_length)
-    checkpoints = Checkpoints(config.out, config.resume, config.identity(text))
+    text = read_text(config.text)
+    given = config.given_tokenizer()
+    identity = config.identity(text, given)
+    checkpoints = Checkpoints(config.out, config.resume)
+    metrics = []
+    if config.resume:
+        saved = checkpoints.about()
+        check_identity(config.out, identity, saved["identity"])
+        tokenizer, metrics = Tokenizer(saved["tokenizer"]), saved["metrics"]
+    else:
+        tokenizer = given or train_bpe(text.train.tobytes(), config.vocab_size)
+    about = {"identity": identity, "tokenizer": tokenizer.json, "metrics": metrics}
+    train, held_out = tokenize(text, tokenizer, config.sequence_length)
     reference = baselines(text)
     print(f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out")
+    if config.tokenizer != "bytes":
+        length = 1 / train.per_byte
+        print(f"{len(tokenizer.pieces):,} different tokens, of {length:.2f} bytes on average")
 
     model_key, sample_key = jax.random.split(jax.random.key(config.seed))
     model = Transformer(
-        vocab_size=256,
+        vocab_size=len(tokenizer.pieces),
         sequence_length=config.sequence_length,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
@@ -197,19 +201,19 @@ def main(config: Config) -> list[dict[str, Any]]:
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimizer = make_optimizer(config)
     opt_state = optimizer.init(params)
-    start, metrics = 0, []
+    start = checkpoints.last_step
     if config.resume:
-        start, (params, opt_state), metrics = checkpoints.restore((params, opt_state))
+        params, opt_state = checkpoints.trees(model=params, optimizer=opt_state)
     else:
-        checkpoints.save(start, (params, opt_state), metrics)
+        checkpoints.save(start, about, model=params, optimizer=opt_state)
 
-    held_out = jax.tree.map(
-        jnp.asarray, windows(text.held_out, config.sequence_length, batch_size=32)
+    held_out_batches = jax.tree.map(
+        jnp.asarray, windows(held_out.values, config.sequence_length, batch_size=32)
     )
     step_shape = (config.batch_size, config.sequence_length + 1)
     tokens_per_step = config.batch_size * config.sequence_length
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{size:,} parameters, {tokens_per_step:,} bytes a step")
+    print(f"{size:,} parameters, {tokens_per_step:,} tokens a step")
     train_step = make_step(optimizer, static)
     train_step = train_step.lower(jnp.zeros(step_shape, int), params, opt_state).compile()
 
@@ -217,26 +221,28 @@ def main(config: Config) -> list[dict[str, Any]]:
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step")
     for step in bar:
         began = time.perf_counter()
-        tokens = random_windows(text.train, *step_shape, seed=(config.seed, step))
+        tokens = random_windows(train.values, *step_shape, seed=(config.seed, step))
         loss, params, opt_state = train_step(jnp.asarray(tokens, int), params, opt_state)
         losses.append(float(loss))
         seconds += time.perf_counter() - began
         rate = len(losses) * tokens_per_step / seconds
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
         if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
-            val_loss = float(held_out_loss(held_out, params, static))
+            train_loss = sum(losses) / len(losses)
+            val_loss = float(held_out_loss(held_out_batches, params, static))
             metrics.append(
                 {
                     "step": step + 1,
-                    "train_loss": sum(losses) / len(losses),
+                    "train_loss": train_loss,
+                    "train_bits_per_byte": train_loss / math.log(2) * train.per_byte,
                     "val_loss": val_loss,
-                    "val_bits_per_byte": val_loss / math.log(2),
+                    "val_bits_per_byte": val_loss / math.log(2) * held_out.per_byte,
                     "tokens_per_second": rate,
                 }
             )
-            checkpoints.save(step + 1, (params, opt_state), metrics)
+            checkpoints.save(step + 1, about, model=params, optimizer=opt_state)
             write_whole(config.out / "metrics.jsonl", "".join(map(as_line, metrics)).encode())
-            write_whole(config.out / "loss.png", draw(metrics, reference))
+            write_whole(config.out / "loss.png", loss_picture(metrics, reference))
             bar.write(
                 "step {step}: train {train_loss:.3f} nats, held out {val_loss:.3f} nats, "
                 "{val_bits_per_byte:.3f} bits per byte".format(**metrics[-1])
@@ -244,15 +250,13 @@ def main(config: Config) -> list[dict[str, Any]]:
             losses, seconds = [], 0.0
     checkpoints.finish()
 
-    prompt = text.held_out[: config.sequence_length // 2]
-    sample = eqx.filter_jit(Transformer.sample)(
-        eqx.combine(params, static),
-        jnp.asarray(prompt, int),
-        config.sample_length,
-        config.temperature,
-        key=sample_key,
-    )
-    written = bytes(prompt) + b"|" + np.asarray(sample, np.uint8).tobytes()
+    model = eqx.combine(params, static)
+    counts = np.bincount(train.values, minlength=len(tokenizer.pieces))
+    picture = embedding_picture(np.asarray(model.tokens.embeddings), counts, tokenizer.pieces)
+    write_whole(config.out / "embedding.png", picture)
+    prompt = held_out.values[: max(1, config.sequence_length // 2)]
+    sample = model.sample(prompt, config.sample_length, config.temperature, key=sample_key)
+    written = tokenizer.decode(prompt) + b"|" + tokenizer.decode(np.fromiter(sample, np.int32))
     write_whole(config.out / "sample.txt", written)
     print(f"\n{written.decode(errors='replace')}\n")
     print("Up to the bar that is held-out text, from there on the model's.\n")

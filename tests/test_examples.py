@@ -12,16 +12,21 @@ import time
 from pathlib import Path
 
 import equinox as eqx
+import generate
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pictures
 import pytest
 import text_data
+import tokenizers
 import train_lm
+from tokenizer import read_tokenizer, Tokenizer, train_bpe
 from toy_transformer import Transformer
 
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "train_lm.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPT = EXAMPLES / "train_lm.py"
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +93,9 @@ def test_a_run_learns_and_leaves_metrics_picture_sample_and_checkpoints(finished
         assert line["tokens_per_second"] > 0
     lines = (config.out / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == metrics
-    assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    held_out = text_data.read_text(config.text, 16).held_out.tobytes()
+    for picture in "loss.png", "embedding.png":
+        assert (config.out / picture).read_bytes().startswith(b"\x89PNG")
+    held_out = text_data.read_text(config.text).held_out.tobytes()
     sample = (config.out / "sample.txt").read_bytes()
     assert sample.startswith(held_out[:8] + b"|") and len(sample) == 8 + 1 + 20
     assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == ["200", "300"]
@@ -127,6 +133,7 @@ def test_a_finished_run_resumes_for_longer(finished, tmp_path):
         ({"embedding_size": 16}, "embedding_size is 16 here and 8 there"),
         ({"num_layers": 2, "seed": 1}, "num_layers is 2 here and 1 there; seed is 1 here and 0"),
         ({"text": None}, "text_sha256 is .* here and .* there"),
+        ({"tokenizer": "bpe"}, "tokenizer is bpe of 4096 tokens here and bytes there"),
     ],
 )
 def test_resuming_with_other_settings_names_them_and_changes_nothing(finished, changes, message):
@@ -155,7 +162,7 @@ def test_resuming_without_a_checkpoint_is_an_error_and_creates_nothing(text, tmp
     assert out.exists() == create and not list(out.glob("*"))
 
 
-@pytest.mark.parametrize("item", ["about", "state"])
+@pytest.mark.parametrize("item", ["about", "model", "optimizer"])
 def test_resuming_from_a_broken_checkpoint_is_an_error_and_changes_nothing(
     finished, tmp_path, item
 ):
@@ -174,7 +181,7 @@ def test_a_text_that_cannot_be_used_is_refused_in_one_line(text, tmp_path):
     for name, data, message in [
         ("missing", None, "cannot read the text .*missing: No such file or directory"),
         ("empty", b"", "empty is empty"),
-        ("short", b"too short" * 5, "short is too short: its last tenth has 5 bytes"),
+        ("short", b"too short" * 5, "short is too short: its last tenth has 5 tokens"),
     ]:
         path = tmp_path / name
         if data is not None:
@@ -193,6 +200,7 @@ def test_a_text_that_cannot_be_used_is_refused_in_one_line(text, tmp_path):
         ({"steps": 0}, "--steps must be above 0, got 0"),
         ({"num_heads": 3}, "--embedding-size must be a multiple of --num-heads 3, got 8"),
         ({"learning_rate": math.nan}, "--learning-rate must be above 0, got nan"),
+        ({"vocab_size": 255}, "--vocab-size must be at least 256, the number of bytes, got 255"),
         ({"warmup": 1.0}, "--warmup must be at least 0 and below 1, got 1.0"),
     ],
 )
@@ -201,22 +209,32 @@ def test_a_setting_out_of_range_is_refused_in_one_line(text, tmp_path, changes, 
         tiny(text, tmp_path, **changes)
 
 
-def test_the_command_line_explains_each_option_and_fails_in_one_line(text, tmp_path):
+@pytest.mark.parametrize("script", [train_lm, generate])
+def test_help_explains_each_option_and_shows_the_command(script):
     env = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
+    path = EXAMPLES / f"{script.__name__}.py"
     shown = subprocess.run(
-        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, env=env
+        [sys.executable, str(path), "--help"], capture_output=True, text=True, env=env
     )
     assert shown.returncode == 0
-    for field in dataclasses.fields(train_lm.Config):
+    assert f"python examples/{script.__name__}.py" in shown.stdout
+    for field in dataclasses.fields(script.Config):
         assert f"--{field.name.replace('_', '-')}" in shown.stdout
-    failed = subprocess.run(
-        command(tiny(tmp_path / "missing", tmp_path / "out")),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert failed.returncode == 1
-    assert failed.stdout == "" and failed.stderr.count("\n") == 1
+
+
+def test_scripts_run_from_any_folder_and_fail_in_one_line(finished_bpe, tmp_path):
+    def run(command):
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    script, folder = str(EXAMPLES / "generate.py"), str(finished_bpe[0].out)
+    written = run([sys.executable, script, "--run", folder, "--prompt", "3 times", "--length=5"])
+    assert written.stdout.startswith("3 times") and written.stderr == ""
+    for failed in (
+        run([sys.executable, script, "--run", "missing"]),
+        run(command(tiny(tmp_path / "missing", tmp_path / "out"))),
+    ):
+        assert failed.returncode == 1
+        assert failed.stdout == "" and failed.stderr.count("\n") == 1
 
 
 def test_the_model_looks_back_only_and_its_loss_is_that_of_its_logits(getkey):
@@ -234,15 +252,31 @@ def test_the_model_looks_back_only_and_its_loss_is_that_of_its_logits(getkey):
     np.testing.assert_allclose(model.loss(tokens[:, :-1], tokens[:, 1:]), expected, rtol=1e-5)
 
 
-def test_a_sample_at_temperature_near_zero_is_the_likeliest_continuation(getkey):
-    model = Transformer(256, 8, 1, 2, 8, key=getkey())
-    prompt = jnp.arange(5)
-    written = model.sample(prompt, 6, 1e-6, key=getkey())
-    tokens = list(np.asarray(prompt))
-    for token in written:
-        window = jnp.asarray(tokens[-8:])
-        assert int(token) == int(jnp.argmax(model.logits(window)[-1]))
-        tokens.append(int(token))
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("temperature, top_k", [(0.0, None), (0.8, None), (1.5, 3), (1.0, 999)])
+@pytest.mark.parametrize("size, prompt", [(8, range(5)), (7, range(20)), (1, [3])])
+def test_a_sample_follows_the_logits_of_windows_that_keep_their_newer_half(
+    size, prompt, temperature, top_k, cache
+):
+    model = Transformer(32, size, 1, 2, 8, key=jax.random.key(1))
+    key = jax.random.key(2)
+    logits_of = eqx.filter_jit(model.logits)
+    window, expected = list(prompt)[-size:], []
+    for step_key in jax.random.split(key, 12):
+        if len(window) > size:
+            window = window[-(size // 2 + 1) :]
+        padded = jnp.asarray(window + [0] * (size - len(window)))
+        logits = np.array(logits_of(padded))[len(window) - 1]
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            if top_k is not None:
+                logits[np.argsort(-logits)[top_k:]] = -np.inf
+            token = int(jax.random.categorical(step_key, logits / temperature))
+        expected.append(token)
+        window.append(token)
+    written = model.sample(np.asarray(prompt), 12, temperature, top_k=top_k, cache=cache, key=key)
+    assert list(written) == expected
 
 
 def test_windows_ask_for_each_byte_but_the_first_exactly_once():
@@ -264,3 +298,219 @@ def test_baselines_are_those_of_counting():
     expected = -(50 * math.log2(a_then_b) + 49 * math.log2(b_then_a)) / 99
     assert reached["bigram"] == pytest.approx(expected)
     assert 0 < reached["zlib"] < 8
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_with_the_cache_there_is_one_token_to_encode_unless_the_window_is_full(monkeypatch, cache):
+    encoded = []
+
+    def next_token(self, tokens, start, last, caches, *args):
+        encoded.append(len(tokens))
+        return jnp.asarray(7), caches
+
+    model = Transformer(32, 8, 1, 2, 8, key=jax.random.key(1))
+    monkeypatch.setattr(Transformer, "_next", next_token)
+    list(model.sample(np.arange(5), 12, 1.0, cache=cache, key=jax.random.key(2)))
+    assert encoded == ([8, 1, 1, 1] * 3 if cache else [8] * 12)
+
+
+TEXTS = [
+    b"",
+    b"The list of the elements.\n\n\tThe end.\r\n",
+    "Größe, 中文, 🙂, e\u0301 and \u00e9 <|endoftext|>".encode(),
+    "中".encode()[1:] + b" is cut in two " + "中".encode()[:2],
+    bytes(range(256)) * 2,
+    np.random.default_rng(0).bytes(500),
+]
+
+
+@pytest.fixture(scope="module")
+def bpe(text):
+    return train_bpe(text.read_bytes(), 300)
+
+
+@pytest.mark.parametrize("data", TEXTS)
+def test_every_byte_survives_a_tokenizer(bpe, data):
+    for tokenizer in Tokenizer(), bpe, Tokenizer(bpe.json):
+        assert tokenizer.decode(tokenizer.encode(data)) == data
+
+
+def test_pieces_are_those_of_hugging_face(text, bpe):
+    theirs = tokenizers.Tokenizer.from_str(bpe.json)
+    assert 256 < len(bpe.pieces) <= 300 and b" times " not in bpe.pieces
+    assert b" times" in bpe.pieces and " is" in map(bytes.decode, bpe.pieces[256:])
+    tokens = bpe.encode(text.read_bytes())
+    assert list(tokens) == theirs.encode(text.read_text()).ids
+    assert bpe.decode(tokens).decode() == theirs.decode(list(tokens))
+    assert len(tokens) < 0.6 * len(text.read_bytes())
+
+
+def test_a_tokenizer_of_bytes_needs_no_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    np.testing.assert_array_equal(Tokenizer().encode(b"\x00a\xff"), [0, 97, 255])
+    with pytest.raises(ImportError):
+        train_bpe(b"text", 300)
+
+
+@pytest.fixture(scope="module")
+def finished_bpe(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "bpe"
+    config = tiny(text, out, tokenizer="bpe", vocab_size=300, steps=20, report_every=10)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return config, train_lm.main(config)
+
+
+def test_bits_per_byte_are_those_of_all_nats_over_all_bytes_predicted(finished_bpe, bpe):
+    config, metrics = finished_bpe
+    text = text_data.read_text(config.text)
+    model, tokenizer = generate.load(config.out)
+    assert train_bpe(text.train.tobytes(), 300).pieces == tokenizer.pieces
+    tokens = tokenizer.encode(text.held_out.tobytes())
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        piece = np.zeros(17, int)
+        piece[: len(tokens[start : start + 17])] = tokens[start : start + 17]
+        log_probabilities = jax.nn.log_softmax(model.logits(jnp.asarray(piece[:-1])))
+        for i in range(min(16, len(tokens) - 1 - start)):
+            nats -= float(log_probabilities[i, piece[i + 1]])
+    bytes_predicted = len(text.held_out) - len(tokenizer.pieces[tokens[0]])
+    bits = nats / math.log(2) / bytes_predicted
+    assert metrics[-1]["val_bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+    assert metrics[-1]["val_loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-4)
+
+
+def test_resuming_takes_the_tokenizer_of_the_checkpoint(finished_bpe, tmp_path, monkeypatch):
+    config, metrics = finished_bpe
+    config = dataclasses.replace(config, out=tmp_path / "resumed", resume=True)
+    shutil.copytree(finished_bpe[0].out, config.out)
+    shutil.rmtree(config.out / "checkpoints" / "20")
+    monkeypatch.setattr(train_lm, "train_bpe", None)
+    np.testing.assert_allclose(losses(train_lm.main(config)), losses(metrics), rtol=1e-5)
+    with pytest.raises(SystemExit, match="bpe of 301 tokens here and bpe of 300 tokens there"):
+        train_lm.main(dataclasses.replace(config, vocab_size=301))
+
+
+def test_a_file_is_the_same_tokenizer_by_its_content(text, bpe, tmp_path):
+    path, copy = tmp_path / "tokenizer.json", tmp_path / "copy.json"
+    path.write_text(bpe.json)
+    copy.write_text(bpe.json)
+    config, read = tiny(text, tmp_path), text_data.read_text(text)
+    assert config.identity(read, read_tokenizer(path)) == config.identity(
+        read, read_tokenizer(copy)
+    )
+    copy.write_text(train_bpe(text.read_bytes(), 299).json)
+    changed = config.identity(read, read_tokenizer(copy))
+    assert config.identity(read, read_tokenizer(path))["tokenizer"] != changed["tokenizer"]
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused_in_one_line(text, bpe, tmp_path):
+    lower = tokenizers.Tokenizer.from_str(bpe.json)
+    lower.normalizer = tokenizers.normalizers.Replace("times", "x")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"is": 0}, unk_token="?"))
+    for name, content, message in [
+        ("missing", None, "cannot read the tokenizer .*missing: No such file or directory"),
+        ("empty", "", "empty is no tokenizer.json of use: EOF"),
+        ("json", "{}", "json is no tokenizer.json of use: Model missing"),
+        ("words", words.to_str(), r"words is no tokenizer.json of use: .*\[UNK\]"),
+        ("lower", lower.to_str(), "does not give .*text.txt back byte for byte"),
+    ]:
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(SystemExit, match=message) as error:
+            train_lm.main(tiny(text, tmp_path / "out", tokenizer=str(tmp_path / name)))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_too_short_in_tokens_is_refused(tmp_path):
+    (tmp_path / "text").write_bytes(b"again and " * 50)
+    with pytest.raises(SystemExit, match="last tenth has .* tokens, and one sequence needs 31"):
+        train_lm.main(
+            tiny(tmp_path / "text", tmp_path / "out", tokenizer="bpe", sequence_length=30)
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def printed(capsys, run, **settings):
+    generate.main(generate.Config(run, **{"length": 40, **settings}))
+    return capsys.readouterr().out
+
+
+def test_generation_is_the_same_for_a_seed_with_and_without_the_cache(finished_bpe, capsys):
+    run = finished_bpe[0].out
+    written = printed(capsys, run, prompt="2 times ")
+    assert written.startswith("2 times ") and len(written) > 40
+    assert written == printed(capsys, run, prompt="2 times ", cache=False)
+    assert written != printed(capsys, run, prompt="2 times ", seed=1)
+    long = "7 times 7 is 49.\n" * 5
+    assert printed(capsys, run, prompt=long, length=0) == long + "\n"
+    after_line_break = printed(capsys, run, prompt="\n", temperature=0.0)
+    assert "\n" + printed(capsys, run, temperature=0.0) == after_line_break
+
+
+def test_a_character_is_printed_when_it_is_whole(finished, monkeypatch):
+    text = "é中🙂".encode() + b"\xff!" + "中".encode()[:2]
+    monkeypatch.setattr(Transformer, "sample", lambda *args, **options: iter(text))
+    shown = []
+    monkeypatch.setattr("builtins.print", lambda part, **options: shown.append(part))
+    generate.main(generate.Config(finished[0].out, prompt=">"))
+    assert [part for part in shown if part] == [">", "é", "中", "🙂", "\ufffd", "!", "\ufffd"]
+
+
+def test_a_run_that_cannot_be_used_is_refused_in_one_line(finished, tmp_path):
+    (tmp_path / "empty").mkdir()
+    broken = tmp_path / "broken"
+    shutil.copytree(finished[0].out, broken)
+    shutil.rmtree(broken / "checkpoints" / "300" / "model")
+    for run, message in [
+        (tmp_path / "missing", "missing holds no checkpoint"),
+        (tmp_path / "empty", "empty holds no checkpoint"),
+        (finished[0].text, "text.txt is not a folder"),
+        (broken, "checkpoints/300 is broken"),
+    ]:
+        with pytest.raises(SystemExit, match=message) as error:
+            generate.main(generate.Config(run))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "missing").exists() and not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"temperature": -0.1}, "--temperature must be at least 0, got -0.1"),
+        ({"temperature": math.nan}, "--temperature must be at least 0, got nan"),
+        ({"top_k": 0}, "--top-k must be at least 1, got 0"),
+        ({"length": -1}, "--length must be at least 0, got -1"),
+    ],
+)
+def test_a_setting_of_generation_out_of_range_is_refused_in_one_line(setting, message):
+    with pytest.raises(SystemExit, match=message):
+        generate.Config(Path("run"), **setting)
+
+
+def test_the_principal_plane_is_that_of_the_covariance():
+    rows = np.random.default_rng(0).normal(size=(20, 5)) * [1, 5, 1, 3, 1]
+    points, shares = pictures.principal_plane(rows)
+    variances = np.linalg.eigvalsh(np.cov(rows.T))[::-1]
+    np.testing.assert_allclose(np.cov(points.T), np.diag(variances[:2]), atol=1e-12)
+    np.testing.assert_allclose(shares, variances[:2] / variances.sum())
+    for degenerate in np.ones((1, 4)), np.ones((3, 1)), np.full((3, 4), np.nan):
+        np.testing.assert_allclose(pictures.principal_plane(degenerate)[0], 0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "piece, label, kind",
+    [
+        (b" the", "␣the", "lower case"),
+        (b"\n\t", "⏎⇥", "white space"),
+        (b"42", "42", "digits"),
+        ("Ö".encode(), "Ö", "capitals"),
+        (b"$x$", "$x$", "others"),
+        (b"=" * 50, "=" * 15 + "…", "others"),
+        (b"\x00\xe2", "\\x00\\xe2", "others"),
+        ("中".encode(), "\\u4e2d", "others"),
+    ],
+)
+def test_labels_can_be_read(piece, label, kind):
+    assert pictures.readable(piece) == label and pictures.kind_of(piece) == kind
+    assert pictures.embedding_picture(np.ones((1, 2)), np.ones(1, int), [piece])

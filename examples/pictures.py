@@ -1,0 +1,124 @@
+"""The pictures of a run, as PNG."""
+
+import io
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Integer
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, FontProperties, get_font
+
+
+COLORS = {
+    "lower case": "tab:blue",
+    "capitals": "tab:orange",
+    "digits": "tab:green",
+    "white space": "tab:red",
+    "others": "0.35",
+}
+
+
+def loss_picture(metrics: list[dict[str, Any]], reference: dict[str, float]) -> bytes:
+    """Bits per byte over steps, beside what easier methods reach."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps = [line["step"] for line in metrics]
+    for name, value in reference.items():
+        axes.axhline(value, color="0.6", linewidth=1, linestyle="--")
+        axes.annotate(
+            f"{name} {value:.2f}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 3),
+            textcoords="offset points",
+            horizontalalignment="right",
+            color="0.4",
+        )
+    for name, label in ("train", "training text"), ("val", "held-out text"):
+        values = [line[f"{name}_bits_per_byte"] for line in metrics]
+        axes.plot(steps, values, marker="o", markersize=3, label=f"{label} {values[-1]:.2f}")
+    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, None))
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def embedding_picture(
+    embeddings: Float[np.ndarray, "vocabulary embedding"],
+    counts: Integer[np.ndarray, " vocabulary"],
+    pieces: list[bytes],
+) -> bytes:
+    """The hundred most frequent tokens, in the plane in which their embeddings differ most.
+
+    Where two would overlap, the less frequent one is a dot.
+    """
+    tokens = [token for token in np.argsort(-counts, kind="stable")[:100] if counts[token] > 0]
+    points, shares = principal_plane(embeddings[tokens])
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(*points.T, s=0)
+    axes.set(
+        title=f"the {len(tokens)} most frequent tokens",
+        xlabel=f"first principal component of their embeddings, {shares[0]:.0%} of the variance",
+        ylabel=f"second, {shares[1]:.0%}",
+        xticks=[],
+        yticks=[],
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    kinds = [kind_of(pieces[token]) for token in tokens]
+    for kind, color in COLORS.items():
+        if kind in kinds:
+            axes.scatter([], [], color=color, label=kind)
+    figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False)
+    figure.draw_without_rendering()  # puts everything in its place, so that labels have one
+
+    taken = []
+    for token, kind, (x, y) in zip(tokens, kinds, points.tolist()):
+        style = {"color": COLORS[kind], "ha": "center", "va": "center", "parse_math": False}
+        label = axes.text(x, y, readable(pieces[token]), **style)
+        box = label.get_window_extent()
+        if any(box.overlaps(other) for other in taken):
+            label.remove()
+            axes.scatter(x, y, s=8, color=COLORS[kind], alpha=0.5, linewidths=0)
+        else:
+            taken.append(box)
+    return _png(figure)
+
+
+def principal_plane(
+    rows: Float[np.ndarray, "rows size"],
+) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " 2"]]:
+    """Rows in the plane in which they differ most, and each axis' share of their variance."""
+    rows = np.nan_to_num(rows.astype(np.float64))  # there is no plane for what has diverged
+    left, sizes, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    # a plane even for a single row, or for embeddings of size one
+    left, sizes = np.pad(left, ((0, 0), (0, 2))), np.pad(sizes, (0, 2))
+    return (left * sizes)[:, :2], sizes[:2] ** 2 / max(sum(sizes**2), 1e-30)
+
+
+def kind_of(piece: bytes) -> str:
+    text = piece.decode(errors="replace").strip()
+    if not text:
+        return "white space"
+    if text.isdigit():
+        return "digits"
+    if text.isalpha() and text.islower():
+        return "lower case"
+    return "capitals" if text.isalpha() and text[0].isupper() else "others"
+
+
+def readable(piece: bytes) -> str:
+    """The text of a token, cut short, with white space and bytes that can be seen."""
+    font = get_font(findfont(FontProperties()))
+    text = piece.decode(errors="backslashreplace")
+    text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    shown = (c.isprintable() and font.get_char_index(ord(c)) > 0 for c in text)
+    label = "".join(c if show else ascii(c)[1:-1] for c, show in zip(text, shown))
+    return label if len(label) <= 16 else label[:15] + "…"
+
+
+def _png(figure: Figure) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    return png.getvalue()
