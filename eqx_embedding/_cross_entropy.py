@@ -17,48 +17,59 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+
+class Plan(NamedTuple):
+    """How the work is cut: for speed and memory, without meaning for the result."""
+
+    chunk_size: int  # tokens
+    tile_size: int  # rows of the table, all of them tokens
+    dtype: DTypeLike  # of the factors of each product
+    transpose: bool  # whether to transpose a tile before its product with the table
+
+
+def make_plan(D: int, vocab_size: int, dtype: DTypeLike, wide: DTypeLike) -> Plan:
+    """What is fast for this backend, these sizes, and operands of `dtype` summed in `wide`."""
+    if jax.default_backend() != "cpu":
+        # Small products starve an accelerator. float16 would lose the small probabilities.
+        return Plan(4096, vocab_size, wide if dtype == jnp.float16 else dtype, False)
+    # Each chunk reads and writes the gradient of the table once, so larger chunks are faster, up to
+    # 256; the logits of 3/4 D take less memory than that gradient. A small vocabulary has chunks of
+    # 2**18 logits, which stay in the cache, and a small problem is one chunk and one tile: the
+    # plain way. Tiles of 1024 rows fit the cache, and are work enough for a few threads. Products
+    # in float32 are faster than in anything narrower. With a short D, XLA's product with a
+    # transposed left factor costs more than to transpose it first.
+    chunk_size = max(min(max(D * 3 // 4, 128), 256), 2**18 // vocab_size)
+    return Plan(chunk_size, min(vocab_size, 1024), wide, transpose=D < 256)
 
 
 class Options(NamedTuple):
     """What is known when the program is compiled."""
 
     vocab_size: int  # the first so many of the V rows are tokens, the others padding
-    chunk_size: int  # tokens
-    tile_size: int  # rows
     label_smoothing: float
     z_loss: float
     soft_cap: float | None
     reduce: bool  # whether to sum the losses
     dtype: DTypeLike  # of hidden and table
-    product_dtype: DTypeLike  # that of the factors of each product
-
-
-def plan(N: int, D: int, V: int, dtype: DTypeLike) -> tuple[int, int, DTypeLike]:
-    """The chunk size, the tile size and the dtype of the products that are fast."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    if jax.default_backend() != "cpu":
-        # Small products starve an accelerator. float16 would lose the small probabilities.
-        return 4096, V, wide if dtype == jnp.float16 else dtype
-    # A tile of logits and one of the table fit the cache. The logits of D / 2 tokens take half the
-    # memory of the table's gradient, which each chunk reads and writes; of 2**20 logits, no more
-    # than what the small programs do anyway: at most so many are one chunk. CPUs multiply float32
-    # faster than what is narrower.
-    chunk_size = max(min(max(D // 2, 128), 512), 2**20 // V)
-    return chunk_size, V if V <= 1024 else 512, wide
+    plan: Plan
 
 
 def _loop(count, body, carry):
-    return body(0, carry) if count == 1 else lax.fori_loop(0, count, body, carry)
+    # int32 also in 64-bit mode, as the targets are
+    zero = np.int32(0)
+    return body(zero, carry) if count == 1 else lax.fori_loop(zero, np.int32(count), body, carry)
 
 
 def _chunk(options, x, table, bias, weights, targets, z_buffer, d_table, d_bias):
     """The losses of C tokens. If there is a `d_table`, also the gradients of their weighted sum:
     that of `x`, and those of the table and the bias, added to `d_table` and `d_bias`."""
-    (C, D), (V, _), wide = x.shape, table.shape, weights.dtype
-    K, T, dtype = options.vocab_size, options.tile_size, options.product_dtype
+    (C, D), wide = x.shape, weights.dtype
+    K, T, dtype = options.vocab_size, options.plan.tile_size, options.plan.dtype
     smoothing, cap = options.label_smoothing, options.soft_cap
     count = -(-K // T)
     x = x.astype(dtype)
@@ -67,10 +78,9 @@ def _chunk(options, x, table, bias, weights, targets, z_buffer, d_table, d_bias)
     row = functools.partial(jnp.expand_dims, axis=0)
 
     def rows(i):
-        """The first row of tile i, and which rows are tokens that no tile before had."""
-        start = jnp.minimum(i * T, V - T)
-        index = start + jnp.arange(T)
-        return start, (index >= i * T) & (index < K) if K % T > 0 else None
+        """The first row of tile i, and which of its rows no tile before had: the last overlaps."""
+        start = jnp.minimum(i * T, K - T)
+        return start, start + jnp.arange(T, dtype=np.int32) >= i * T if K % T > 0 else None
 
     def tile(array, start):
         return lax.dynamic_slice_in_dim(array, start, T)
@@ -118,7 +128,7 @@ def _chunk(options, x, table, bias, weights, targets, z_buffer, d_table, d_bias)
         start, mask = rows(i)
         z = lax.dynamic_index_in_dim(z_buffer, i, keepdims=False)
         d_z = row(scale) * jnp.exp(z - row(maximum))
-        is_target = column(start + jnp.arange(T)) == row(targets)
+        is_target = column(start + jnp.arange(T, dtype=np.int32)) == row(targets)
         d_z = d_z - jnp.where(is_target, row((1 - smoothing) * weights), 0.0)
         if smoothing > 0:
             d_z = d_z - row(smoothing / K * weights)
@@ -129,7 +139,11 @@ def _chunk(options, x, table, bias, weights, targets, z_buffer, d_table, d_bias)
             d_b = tile(d_bias, start) + jnp.sum(d_z, axis=1)
             d_bias = lax.dynamic_update_slice_in_dim(d_bias, d_b, start, 0)
         d_z = d_z.astype(dtype)
-        d_x = d_x + dot(d_z, tile(table, start).astype(dtype), (((0,), (0,)), ((), ())))
+        w = tile(table, start).astype(dtype)
+        if options.plan.transpose:
+            d_x = d_x + dot(lax.optimization_barrier(d_z.T), w, (((1,), (0,)), ((), ())))
+        else:
+            d_x = d_x + dot(d_z, w, (((0,), (0,)), ((), ())))
         d_t = tile(d_table, start) + dot(d_z, x, (((1,), (0,)), ((), ())))
         return d_x, lax.dynamic_update_slice_in_dim(d_table, d_t, start, 0), d_bias
 
@@ -140,9 +154,11 @@ def _chunk(options, x, table, bias, weights, targets, z_buffer, d_table, d_bias)
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _chunks(options, differentiate, hidden, table, bias, weights, targets):
     """The loss of each token and, to `differentiate`, the gradients of their weighted sum."""
-    (N, D), wide, T = hidden.shape, weights.dtype, options.tile_size
-    count = max(-(-N // options.chunk_size), 1)
+    (N, D), wide, plan = hidden.shape, weights.dtype, options.plan
+    count = max(-(-N // plan.chunk_size), 1)
     C = -(-N // count)
+    if count > 1:
+        C = -(-C // 16) * 16  # whole vectors, whatever N is
     # A token of weight zero must not poison the others, whatever its vector and its target are; a
     # target out of range must, at any other weight.
     alive = weights != 0
@@ -172,8 +188,10 @@ def _chunks(options, differentiate, hidden, table, bias, weights, targets):
     if not differentiate:
         losses, *_ = _loop(count, chunk, (losses, None, None, None, None))
         return losses.reshape(-1)[:N], None
-    tiles = -(-options.vocab_size // T)
-    d_hidden, z_buffer = jnp.zeros((C, count, D), wide), jnp.zeros((tiles, T, C), wide)
+    tiles = -(-options.vocab_size // plan.tile_size)
+    d_hidden, z_buffer = (
+        jnp.zeros(shape, wide) for shape in ((C, count, D), (tiles, plan.tile_size, C))
+    )
     d_bias = None if bias is None else jnp.zeros_like(bias)
     carry = (losses, d_hidden, z_buffer, jnp.zeros(table.shape, wide), d_bias)
     losses, d_hidden, _, d_table, d_bias = _loop(count, chunk, carry)
@@ -185,7 +203,7 @@ def weighted_cross_entropy(
     options: Options,
     hidden: Float[Array, "N D"],
     table: Float[Array, "V D"],
-    bias: Float[Array, " V"] | None,
+    bias: Float[Array, " vocab_size"] | None,
     weights: Float[Array, " N"],
     targets: Int[Array, " N"],
 ) -> Float[Array, ""] | Float[Array, " N"]:
@@ -201,9 +219,8 @@ def _weigh(options, losses, weights):
 
 def _forward(options, *operands):
     losses, gradients = _chunks(options, options.reduce, *operands)
-    weights = operands[3]
     residuals = losses, (gradients if options.reduce else operands)
-    return _weigh(options, losses, weights), residuals
+    return _weigh(options, losses, weights=operands[3]), residuals
 
 
 def _backward(options, residuals, cotangent):
@@ -215,8 +232,8 @@ def _backward(options, residuals, cotangent):
         weights = weights * cotangent
         _, gradients = _chunks(options, True, hidden, table, bias, weights, targets)
     d_hidden, d_table, d_bias = gradients
-    dtype = options.dtype
-    return d_hidden.astype(dtype), d_table.astype(dtype), d_bias, cotangent * losses, None
+    d_hidden, d_table = (d.astype(options.dtype) for d in (d_hidden, d_table))
+    return d_hidden, d_table, d_bias, cotangent * losses, None
 
 
 weighted_cross_entropy.defvjp(_forward, _backward)

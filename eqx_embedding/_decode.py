@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray
 
-from ._cross_entropy import Options, plan, weighted_cross_entropy
+from ._cross_entropy import make_plan, Options, weighted_cross_entropy
 from ._table import EmbeddingTable
 from ._tokens import tokens_in_range
 
@@ -77,10 +77,7 @@ class EmbeddingDecode(eqx.Module):
         """
         del key
         batch_axes, axis = self._check_hidden(hidden), self.table._vocabulary_position()
-        operands = [hidden, self.table.embeddings] + ([] if self.bias is None else [self.bias])
-        dtype = jnp.result_type(*operands)
-        wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
-        product_dtype = jnp.result_type(*operands[:2])
+        dtype, wide, product_dtype = self._dtypes(hidden)
         rows = lax.slice_in_dim(self.table.embeddings, 0, self.table.vocab_size, axis=axis)
         embedding_positions = [i for i in range(rows.ndim) if i != axis]
         logits = lax.dot_general(
@@ -124,8 +121,8 @@ class EmbeddingDecode(eqx.Module):
         z-loss of [PaLM](https://arxiv.org/abs/2204.02311).
 
         It has gradients with respect to `hidden`, the table, the bias and `weights`. They are
-        computed together with the loss, a chunk of tokens at a time: so the derivative is its
-        own, of first order and in reverse mode, and JAX refuses `jax.jvp` and `jax.hessian`.
+        computed together with the loss, a chunk of tokens at a time, by a derivative of its own:
+        for reverse mode (`jax.grad`), while JAX refuses forward mode (`jax.jvp`).
 
         **Arguments:**
 
@@ -170,43 +167,43 @@ class EmbeddingDecode(eqx.Module):
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
 
-        wide = jnp.float32
-        if jnp.float64 in (hidden.dtype, table.embeddings.dtype, self.bias is not None and self.bias.dtype):
-            wide = jnp.float64
-        dtype = hidden.dtype if hidden.dtype == table.embeddings.dtype else wide
-        rows = jnp.moveaxis(table.embeddings, axis, 0).reshape(table.embeddings.shape[axis], -1)
-        (V, D), N = rows.shape, math.prod(batch)
-        size, tile_size, product_dtype = plan(N, D, V, dtype)
+        _, wide, dtype = self._dtypes(hidden)
+        rows = jnp.moveaxis(table.embeddings, axis, 0)
+        rows = rows.reshape(len(rows), -1).astype(dtype)
+        plan = make_plan(rows.shape[1], table.vocab_size, dtype, wide)
         options = Options(
             vocab_size=table.vocab_size,
-            chunk_size=size if chunk_size is None else chunk_size,
-            tile_size=tile_size,
             label_smoothing=float(label_smoothing),
             z_loss=float(z_loss),
             soft_cap=None if self.soft_cap is None else float(self.soft_cap),
             reduce=reduction != "none",
             dtype=dtype,
-            product_dtype=product_dtype,
+            plan=plan if chunk_size is None else plan._replace(chunk_size=chunk_size),
         )
-        bias = None
-        if self.bias is not None:
-            bias = jnp.pad(self.bias.astype(wide), (0, table.padding_rows))
         targets, in_range = tokens_in_range(targets, table.vocab_size)
         xp = jnp if isinstance(targets, Array) else np
-        targets = xp.where(in_range, targets, table.vocab_size).astype(np.int32).reshape(-1)
+        targets = xp.where(in_range, targets, table.vocab_size).astype(np.int32)
         weights = jnp.ones(batch, wide) if weights is None else jnp.asarray(weights).astype(wide)
         if reduction == "mean":
-            total = jnp.sum(weights)
-            weights = weights / jnp.where(jnp.any(weights != 0), total, 1.0)
-        loss = weighted_cross_entropy(
+            # not by their sum, which is also zero for 1 and -1
+            nothing = ~jnp.any(weights != 0)
+            weights = weights / jnp.where(nothing, 1.0, jnp.sum(weights))
+        loss: Array = weighted_cross_entropy(
             options,
-            hidden.astype(dtype).reshape(N, D),
-            rows.astype(dtype),
-            bias,
-            weights.reshape(N),
-            jnp.asarray(targets),
-        )
+            hidden.astype(dtype).reshape(-1, rows.shape[1]),
+            rows,
+            None if self.bias is None else self.bias.astype(wide),
+            weights.reshape(-1),
+            jnp.asarray(targets).reshape(-1),
+        )  # pyright: ignore[reportAssignmentType]
         return loss.reshape(batch) if reduction == "none" else loss
+
+    def _dtypes(self, hidden: Float[Array, "..."]) -> tuple[DTypeLike, DTypeLike, DTypeLike]:
+        """The promotion of all operands; the dtype to compute in; that of the products' factors."""
+        operands = [hidden, self.table.embeddings] + ([] if self.bias is None else [self.bias])
+        dtype = jnp.result_type(*operands)
+        wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+        return dtype, wide, jnp.result_type(*operands[:2])
 
     def _check_hidden(self, hidden: Float[Array, "..."]) -> int:
         """The number of batch axes of `hidden`."""

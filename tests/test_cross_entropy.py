@@ -1,0 +1,478 @@
+"""`EmbeddingDecode.cross_entropy`: the loss and its gradients, in bounded memory."""
+
+import functools
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
+
+from .helpers import (
+    assert_close,
+    decode_gradient_reference,
+    decode_reference,
+    float64,
+    LAYOUTS,
+    make_array,
+    make_table,
+    rounding,
+    VOCAB_SIZE,
+)
+
+
+BATCH = (2, 5)
+TARGETS = np.arange(10).reshape(BATCH) % VOCAB_SIZE
+WEIGHTS = np.asarray([[1, 0, 2, 0.5, 1], [3, 1, 0, 1, 0.25]], np.float32)
+
+
+def make_layer(layout="first", dtype="float32", with_bias=False, soft_cap=None):
+    bias = make_array((VOCAB_SIZE,), dtype, seed=1) if with_bias else None
+    return EmbeddingDecode(make_table(layout, dtype), bias, soft_cap)
+
+
+def make_hidden(layer, batch=BATCH, dtype="float32"):
+    return make_array((*batch, *layer.table.embedding_axes.values()), dtype, seed=2)
+
+
+def flat_layer(vocab_size, size, dtype="float32"):
+    rows = make_array((vocab_size, size), "float32", seed=4) / size**0.5
+    return EmbeddingDecode(EmbeddingTable(rows.astype(dtype), ("vocabulary", "embedding")))
+
+
+def reference(layer, hidden, targets, weights=None, label_smoothing=0.0, z_loss=0.0):
+    """The loss of each token in float64, and their derivatives with respect to its logits."""
+    z = decode_reference(layer.table, hidden, layer.bias, layer.soft_cap)
+    targets, e, K = np.asarray(targets), label_smoothing, z.shape[-1]
+    maximum = z.max(-1, keepdims=True)
+    lse = maximum + np.log(np.exp(z - maximum).sum(-1, keepdims=True))
+    wanted = (1 - e) * np.eye(K)[targets] + e / K
+    losses = lse[..., 0] - (wanted * z).sum(-1) + z_loss * lse[..., 0] ** 2
+    return losses, (1 + 2 * z_loss * lse) * np.exp(z - lse) - wanted
+
+
+def value_and_gradients(layer, hidden, targets, weights=None, cotangent=None, **options):
+    """The loss and its gradients with respect to hidden, embeddings, bias and weights."""
+
+    def loss(operands):
+        layer, hidden, weights = operands
+        loss = layer.cross_entropy(hidden, targets, weights=weights, **options)
+        return (loss if cotangent is None else jnp.sum(loss * cotangent)), loss
+
+    (_, value), (layer, hidden, weights) = eqx.filter_jit(
+        eqx.filter_value_and_grad(loss, has_aux=True)
+    )((layer, hidden, weights))
+    return value, hidden, layer.table.embeddings, layer.bias, weights
+
+
+COMBINATIONS = list(
+    itertools.product([None, 2.0], [0.0, 0.1], [0.0, 0.01], [False, True], ["mean", "sum", "none"])
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_and_gradients_are_those_of_float64(layout):
+    # the layouts share the product of the options, each combination once
+    mine = COMBINATIONS[list(LAYOUTS).index(layout) :: len(LAYOUTS)]
+    for soft_cap, smoothing, z_loss, weighted, reduction in mine:
+        layer = make_layer(layout, with_bias=weighted, soft_cap=soft_cap)
+        hidden = make_hidden(layer)
+        weights = jnp.asarray(WEIGHTS) if weighted else None
+        w = WEIGHTS.astype(np.float64) if weighted else np.ones(BATCH)
+        cotangent = make_array(BATCH, seed=3) if reduction == "none" else None
+        value, *gradients = value_and_gradients(
+            layer,
+            hidden,
+            TARGETS,
+            weights,
+            cotangent,
+            label_smoothing=smoothing,
+            z_loss=z_loss,
+            reduction=reduction,
+            chunk_size=3 if z_loss else None,
+        )
+        losses, d_logits = reference(layer, hidden, TARGETS, None, smoothing, z_loss)
+        expected, for_weights = w * losses, losses
+        scale = w if cotangent is None else w * float64(cotangent)
+        if reduction == "none":
+            for_weights = losses * float64(cotangent)
+        else:
+            expected = expected.sum()
+        for_weights = np.where(w == 0, 0, for_weights)
+        if reduction == "mean":
+            expected, scale = expected / w.sum(), scale / w.sum()
+            for_weights = (for_weights - expected) / w.sum()
+        cotangents = scale[..., None] * d_logits
+        for_operands = decode_gradient_reference(
+            layer.table, hidden, cotangents, layer.bias, soft_cap
+        )
+        assert_close(value, expected)
+        wanted = for_operands[0], for_operands[1], for_operands[2], for_weights
+        for actual, other in zip(gradients, wanted, strict=True):
+            if actual is not None:
+                assert_close(actual, other)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 257, 50257])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_error_is_no_larger_than_that_of_optax_from_logits(vocab_size, dtype):
+    layer = flat_layer(vocab_size, 16, dtype)
+    hidden = make_array((33, 16), dtype, seed=2)
+    targets = np.random.default_rng(5).integers(0, vocab_size, 33)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def plain(operands):
+        layer, hidden = operands
+        layer = EmbeddingDecode(layer.table, logits_dtype=jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(layer(hidden), targets)
+        return jnp.mean(losses)
+
+    ours = value_and_gradients(layer, hidden, targets, chunk_size=8)[:3]
+    value, (layer_gradient, hidden_gradient) = plain((layer, hidden))
+    theirs = value, hidden_gradient, layer_gradient.table.embeddings
+    losses, d_logits = reference(layer, hidden, targets)
+    exact = (
+        losses.mean(),
+        *decode_gradient_reference(layer.table, hidden, d_logits / len(losses))[:2],
+    )
+    for one, other, wanted in zip(ours, theirs, exact, strict=True):
+        assert one.dtype == other.dtype
+        error, budget = (np.abs(float64(a) - wanted).max() for a in (one, other))
+        assert error <= 1.1 * budget + 1e-6 * np.abs(wanted).max() + 1e-12
+
+
+def test_finite_differences_agree_in_float64():
+    with jax.enable_x64(True):
+        layer = make_layer("middle", "float64", True, 2.0)
+        assert layer.bias is not None
+        hidden = make_hidden(layer, dtype="float64")
+        weights = jnp.asarray(WEIGHTS, jnp.float64)
+
+        @jax.jit
+        def loss(hidden, embeddings, bias, weights):
+            changed = eqx.tree_at(
+                lambda layer: (layer.table.embeddings, layer.bias), layer, (embeddings, bias)
+            )
+            options = dict(label_smoothing=0.1, z_loss=0.01, chunk_size=3)
+            return changed.cross_entropy(hidden, TARGETS, weights=weights, **options)
+
+        operands = hidden, layer.table.embeddings, layer.bias, jnp.add(weights, 0.5)
+        gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*operands)
+        assert gradients[0].dtype == loss(*operands).dtype == jnp.float64
+        for i, gradient in enumerate(gradients):
+            direction = make_array(gradient.shape, "float64", seed=6)
+            up, down = (
+                loss(*operands[:i], operands[i] + step * direction, *operands[i + 1 :])
+                for step in (1e-5, -1e-5)
+            )
+            slope = (float(up) - float(down)) / 2e-5
+            assert slope == pytest.approx(float(jnp.sum(gradient * direction)), rel=1e-8)
+
+
+@pytest.mark.parametrize("weights_dtype", [bool, np.int32, np.uint8, np.float16, np.float32])
+def test_weights_may_be_of_any_real_dtype(weights_dtype):
+    layer = make_layer()
+    hidden = make_hidden(layer)
+    weights = np.asarray([[1, 0, 1, 1, 0], [0, 1, 1, 1, 1]], weights_dtype)
+    loss = layer.cross_entropy(hidden, TARGETS, weights=weights)
+    losses, _ = reference(layer, hidden, TARGETS)
+    assert_close(loss, losses[weights != 0].mean())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_token_of_weight_zero_poisons_nothing(reduction, poison):
+    layer = make_layer(with_bias=True)
+    hidden = make_hidden(layer)
+    targets = np.where(WEIGHTS == 0, -100, TARGETS)
+    poisoned = jnp.where((WEIGHTS == 0)[..., None], poison, hidden)
+    run = functools.partial(
+        value_and_gradients,
+        layer,
+        weights=jnp.asarray(WEIGHTS),
+        cotangent=jnp.ones(BATCH) if reduction == "none" else None,
+        reduction=reduction,
+    )
+    for one, other in zip(run(poisoned, targets), run(hidden, TARGETS), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_without_any_weight_the_mean_and_its_gradients_are_zero():
+    layer = make_layer(with_bias=True)
+    hidden = jnp.full_like(make_hidden(layer), jnp.nan)
+    for array in value_and_gradients(layer, hidden, TARGETS - 100, jnp.zeros(BATCH)):
+        assert not np.any(array)
+
+
+@pytest.mark.parametrize("target", [-1, VOCAB_SIZE, VOCAB_SIZE + 1, 2**32 + 1, 2**63 - 1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_target_out_of_range_gives_nan(target, reduction):
+    layer = make_layer()
+    targets = TARGETS.astype(np.int64)
+    targets[0, 2] = target
+    loss = layer.cross_entropy(make_hidden(layer), targets, reduction=reduction)
+    expected = np.zeros(BATCH, bool)
+    expected[0, 2] = True
+    np.testing.assert_array_equal(np.isnan(loss), expected if reduction == "none" else True)
+
+
+def test_gradients_of_a_target_out_of_range_are_nan():
+    layer = make_layer()
+    targets = np.where(TARGETS == 2, -1, TARGETS)
+    _, hidden, embeddings, *_ = value_and_gradients(layer, make_hidden(layer), targets)
+    np.testing.assert_array_equal(np.isnan(hidden[..., 0]), TARGETS == 2)
+    assert np.all(np.isnan(embeddings[:VOCAB_SIZE]))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int64", "uint64"])
+def test_targets_may_be_of_any_integer_dtype(dtype):
+    layer = flat_layer(257, 4)
+    hidden = make_array((3, 4), seed=2)
+    targets = np.asarray([0, 100, 127], dtype)
+    expected = layer.cross_entropy(hidden, jnp.asarray([0, 100, 127]))
+    assert layer.cross_entropy(hidden, targets) == expected
+    assert layer.cross_entropy(hidden[1], 100) == layer.cross_entropy(hidden[1], targets[1])
+
+
+def test_large_logits_overflow_nothing():
+    layer = flat_layer(257, 4)
+    hidden = 1e4 * make_array((33, 4), seed=2)
+    targets = np.arange(33)
+    value, for_hidden, for_embeddings, *_ = value_and_gradients(layer, hidden, targets)
+    losses, d_logits = reference(layer, hidden, targets)
+    exact = decode_gradient_reference(layer.table, hidden, d_logits / 33)
+    assert_close(value, losses.mean())
+    assert_close(for_hidden, exact[0], atol=1e-4)
+    assert_close(for_embeddings, exact[1], atol=1e-4 * np.abs(exact[1]).max())
+
+
+def test_tokens_that_the_bias_bans_leave_the_others_alone():
+    layer = flat_layer(1600, 4)
+    banned = jnp.where(jnp.arange(1600) < 1300, -jnp.inf, 0.0)  # whole tiles of them
+    hidden, targets = make_array((5, 4), seed=2), np.arange(5)
+    layer = EmbeddingDecode(layer.table, banned)
+    value, _, embeddings, *_ = value_and_gradients(layer, hidden, targets + 1300)
+    rest = EmbeddingDecode(EmbeddingTable(layer.table.embeddings[1300:], ("vocabulary", "d")))
+    expected, _, for_rest, *_ = value_and_gradients(rest, hidden, targets)
+    assert_close(value, expected)
+    assert_close(embeddings, np.concatenate([np.zeros((1300, 4)), for_rest]))
+
+
+def test_padding_rows_have_no_part_whatever_they_hold():
+    for rows in (9, 1600):
+        array = make_array((rows, 4))
+        table = EmbeddingTable(array.at[-2:].set(jnp.nan), ("vocabulary", "d"), padding_rows=2)
+        same = EmbeddingTable(array[:-2], ("vocabulary", "d"))
+        hidden, targets = make_array((5, 4), seed=2), np.arange(5)
+        value, for_hidden, embeddings, *_ = value_and_gradients(
+            EmbeddingDecode(table), hidden, targets
+        )
+        others = value_and_gradients(EmbeddingDecode(same), hidden, targets)
+        assert_close(value, others[0])
+        assert_close(for_hidden, others[1])
+        assert_close(embeddings[:-2], others[2])
+        assert not np.any(embeddings[-2:])
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (2, 0), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hidden_may_have_any_batch_shape(batch, reduction):
+    layer = make_layer("middle", with_bias=True)
+    hidden = make_hidden(layer, batch)
+    targets = np.ones(batch, int)
+    cotangent = jnp.ones(batch) if reduction == "none" else None
+    value, for_hidden, *_ = value_and_gradients(
+        layer, hidden, targets, cotangent=cotangent, reduction=reduction
+    )
+    assert for_hidden.shape == hidden.shape
+    if reduction == "none":
+        assert value.shape == batch
+        assert_close(value, reference(layer, hidden, targets)[0])
+    elif hidden.size == 0:
+        assert value == 0
+
+
+@pytest.mark.parametrize(
+    "hidden_dtype, table_dtype, expected",
+    [
+        ("bfloat16", "float32", "float32"),
+        ("float16", "bfloat16", "float32"),
+        ("float16", "float16", "float32"),
+        ("float64", "bfloat16", "float64"),
+    ],
+)
+def test_the_loss_has_float32_at_least_and_gradients_the_dtypes_of_their_operands(
+    hidden_dtype, table_dtype, expected
+):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        layer = EmbeddingDecode(make_table("last", table_dtype), logits_dtype=jnp.float16)
+        hidden = make_hidden(layer, dtype=hidden_dtype)
+        value, for_hidden, embeddings, *_ = value_and_gradients(layer, hidden, TARGETS)
+    assert value.dtype == expected
+    assert (for_hidden.dtype, embeddings.dtype) == (hidden_dtype, table_dtype)
+    losses, d_logits = reference(layer, hidden, TARGETS)
+    exact = decode_gradient_reference(layer.table, hidden, d_logits / losses.size)
+    assert_close(value, losses.mean())
+    for actual, wanted in zip((for_hidden, embeddings), exact[:2], strict=True):
+        assert_close(actual, wanted, rtol=rounding(actual.dtype), atol=1e-6)
+
+
+def test_the_gradient_of_a_bfloat16_table_counts_past_256():
+    table = EmbeddingTable(jnp.zeros((2, 1), jnp.bfloat16), ("vocabulary", "d"))
+    hidden = jnp.ones((4096, 1), jnp.bfloat16)
+    targets = np.zeros(4096, int)
+    _, _, embeddings, *_ = value_and_gradients(
+        EmbeddingDecode(table), hidden, targets, reduction="sum", chunk_size=64
+    )
+    assert embeddings.tolist() == [[-2048], [2048]]
+
+
+# Transformations
+
+
+@pytest.fixture(scope="module")
+def case():
+    layer = make_layer("first", with_bias=True)
+    hidden = make_hidden(layer, (3, 10))
+    targets = jnp.asarray(np.arange(30).reshape(3, 10) % VOCAB_SIZE)
+
+    def loss(layer, hidden, targets):
+        return layer.cross_entropy(hidden, targets, chunk_size=4)
+
+    one_by_one = [eqx.filter_grad(loss)(layer, h, t) for h, t in zip(hidden, targets, strict=True)]
+    return layer, hidden, targets, loss, jax.tree.map(lambda *g: jnp.stack(g), *one_by_one)
+
+
+def test_it_works_under_vmap_of_grad(case):
+    layer, hidden, targets, loss, expected = case
+    gradients = eqx.filter_vmap(eqx.filter_grad(loss), in_axes=(None, 0, 0))(layer, hidden, targets)
+    jax.tree.map(assert_close, gradients, expected)
+
+
+def test_it_works_under_grad_of_vmap(case):
+    layer, hidden, targets, loss, expected = case
+
+    def total(layer):
+        return jnp.sum(eqx.filter_vmap(loss, in_axes=(None, 0, 0))(layer, hidden, targets))
+
+    summed = jax.tree.map(lambda g: jnp.sum(g, 0), expected)
+    jax.tree.map(assert_close, eqx.filter_grad(total)(layer), summed)
+
+
+def test_gradients_accumulate_under_scan_and_checkpoint(case):
+    layer, hidden, targets, loss, expected = case
+
+    def total(layer):
+        def step(sum_, batch):
+            return sum_ + jax.checkpoint(loss)(layer, *batch), None
+
+        return jax.lax.scan(step, jnp.zeros(()), (hidden, targets))[0]
+
+    summed = jax.tree.map(lambda g: jnp.sum(g, 0), expected)
+    jax.tree.map(assert_close, eqx.filter_grad(total)(layer), summed)
+
+
+def test_jax_refuses_forward_mode(case):
+    layer, hidden, targets, loss, _ = case
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda h: loss(layer, h, targets), (hidden,), (hidden,))
+
+
+# Memory
+
+
+def temporaries(function, *operands):
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), operands)
+    memory = jax.jit(function).lower(*shapes).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+def sizes(N, D, V):
+    return (
+        jax.ShapeDtypeStruct((V, D), jnp.float32),
+        jax.ShapeDtypeStruct((N, D), jnp.float32),
+        jax.ShapeDtypeStruct((N,), jnp.int32),
+    )
+
+
+def cross_entropy(embeddings, hidden, targets, **options):
+    table = EmbeddingTable(embeddings, ("vocabulary", "embedding"))
+    return EmbeddingDecode(table).cross_entropy(hidden, targets, **options)
+
+
+@pytest.mark.parametrize("N, D, V", [(2048, 256, 50257), (1024, 512, 16384)])
+def test_temporaries_are_smaller_than_the_gradient_of_the_table(N, D, V):
+    operands = sizes(N, D, V)
+    assert temporaries(jax.value_and_grad(cross_entropy, (0, 1)), *operands) < V * D * 4
+    assert temporaries(cross_entropy, *operands) < N * V * 4 / 16
+
+    def apart(*operands):
+        return jnp.sum(cross_entropy(*operands, reduction="none") ** 2)
+
+    # its gradient scales that of the table in place
+    assert temporaries(jax.grad(apart, (0, 1)), *operands) < V * D * 4
+
+
+def test_a_smaller_chunk_takes_less_memory():
+    memory = [
+        temporaries(
+            jax.grad(functools.partial(cross_entropy, chunk_size=chunk_size)),
+            *sizes(2048, 256, 50257),
+        )
+        for chunk_size in (64, 128, 256)
+    ]
+    assert memory == sorted(set(memory))
+
+
+def test_a_tied_step_allocates_one_gradient_of_the_table():
+    N, D, V = 512, 64, 16384
+
+    def step(embeddings, weight, tokens):
+        table = EmbeddingTable(embeddings, ("vocabulary", "embedding"))
+        hidden = jnp.tanh(EmbeddingLookup(table)(tokens[:-1]) @ weight)
+        return EmbeddingDecode(table).cross_entropy(hidden, tokens[1:], chunk_size=32)
+
+    shapes = (
+        jax.ShapeDtypeStruct((V, D), jnp.float32),
+        jax.ShapeDtypeStruct((D, D), jnp.float32),
+        jax.ShapeDtypeStruct((N + 1,), jnp.int32),
+    )
+    # The output holds one gradient; a second would have to be among the temporaries.
+    assert temporaries(jax.value_and_grad(step, (0, 1)), *shapes) < V * D * 4
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(reduction="average"), "reduction"),
+        (dict(label_smoothing=1.0), "label_smoothing"),
+        (dict(label_smoothing=-0.1), "label_smoothing"),
+        (dict(z_loss=-1e-4), "z_loss"),
+        (dict(z_loss=float("nan")), "z_loss"),
+        (dict(chunk_size=0), "chunk_size"),
+        (dict(weights=np.ones(5)), r"weights must have the shape \(2, 5\)"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options, message):
+    layer = make_layer()
+    with pytest.raises(ValueError, match=message):
+        layer.cross_entropy(make_hidden(layer), TARGETS, **options)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    layer = make_layer()
+    hidden = make_hidden(layer)
+    with pytest.raises(ValueError, match=r"targets must have the shape \(2, 5\)"):
+        layer.cross_entropy(hidden, TARGETS.ravel())
+    with pytest.raises(ValueError, match=r"embedding=4"):
+        layer.cross_entropy(hidden[..., :3], TARGETS)
