@@ -7,9 +7,9 @@ that of `table`. A scalar loss has a scalar cotangent, so all three are made in 
 one chunk of tokens after the other, and the backward pass scales what they gave. Losses that stay
 apart have a cotangent each: their logits are made again, in the backward pass.
 
-Within a chunk the vocabulary goes by in tiles, twice: once for the maximum and the sum of the
-exponentials, as in https://arxiv.org/abs/1805.02867, and once, from the logits kept in between, for
-the gradients. What is done to a tile stays in the cache of a CPU.
+Within a chunk the gradients go through the vocabulary in tiles, so that what is done to a tile
+stays in the cache of a CPU. Without gradients the logits do so, too, and the statistics of their
+softmax are kept up to date as in https://arxiv.org/abs/1805.02867.
 """
 
 import functools
@@ -38,13 +38,14 @@ def make_plan(D: int, vocab_size: int, dtype: DTypeLike, wide: DTypeLike) -> Pla
         # Small products starve an accelerator. float16 would lose the small probabilities.
         return Plan(4096, vocab_size, wide if dtype == jnp.float16 else dtype, False)
     # Each chunk reads and writes the gradient of the table once, so larger chunks are faster, up to
-    # 256; the logits of 3/4 D take less memory than that gradient. A small vocabulary has chunks of
-    # 2**18 logits, which stay in the cache, and a small problem is one chunk and one tile: the
-    # plain way. Tiles of 1024 rows fit the cache, and are work enough for a few threads. Products
-    # in float32 are faster than in anything narrower. With a short D, XLA's product with a
-    # transposed left factor costs more than to transpose it first.
-    chunk_size = max(min(max(D * 3 // 4, 128), 256), 2**18 // vocab_size)
-    return Plan(chunk_size, min(vocab_size, 1024), wide, transpose=D < 256)
+    # 256; the logits of 13/16 D tokens and the rest take less memory than that gradient. A chunk
+    # of 2**20 logits is small in any case: a small problem is one chunk, the plain way. Tiles of
+    # 2**18 numbers of the table fit the cache, and are work enough for a few threads. Products in
+    # float32 are faster than in anything narrower. With a short D, XLA's product with a transposed
+    # left factor costs more than to transpose it first.
+    chunk_size = max(min(max(D * 13 // 16, 128), 256), 2**20 // vocab_size)
+    tile_size = min(vocab_size, max(min(2**18 // D, 1024), 256))
+    return Plan(chunk_size, tile_size, wide, transpose=D < 256)
 
 
 class Options(NamedTuple):
@@ -65,53 +66,57 @@ def _loop(count, body, carry):
     return body(zero, carry) if count == 1 else lax.fori_loop(zero, np.int32(count), body, carry)
 
 
-def _chunk(options, x, table, bias, weights, targets, z_buffer, d_table, d_bias):
+def _over_tiles(size, tile_size, body, carry):
+    """`carry = body(start, length, carry)` for tiles of `size` rows; the last may be shorter."""
+    count, rest = divmod(size, tile_size)
+    if count > 0:
+        carry = _loop(count, lambda i, carry: body(i * tile_size, tile_size, carry), carry)
+    return body(size - rest, rest, carry) if rest > 0 else carry
+
+
+def _chunk(options, x, table, bias, weights, targets, d_table, d_bias):
     """The losses of C tokens. If there is a `d_table`, also the gradients of their weighted sum:
     that of `x`, and those of the table and the bias, added to `d_table` and `d_bias`."""
     (C, D), wide = x.shape, weights.dtype
     K, T, dtype = options.vocab_size, options.plan.tile_size, options.plan.dtype
     smoothing, cap = options.label_smoothing, options.soft_cap
-    count = -(-K // T)
     x = x.astype(dtype)
     dot = functools.partial(lax.dot_general, preferred_element_type=wide)
     column = functools.partial(jnp.expand_dims, axis=1)
     row = functools.partial(jnp.expand_dims, axis=0)
 
-    def rows(i):
-        """The first row of tile i, and which of its rows no tile before had: the last overlaps."""
-        start = jnp.minimum(i * T, K - T)
-        return start, start + jnp.arange(T, dtype=np.int32) >= i * T if K % T > 0 else None
+    def tile(array, start, size):
+        return lax.dynamic_slice_in_dim(array, start, size)
 
-    def tile(array, start):
-        return lax.dynamic_slice_in_dim(array, start, T)
+    def logits(rows, bias):
+        # The vocabulary comes first, so that a tile of them is contiguous.
+        z = dot(rows.astype(dtype), x, (((1,), (1,)), ((), ())))[:K]  # without padding rows
+        z = z if bias is None else z + column(bias)
+        return z if cap is None else cap * jnp.tanh(z / cap)
 
-    def masked(mask, array, value):
-        return array if mask is None else jnp.where(column(mask), array, value)
-
-    def statistics(i, carry):
-        z_buffer, maximum, total, sum_z, target_z = carry
-        start, mask = rows(i)
-        # The vocabulary comes first, so that a tile is contiguous.
-        z = dot(tile(table, start).astype(dtype), x, (((1,), (1,)), ((), ())))
-        if bias is not None:
-            z = z + column(tile(bias, start))
-        if cap is not None:
-            z = cap * jnp.tanh(z / cap)
-        if z_buffer is not None:
-            z_buffer = lax.dynamic_update_index_in_dim(z_buffer, z, i, 0)
-        if smoothing > 0:
-            sum_z = sum_z + jnp.sum(masked(mask, z, 0.0), axis=0)
-        z = masked(mask, z, -jnp.inf)
+    def add_statistics(z, start, carry):
+        maximum, total, sum_z, target_z = carry
         higher = jnp.maximum(maximum, jnp.max(z, axis=0))
         total = total * jnp.exp(maximum - higher) + jnp.sum(jnp.exp(z - row(higher)), axis=0)
-        here = (targets >= i * T) & (targets < start + T)
+        if smoothing > 0:
+            sum_z = sum_z + jnp.sum(z, axis=0)
+        here = (targets >= start) & (targets < start + len(z))
         found = jnp.take_along_axis(z, row(jnp.where(here, targets - start, 0)), axis=0)[0]
-        return z_buffer, higher, total, sum_z, jnp.where(here, found, target_z)
+        return higher, total, sum_z, jnp.where(here, found, target_z)
+
+    def tile_statistics(start, size, carry):
+        b = None if bias is None else tile(bias, start, size)
+        return add_statistics(logits(tile(table, start, size), b), start, carry)
 
     zeros = jnp.zeros(C, wide)
     lowest = jnp.full(C, jnp.finfo(wide).min)  # -inf would give NaN for a tile of -inf
-    carry = (z_buffer, lowest, zeros, zeros, zeros)
-    z_buffer, maximum, total, sum_z, target_z = _loop(count, statistics, carry)
+    carry = (lowest, zeros, zeros, zeros)
+    if d_table is None:
+        carry = _over_tiles(K, T, tile_statistics, carry)
+    else:
+        z = logits(table, bias)
+        carry = add_statistics(z, 0, carry)
+    maximum, total, sum_z, target_z = carry
     # Differences to the maximum come first, so that large logits keep their precision.
     log_total = jnp.log(total)
     lse = maximum + log_total
@@ -119,36 +124,34 @@ def _chunk(options, x, table, bias, weights, targets, z_buffer, d_table, d_bias)
     if smoothing > 0:
         losses = losses - smoothing * (sum_z / K - maximum)
     if d_table is None:
-        return losses, None, None, None, None
+        return losses, None, None, None
 
     scale = weights * (1 + 2 * options.z_loss * lse) / total
 
-    def gradients(i, carry):
+    def tile_gradients(start, size, carry):
         d_x, d_table, d_bias = carry
-        start, mask = rows(i)
-        z = lax.dynamic_index_in_dim(z_buffer, i, keepdims=False)
-        d_z = row(scale) * jnp.exp(z - row(maximum))
-        is_target = column(start + jnp.arange(T, dtype=np.int32)) == row(targets)
+        z_tile = tile(z, start, size)
+        d_z = row(scale) * jnp.exp(z_tile - row(maximum))
+        is_target = column(start + jnp.arange(size, dtype=np.int32)) == row(targets)
         d_z = d_z - jnp.where(is_target, row((1 - smoothing) * weights), 0.0)
         if smoothing > 0:
             d_z = d_z - row(smoothing / K * weights)
         if cap is not None:
-            d_z = d_z * (1 - (z / cap) ** 2)
-        d_z = masked(mask, d_z, 0.0)
+            d_z = d_z * (1 - (z_tile / cap) ** 2)
         if bias is not None:
-            d_b = tile(d_bias, start) + jnp.sum(d_z, axis=1)
+            d_b = tile(d_bias, start, size) + jnp.sum(d_z, axis=1)
             d_bias = lax.dynamic_update_slice_in_dim(d_bias, d_b, start, 0)
         d_z = d_z.astype(dtype)
-        w = tile(table, start).astype(dtype)
+        rows = tile(table, start, size).astype(dtype)
         if options.plan.transpose:
-            d_x = d_x + dot(lax.optimization_barrier(d_z.T), w, (((1,), (0,)), ((), ())))
+            d_x = d_x + dot(lax.optimization_barrier(d_z.T), rows, (((1,), (0,)), ((), ())))
         else:
-            d_x = d_x + dot(d_z, w, (((0,), (0,)), ((), ())))
-        d_t = tile(d_table, start) + dot(d_z, x, (((1,), (0,)), ((), ())))
+            d_x = d_x + dot(d_z, rows, (((0,), (0,)), ((), ())))
+        d_t = tile(d_table, start, size) + dot(d_z, x, (((1,), (0,)), ((), ())))
         return d_x, lax.dynamic_update_slice_in_dim(d_table, d_t, start, 0), d_bias
 
     carry = (jnp.zeros((C, D), wide), d_table, d_bias)
-    return losses, z_buffer, *_loop(count, gradients, carry)
+    return losses, *_over_tiles(K, T, tile_gradients, carry)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -172,29 +175,23 @@ def _chunks(options, differentiate, hidden, table, bias, weights, targets):
     ]
 
     def chunk(i, carry):
-        losses, d_hidden, z_buffer, d_table, d_bias = carry
+        losses, d_hidden, d_table, d_bias = carry
         x, w, y, alive = (lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in tokens)
         x = jnp.where(alive[:, None], x, jnp.zeros((), x.dtype))
-        loss, z_buffer, d_x, d_table, d_bias = _chunk(
-            options, x, table, bias, w, y, z_buffer, d_table, d_bias
-        )
+        loss, d_x, d_table, d_bias = _chunk(options, x, table, bias, w, y, d_table, d_bias)
         loss = jnp.where(alive, jnp.where(jnp.isnan(w), w, loss), 0.0)
         losses = lax.dynamic_update_index_in_dim(losses, loss, i, 1)
         if differentiate:
             d_hidden = lax.dynamic_update_index_in_dim(d_hidden, d_x, i, 1)
-        return losses, d_hidden, z_buffer, d_table, d_bias
+        return losses, d_hidden, d_table, d_bias
 
     losses = jnp.zeros((C, count), wide)
     if not differentiate:
-        losses, *_ = _loop(count, chunk, (losses, None, None, None, None))
+        losses, *_ = _loop(count, chunk, (losses, None, None, None))
         return losses.reshape(-1)[:N], None
-    tiles = -(-options.vocab_size // plan.tile_size)
-    d_hidden, z_buffer = (
-        jnp.zeros(shape, wide) for shape in ((C, count, D), (tiles, plan.tile_size, C))
-    )
     d_bias = None if bias is None else jnp.zeros_like(bias)
-    carry = (losses, d_hidden, z_buffer, jnp.zeros(table.shape, wide), d_bias)
-    losses, d_hidden, _, d_table, d_bias = _loop(count, chunk, carry)
+    carry = (losses, jnp.zeros((C, count, D), wide), jnp.zeros(table.shape, wide), d_bias)
+    losses, d_hidden, d_table, d_bias = _loop(count, chunk, carry)
     return losses.reshape(-1)[:N], (d_hidden.reshape(-1, D)[:N], d_table, d_bias)
 
 

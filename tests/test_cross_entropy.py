@@ -50,7 +50,7 @@ def reference(layer, hidden, targets, weights=None, label_smoothing=0.0, z_loss=
     targets, e, K = np.asarray(targets), label_smoothing, z.shape[-1]
     maximum = z.max(-1, keepdims=True)
     lse = maximum + np.log(np.exp(z - maximum).sum(-1, keepdims=True))
-    wanted = (1 - e) * np.eye(K)[targets] + e / K
+    wanted = (1 - e) * (targets[..., None] == np.arange(K)) + e / K
     losses = lse[..., 0] - (wanted * z).sum(-1) + z_loss * lse[..., 0] ** 2
     return losses, (1 + 2 * z_loss * lse) * np.exp(z - lse) - wanted
 
@@ -410,7 +410,7 @@ def cross_entropy(embeddings, hidden, targets, **options):
 def test_temporaries_are_smaller_than_the_gradient_of_the_table(N, D, V):
     operands = sizes(N, D, V)
     assert temporaries(jax.value_and_grad(cross_entropy, (0, 1)), *operands) < V * D * 4
-    assert temporaries(cross_entropy, *operands) < N * V * 4 / 16
+    assert temporaries(cross_entropy, *operands) < N * V * 4 / 20
 
     def apart(*operands):
         return jnp.sum(cross_entropy(*operands, reduction="none") ** 2)
