@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
     chunk_size: int  # tokens
     tile_size: int  # rows of the table, all of them tokens
-    dtype: DTypeLike  # of the factors of each product
+    dtype: DTypeLike  # of the factors of the two products for the gradients
     transpose: bool  # whether to transpose a tile before its product with the table
 
 
@@ -40,9 +40,9 @@ def make_plan(D: int, vocab_size: int, dtype: DTypeLike, wide: DTypeLike) -> Pla
     # Each chunk reads and writes the gradient of the table once, so larger chunks are faster, up to
     # 256; the logits of 13/16 D tokens and the rest take less memory than that gradient. A chunk
     # of 2**20 logits is small in any case: a small problem is one chunk, the plain way. Tiles of
-    # 2**18 numbers of the table fit the cache, and are work enough for a few threads. Products in
-    # float32 are faster than in anything narrower. With a short D, XLA's product with a transposed
-    # left factor costs more than to transpose it first.
+    # 2**18 numbers of the table fit the cache, and are work enough for a few threads. For the
+    # gradients, products in float32 are faster than in anything narrower. With a short D, XLA's
+    # product with a transposed left factor costs more than to transpose it first.
     chunk_size = max(min(max(D * 13 // 16, 128), 256), 2**20 // vocab_size)
     tile_size = min(vocab_size, max(min(2**18 // D, 1024), 256))
     return Plan(chunk_size, tile_size, wide, transpose=D < 256)
@@ -80,7 +80,6 @@ def _chunk(options, x, table, bias, weights, targets, d_table, d_bias):
     (C, D), wide = x.shape, weights.dtype
     K, T, dtype = options.vocab_size, options.plan.tile_size, options.plan.dtype
     smoothing, cap = options.label_smoothing, options.soft_cap
-    x = x.astype(dtype)
     dot = functools.partial(lax.dot_general, preferred_element_type=wide)
     column = functools.partial(jnp.expand_dims, axis=1)
     row = functools.partial(jnp.expand_dims, axis=0)
@@ -90,7 +89,7 @@ def _chunk(options, x, table, bias, weights, targets, d_table, d_bias):
 
     def logits(rows, bias):
         # The vocabulary comes first, so that a tile of them is contiguous.
-        z = dot(rows.astype(dtype), x, (((1,), (1,)), ((), ())))[:K]  # without padding rows
+        z = dot(rows, x, (((1,), (1,)), ((), ())))[:K]  # without padding rows
         z = z if bias is None else z + column(bias)
         return z if cap is None else cap * jnp.tanh(z / cap)
 
@@ -147,7 +146,7 @@ def _chunk(options, x, table, bias, weights, targets, d_table, d_bias):
             d_x = d_x + dot(lax.optimization_barrier(d_z.T), rows, (((1,), (0,)), ((), ())))
         else:
             d_x = d_x + dot(d_z, rows, (((0,), (0,)), ((), ())))
-        d_t = tile(d_table, start, size) + dot(d_z, x, (((1,), (0,)), ((), ())))
+        d_t = tile(d_table, start, size) + dot(d_z, x.astype(dtype), (((1,), (0,)), ((), ())))
         return d_x, lax.dynamic_update_slice_in_dim(d_table, d_t, start, 0), d_bias
 
     carry = (jnp.zeros((C, D), wide), d_table, d_bias)
