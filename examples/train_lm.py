@@ -51,7 +51,7 @@ class Config:
     vocab_size: int = 4096
     """How many different tokens --tokenizer bpe makes at most, the 256 bytes included."""
 
-    steps: int = 2000
+    steps: int = 1500
     """How many batches to train on."""
     batch_size: int = 16
     """Sequences in a batch."""
@@ -74,7 +74,7 @@ class Config:
     clip_norm: float = 1.0
     """Gradients of a larger global norm are scaled down to this one."""
 
-    report_every: int = 200
+    report_every: int = 150
     """Steps between two reports, each with held-out loss, picture and checkpoint."""
     sample_length: int = 600
     """Tokens of text to write at the end."""
