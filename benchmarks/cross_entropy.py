@@ -1,6 +1,7 @@
 """The loss and its gradients, by this library and by others, side by side in one process.
 
     python -m benchmarks.cross_entropy [--shape N D V] [--rounds 3] [--dtype float32] [--json]
+                                      [--chunk-size 128 256 512]
 
 Times are medians over rounds in the order A B .. B A, so that what else runs on the machine falls
 on all alike: compare the ratios. Errors are those of the loss and of the gradients against float64,
@@ -8,6 +9,7 @@ relative to their largest number. On a GPU, two larger models in bfloat16 are ad
 """
 
 import argparse
+import functools
 import importlib
 import json
 import statistics
@@ -28,9 +30,9 @@ REFERENCE = "optax"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
-def ours(hidden, rows, targets):
+def ours(hidden, rows, targets, chunk_size=None):
     table = EmbeddingTable(rows, ("vocabulary", "embedding"))
-    return EmbeddingDecode(table).cross_entropy(hidden, targets)
+    return EmbeddingDecode(table).cross_entropy(hidden, targets, chunk_size=chunk_size)
 
 
 def logits_of(hidden, rows):
@@ -147,10 +149,13 @@ def largest_error(result, expected):
     return max(map(error, jax.tree.leaves(result), jax.tree.leaves(expected)))
 
 
-def make_runs(operands, dtype):
+def make_runs(operands, dtype, chunk_sizes):
     """What can be run here, and why the others cannot."""
     runs, missing = {}, {}
     runs["eqx_embedding"] = Compiled(jax.value_and_grad(ours, (0, 1)), operands)
+    for size in chunk_sizes:
+        loss = functools.partial(ours, chunk_size=size)
+        runs[f"eqx_embedding, {size}"] = Compiled(jax.value_and_grad(loss, (0, 1)), operands)
     runs["three products"] = Compiled(products, operands)
     for name, loss in PEERS.items():
         try:
@@ -169,7 +174,7 @@ def make_runs(operands, dtype):
     return runs, missing
 
 
-def measure(shape, dtype, rounds):
+def measure(shape, dtype, rounds, chunk_sizes=()):
     N, D, V = shape
     keys = jax.random.split(jax.random.key(0), 3)
     operands = (
@@ -179,7 +184,7 @@ def measure(shape, dtype, rounds):
     )
     # float64 on the host takes minutes for what only a GPU can do fast
     wanted = exact(*operands) if N * D * V < 10**11 else None
-    runs, missing = make_runs(operands, dtype)
+    runs, missing = make_runs(operands, dtype, chunk_sizes)
     errors, times = {}, {name: [] for name in runs}
     progress = tqdm(total=len(runs) * (1 + 2 * rounds), desc=f"{shape} {dtype}", leave=False)
     for name, run in runs.items():
@@ -242,6 +247,7 @@ def main(arguments=None):
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
+    parser.add_argument("--chunk-size", type=int, nargs="*", default=(), help="to try as well")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     settings = parser.parse_args(arguments)
     work = [(shape, settings.dtype) for shape in SHAPES]
@@ -251,7 +257,7 @@ def main(arguments=None):
         work = [(tuple(settings.shape), settings.dtype)]
     reports = []
     for shape, dtype in work:
-        reports.append(measure(shape, dtype, settings.rounds))
+        reports.append(measure(shape, dtype, settings.rounds, settings.chunk_size))
         if not settings.json:
             show(reports[-1])
     if settings.json:

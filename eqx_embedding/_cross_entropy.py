@@ -110,10 +110,10 @@ def _chunk(options, x, table, bias, weights, targets, d_table, d_bias):
     zeros = jnp.zeros(C, wide)
     lowest = jnp.full(C, jnp.finfo(wide).min)  # -inf would give NaN for a tile of -inf
     carry = (lowest, zeros, zeros, zeros)
-    if d_table is None:
+    z = None if d_table is None else logits(table, bias)
+    if z is None:
         carry = _over_tiles(K, T, tile_statistics, carry)
     else:
-        z = logits(table, bias)
         carry = add_statistics(z, 0, carry)
     maximum, total, sum_z, target_z = carry
     # Differences to the maximum come first, so that large logits keep their precision.

@@ -22,3 +22,10 @@ def dtype(request):
     wide = request.param == "float64"
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
         yield jnp.dtype(request.param)
+
+
+@pytest.fixture
+def jax_defaults():
+    """JAX as its users have it, for code that mixes dtypes or ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

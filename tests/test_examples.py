@@ -29,11 +29,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPT = EXAMPLES / "train_lm.py"
 
 
-@pytest.fixture(autouse=True)
-def promotion_as_users_have_it():
-    # optax and the example rely on JAX's defaults
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 
 @pytest.fixture(scope="module")

@@ -49,10 +49,7 @@ def code(cell: str) -> str:
     return found[1]
 
 
-@pytest.fixture(autouse=True)
-def as_a_reader():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 
 def run_block(number: int) -> dict:
