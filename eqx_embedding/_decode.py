@@ -78,11 +78,8 @@ class EmbeddingDecode(eqx.Module):
         del key
         batch_axes, axis = self._check_hidden(hidden), self.table._vocabulary_position()
         dtype, wide, product_dtype = self._dtypes(hidden)
-        rows, vocab_size = self.table.embeddings, self.table.vocab_size
-        # Padding rows go before the product or after it: the smaller slice is the cheaper copy.
-        few_tokens = math.prod(hidden.shape[:batch_axes]) < math.prod(hidden.shape[batch_axes:])
-        if not few_tokens:
-            rows = lax.slice_in_dim(rows, 0, vocab_size, axis=axis)
+        # Before the product, so that not even a NaN in a padding row reaches the gradients.
+        rows = lax.slice_in_dim(self.table.embeddings, 0, self.table.vocab_size, axis=axis)
         embedding_positions = [i for i in range(rows.ndim) if i != axis]
         logits = lax.dot_general(
             hidden.astype(product_dtype),
@@ -90,8 +87,6 @@ class EmbeddingDecode(eqx.Module):
             ((range(batch_axes, hidden.ndim), embedding_positions), ((), ())),
             preferred_element_type=wide,
         )
-        if few_tokens:
-            logits = lax.slice_in_dim(logits, 0, vocab_size, axis=batch_axes)
         if self.bias is not None:
             logits = logits + jnp.expand_dims(self.bias.astype(wide), range(batch_axes))
         if self.soft_cap is not None:

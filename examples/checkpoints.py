@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, whatever kills the program and whenever."""
 
+import copy
 import functools
 import os
 from pathlib import Path
@@ -42,9 +43,9 @@ class Checkpoints:
         return ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, about: dict[str, Any], **trees: PyTree) -> None:
-        """Writes in the background, from a copy of `trees`. What goes into `about` is JSON."""
+        """Writes in the background, from copies. What goes into `about` is JSON."""
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        args = ocp.args.Composite(about=ocp.args.JsonSave(about), **items)
+        args = ocp.args.Composite(about=ocp.args.JsonSave(copy.deepcopy(about)), **items)
         self.manager.save(step, args=args)
 
     def finish(self) -> None:

@@ -33,6 +33,8 @@ def loss_picture(metrics: list[dict[str, Any]], reference: dict[str, float]) -> 
             textcoords="offset points",
             horizontalalignment="right",
             color="0.4",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            zorder=3,
         )
     for name, label in ("train", "training text"), ("val", "held-out text"):
         values = [line[f"{name}_bits_per_byte"] for line in metrics]

@@ -297,3 +297,18 @@ def test_vmap_over_layers_and_over_hidden_vectors_is_a_loop():
         assert_close(logits[i], expected)
         one_by_one = jax.vmap(layer)(hidden[i])
         assert_close(one_by_one, expected)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (30,)], ids=str)
+def test_not_even_a_nan_in_a_padding_row_reaches_logits_or_gradients(batch):
+    rows = make_array((9, 4))
+    table = EmbeddingTable(rows.at[-2:].set(jnp.nan), ("vocabulary", "d"), padding_rows=2)
+    hidden = make_array((*batch, 4), seed=1)
+
+    def total(hidden, table):
+        return jnp.sum(EmbeddingDecode(table)(hidden))
+
+    value, gradient = jax.value_and_grad(total)(hidden, table)
+    expected = float64(rows[:-2]).sum(axis=0)
+    assert_close(value, (float64(hidden) @ expected).sum())
+    assert_close(gradient, np.broadcast_to(expected, hidden.shape))
