@@ -33,7 +33,7 @@ def loss_picture(metrics: list[dict[str, Any]], reference: dict[str, float]) -> 
             textcoords="offset points",
             horizontalalignment="right",
             color="0.4",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0},
             zorder=3,
         )
     for name, label in ("train", "training text"), ("val", "held-out text"):
