@@ -86,9 +86,8 @@ class Config:
     def __post_init__(self):
         for name in ("weight_decay", "sample_length", "temperature", "seed"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("steps", "batch_size", "sequence_length", "num_layers", "num_heads"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("learning_rate", "clip_norm", "report_every"):
+        positive = ("steps", "batch_size", "sequence_length", "num_layers", "num_heads")
+        for name in (*positive, "learning_rate", "clip_norm", "report_every"):
             self._check(name, getattr(self, name) > 0, "above 0")
         self._check("vocab_size", self.vocab_size >= 256, "at least 256, the number of bytes")
         self._check("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
