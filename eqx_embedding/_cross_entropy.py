@@ -10,6 +10,10 @@ apart have a cotangent each: their logits are made again, in the backward pass.
 Within a chunk the gradients go through the vocabulary in tiles, so that what is done to a tile
 stays in the cache of a CPU. Without gradients the logits do so, too, and the statistics of their
 softmax are kept up to date as in https://arxiv.org/abs/1805.02867.
+
+Inside `jax.shard_map` the tokens and the rows may be those of one device. Rows that are split over
+devices share, for each chunk, the statistics of the softmax: a few numbers for each token. At the
+end each gradient is summed over the devices that share what it is the gradient of.
 """
 
 import functools
@@ -22,42 +26,51 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ._sharding import Split, sum_over, varying_axes
+
 
 class Plan(NamedTuple):
     """How the work is cut: for speed and memory, without meaning for the result."""
 
     chunk_size: int  # tokens
-    tile_size: int  # rows of the table, all of them tokens
+    tile_size: int  # rows of the table
     dtype: DTypeLike  # of the factors of the two products for the gradients
     transpose: bool  # whether to transpose a tile before its product with the table
 
 
-def make_plan(D: int, vocab_size: int, dtype: DTypeLike, wide: DTypeLike) -> Plan:
+def make_plan(V: int, D: int, dtype: DTypeLike, wide: DTypeLike, tiles: bool) -> Plan:
     """What is fast for this backend, these sizes, and operands of `dtype` summed in `wide`."""
     if jax.default_backend() != "cpu":
         # Small products starve an accelerator. float16 would lose the small probabilities.
-        return Plan(4096, vocab_size, wide if dtype == jnp.float16 else dtype, False)
+        return Plan(4096, V, wide if dtype == jnp.float16 else dtype, False)
     # Each chunk reads and writes the gradient of the table once, so larger chunks are faster, up to
     # 256; the logits of 13/16 D tokens and the rest take less memory than that gradient. A chunk
     # of 2**20 logits is small in any case: a small problem is one chunk, the plain way. Tiles of
     # 2**18 numbers of the table fit the cache, and are work enough for a few threads. For the
     # gradients, products in float32 are faster than in anything narrower. With a short D, XLA's
     # product with a transposed left factor costs more than to transpose it first.
-    chunk_size = max(min(max(D * 13 // 16, 128), 256), 2**20 // vocab_size)
-    tile_size = min(vocab_size, max(min(2**18 // D, 1024), 256))
+    chunk_size = max(min(max(D * 13 // 16, 128), 256), 2**20 // V)
+    tile_size = min(V, max(min(2**18 // D, 1024), 256)) if tiles else V
     return Plan(chunk_size, tile_size, wide, transpose=D < 256)
 
 
 class Options(NamedTuple):
     """What is known when the program is compiled."""
 
-    vocab_size: int  # the first so many of the V rows are tokens, the others padding
+    vocab_size: int  # the first so many rows are tokens, the others padding
+    padded: bool  # whether there are others
+    split: Split  # over which mesh axes the tokens and the rows are split
     label_smoothing: float
     z_loss: float
     soft_cap: float | None
     reduce: bool  # whether to sum the losses
-    dtype: DTypeLike  # of hidden and table
     plan: Plan
+
+
+def _varying(array, axes):
+    """The same array, which from here on may differ along the manual mesh `axes`."""
+    axes = tuple(sorted(axes - varying_axes(array)))
+    return lax.pcast(array, axes, to="varying") if axes else array
 
 
 def _loop(count, body, carry):
@@ -74,54 +87,68 @@ def _over_tiles(size, tile_size, body, carry):
     return body(size - rest, rest, carry) if rest > 0 else carry
 
 
-def _chunk(options, x, table, bias, weights, targets, d_table, d_bias):
+def _chunk(options, x, table, bias, weights, targets, offset, d_table, d_bias):
     """The losses of C tokens. If there is a `d_table`, also the gradients of their weighted sum:
-    that of `x`, and those of the table and the bias, added to `d_table` and `d_bias`."""
-    (C, D), wide = x.shape, weights.dtype
-    K, T, dtype = options.vocab_size, options.plan.tile_size, options.plan.dtype
-    smoothing, cap = options.label_smoothing, options.soft_cap
+    that of `x`, and those of the table and the bias, added to `d_table` and `d_bias`. The rows of
+    the table are those from `offset` on."""
+    (C, D), V, wide, T = x.shape, len(table), weights.dtype, options.plan.tile_size
+    smoothing, cap, dtype = options.label_smoothing, options.soft_cap, options.plan.dtype
+    axes, varying = options.split.all_vocabulary, varying_axes(x, table)
     dot = functools.partial(lax.dot_general, preferred_element_type=wide)
     column = functools.partial(jnp.expand_dims, axis=1)
     row = functools.partial(jnp.expand_dims, axis=0)
+    targets = targets - offset
 
     def tile(array, start, size):
         return lax.dynamic_slice_in_dim(array, start, size)
 
-    def logits(rows, bias):
+    def without_padding(array, start, fill):
+        """`fill` for the rows that are padding, whatever they hold."""
+        if not options.padded:
+            return array
+        rows = offset + start + lax.broadcasted_iota(np.int32, array.shape, 0)
+        return jnp.where(rows < options.vocab_size, array, jnp.asarray(fill, array.dtype))
+
+    def logits(start, size):
         # The vocabulary comes first, so that a tile of them is contiguous.
-        z = dot(rows, x, (((1,), (1,)), ((), ())))[:K]  # without padding rows
-        z = z if bias is None else z + column(bias)
-        return z if cap is None else cap * jnp.tanh(z / cap)
+        z = dot(tile(table, start, size), x, (((1,), (1,)), ((), ())))
+        z = z if bias is None else z + column(tile(bias, start, size))
+        z = z if cap is None else cap * jnp.tanh(z / cap)
+        return without_padding(z, start, -jnp.inf)
 
     def add_statistics(z, start, carry):
         maximum, total, sum_z, target_z = carry
         higher = jnp.maximum(maximum, jnp.max(z, axis=0))
         total = total * jnp.exp(maximum - higher) + jnp.sum(jnp.exp(z - row(higher)), axis=0)
         if smoothing > 0:
-            sum_z = sum_z + jnp.sum(z, axis=0)
+            sum_z = sum_z + jnp.sum(without_padding(z, start, 0), axis=0)
         here = (targets >= start) & (targets < start + len(z))
         found = jnp.take_along_axis(z, row(jnp.where(here, targets - start, 0)), axis=0)[0]
         return higher, total, sum_z, jnp.where(here, found, target_z)
 
     def tile_statistics(start, size, carry):
-        b = None if bias is None else tile(bias, start, size)
-        return add_statistics(logits(tile(table, start, size), b), start, carry)
+        return add_statistics(logits(start, size), start, carry)
 
-    zeros = jnp.zeros(C, wide)
-    lowest = jnp.full(C, jnp.finfo(wide).min)  # -inf would give NaN for a tile of -inf
+    zeros = _varying(jnp.zeros(C, wide), varying)
+    lowest = zeros + jnp.finfo(wide).min  # -inf would give NaN for a tile of -inf
     carry = (lowest, zeros, zeros, zeros)
-    z = None if d_table is None else logits(table, bias)
+    z = None if d_table is None else logits(0, V)
     if z is None:
-        carry = _over_tiles(K, T, tile_statistics, carry)
+        carry = _over_tiles(V, T, tile_statistics, carry)
     else:
         carry = add_statistics(z, 0, carry)
     maximum, total, sum_z, target_z = carry
+    if axes:
+        highest = lax.pmax(maximum, axes)
+        parts = [total * jnp.exp(maximum - highest), target_z] + [sum_z] * (smoothing > 0)
+        total, target_z, *rest = lax.psum(jnp.stack(parts), axes)
+        maximum, sum_z = highest, rest[0] if rest else sum_z
     # Differences to the maximum come first, so that large logits keep their precision.
     log_total = jnp.log(total)
     lse = maximum + log_total
     losses = log_total - (1 - smoothing) * (target_z - maximum) + options.z_loss * lse**2
     if smoothing > 0:
-        losses = losses - smoothing * (sum_z / K - maximum)
+        losses = losses - smoothing * (sum_z / options.vocab_size - maximum)
     if d_table is None:
         return losses, None, None, None
 
@@ -134,14 +161,15 @@ def _chunk(options, x, table, bias, weights, targets, d_table, d_bias):
         is_target = column(start + jnp.arange(size, dtype=np.int32)) == row(targets)
         d_z = d_z - jnp.where(is_target, row((1 - smoothing) * weights), 0.0)
         if smoothing > 0:
-            d_z = d_z - row(smoothing / K * weights)
+            d_z = d_z - row(smoothing / options.vocab_size * weights)
         if cap is not None:
             d_z = d_z * (1 - (z_tile / cap) ** 2)
+        d_z = without_padding(d_z, start, 0)
         if bias is not None:
             d_b = tile(d_bias, start, size) + jnp.sum(d_z, axis=1)
             d_bias = lax.dynamic_update_slice_in_dim(d_bias, d_b, start, 0)
         d_z = d_z.astype(dtype)
-        rows = tile(table, start, size).astype(dtype)
+        rows = without_padding(tile(table, start, size).astype(dtype), start, 0)
         if options.plan.transpose:
             d_x = d_x + dot(lax.optimization_barrier(d_z.T), rows, (((1,), (0,)), ((), ())))
         else:
@@ -149,14 +177,21 @@ def _chunk(options, x, table, bias, weights, targets, d_table, d_bias):
         d_t = tile(d_table, start, size) + dot(d_z, x.astype(dtype), (((1,), (0,)), ((), ())))
         return d_x, lax.dynamic_update_slice_in_dim(d_table, d_t, start, 0), d_bias
 
-    carry = (jnp.zeros((C, D), wide), d_table, d_bias)
-    return losses, *_over_tiles(K, T, tile_gradients, carry)
+    carry = (_varying(jnp.zeros((C, D), wide), varying), d_table, d_bias)
+    return losses, *_over_tiles(V, T, tile_gradients, carry)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _chunks(options, differentiate, hidden, table, bias, weights, targets):
-    """The loss of each token and, to `differentiate`, the gradients of their weighted sum."""
-    (N, D), wide, plan = hidden.shape, weights.dtype, options.plan
+def _device_chunks(options, differentiate, hidden, table, bias, weights, targets):
+    """The loss of each token and, to `differentiate`, the gradients of their weighted sum, for the
+    tokens and the rows that one device has."""
+    batch, wide, plan = weights.shape, weights.dtype, options.plan
+    axes = options.split.all_vocabulary
+    operands = hidden, table, bias, weights, targets
+    varying = varying_axes(*operands)
+    table = table.reshape(len(table), -1)
+    (V, D), N = table.shape, weights.size
+    offset = lax.axis_index(axes) * np.int32(V) if axes else np.int32(0)
+    hidden, weights, targets = hidden.reshape(N, D), weights.reshape(N), targets.reshape(N)
     count = max(-(-N // plan.chunk_size), 1)
     C = -(-N // count)
     if count > 1:
@@ -177,33 +212,54 @@ def _chunks(options, differentiate, hidden, table, bias, weights, targets):
         losses, d_hidden, d_table, d_bias = carry
         x, w, y, alive = (lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in tokens)
         x = jnp.where(alive[:, None], x, jnp.zeros((), x.dtype))
-        loss, d_x, d_table, d_bias = _chunk(options, x, table, bias, w, y, d_table, d_bias)
+        loss, d_x, d_table, d_bias = _chunk(options, x, table, bias, w, y, offset, d_table, d_bias)
         loss = jnp.where(alive, jnp.where(jnp.isnan(w), w, loss), 0.0)
         losses = lax.dynamic_update_index_in_dim(losses, loss, i, 1)
         if differentiate:
             d_hidden = lax.dynamic_update_index_in_dim(d_hidden, d_x, i, 1)
         return losses, d_hidden, d_table, d_bias
 
-    losses = jnp.zeros((C, count), wide)
+    losses = _varying(jnp.zeros((C, count), wide), varying - {*axes})
     if not differentiate:
         losses, *_ = _loop(count, chunk, (losses, None, None, None))
-        return losses.reshape(-1)[:N], None
-    d_bias = None if bias is None else jnp.zeros_like(bias)
-    carry = (losses, jnp.zeros((C, count, D), wide), jnp.zeros(table.shape, wide), d_bias)
-    losses, d_hidden, d_table, d_bias = _loop(count, chunk, carry)
-    return losses.reshape(-1)[:N], (d_hidden.reshape(-1, D)[:N], d_table, d_bias)
+        return losses.reshape(-1)[:N].reshape(batch), None
+    shapes = (C, count, D), (V, D), None if bias is None else (V,)
+    zeros = [None if s is None else _varying(jnp.zeros(s, wide), varying) for s in shapes]
+    losses, d_hidden, d_table, d_bias = _loop(count, chunk, (losses, *zeros))
+    d_hidden = d_hidden.reshape(-1, D)[:N]
+
+    def whole(operand, gradient):
+        axes = (varying - varying_axes(operand)) & {*options.split.mapped}
+        return sum_over(axes, gradient.reshape(operand.shape))
+
+    gradients = jax.tree.map(whole, operands[:3], (d_hidden, d_table, d_bias))
+    return losses.reshape(-1)[:N].reshape(batch), gradients
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _chunks(options, differentiate, *operands):
+    split = options.split
+    batch, rows = list(split.batch), [split.vocabulary]
+    axes = [batch, rows, rows, batch, batch]
+    outputs = (
+        batch,
+        (batch, rows, None if operands[2] is None else rows) if differentiate else None,
+    )
+    function = functools.partial(_device_chunks, options, differentiate)
+    return split.map(function, axes, outputs, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_cross_entropy(
     options: Options,
-    hidden: Float[Array, "N D"],
-    table: Float[Array, "V D"],
-    bias: Float[Array, " vocab_size"] | None,
-    weights: Float[Array, " N"],
-    targets: Int[Array, " N"],
-) -> Float[Array, ""] | Float[Array, " N"]:
-    """The weight of each token times its loss; summed, if the options say so."""
+    hidden: Float[Array, "..."],
+    table: Float[Array, "V ..."],
+    bias: Float[Array, " V"] | None,
+    weights: Float[Array, " *batch"],
+    targets: Int[Array, " *batch"],
+) -> Float[Array, "..."]:
+    """The weight of each token times its loss; summed, if the options say so. `hidden` is `*batch`
+    followed by the axes that follow V in `table`."""
     losses, _ = _chunks(options, False, hidden, table, bias, weights, targets)
     return _weigh(options, losses, weights)
 
@@ -213,23 +269,35 @@ def _weigh(options, losses, weights):
     return jnp.sum(losses) if options.reduce else losses
 
 
+@jax.tree_util.register_static
+class _Type(NamedTuple):
+    """What a gradient must know of its operand."""
+
+    dtype: DTypeLike
+    varying: frozenset[str]
+
+    def of(self, gradient):
+        """The gradient, summed over the devices that share the operand."""
+        return sum_over(varying_axes(gradient) - self.varying, gradient).astype(self.dtype)
+
+
 def _forward(options, *operands):
     losses, gradients = _chunks(options, options.reduce, *operands)
-    residuals = losses, (gradients if options.reduce else operands)
+    types = [None if a is None else _Type(a.dtype, varying_axes(a)) for a in operands[:4]]
+    residuals = losses, gradients if options.reduce else operands, types
     return _weigh(options, losses, weights=operands[3]), residuals
 
 
 def _backward(options, residuals, cotangent):
-    losses, rest = residuals
+    losses, gradients, types = residuals
     if options.reduce:
-        gradients = jax.tree.map(lambda d: cotangent * d, rest)
+        gradients = jax.tree.map(lambda d: cotangent * d, gradients)
     else:
-        hidden, table, bias, weights, targets = rest
+        hidden, table, bias, weights, targets = gradients
         weights = weights * cotangent
         _, gradients = _chunks(options, True, hidden, table, bias, weights, targets)
-    d_hidden, d_table, d_bias = gradients
-    d_hidden, d_table = (d.astype(options.dtype) for d in (d_hidden, d_table))
-    return d_hidden, d_table, d_bias, cotangent * losses, None
+    gradients = *gradients, cotangent * losses
+    return *(None if t is None else t.of(d) for t, d in zip(types, gradients, strict=True)), None
 
 
 weighted_cross_entropy.defvjp(_forward, _backward)

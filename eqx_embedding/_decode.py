@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray
 
 from ._cross_entropy import make_plan, Options, weighted_cross_entropy
+from ._sharding import explicit_axes, find_split, Rules, without_padding
 from ._table import EmbeddingTable
 from ._tokens import tokens_in_range
 
@@ -59,36 +60,63 @@ class EmbeddingDecode(eqx.Module):
             )
 
     def __call__(
-        self, hidden: Float[Array, "..."], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "... {self.table.vocab_size}"]:
+        self,
+        hidden: Float[Array, "..."],
+        *,
+        rules: Rules | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "... vocab_size"]:
         """**Arguments:**
 
         - `hidden`: vectors of shape `*batch` followed by the embedding axes.
+        - `rules`: as in [`eqx_embedding.EmbeddingLookup`][].
         - `key`: ignored, for compatibility with `eqx.nn.Sequential`.
 
         **Returns:**
 
-        The logits, of shape `*batch vocab_size`: padding rows have none.
+        The logits, of shape `*batch vocab_size`: padding rows have none. If a mesh splits the
+        vocabulary, it splits the logits alike, unless there are padding rows: no mesh divides
+        the rest of them, so that each device has the logits of the whole vocabulary.
 
         **Raises:**
 
-        A `ValueError` that names the embedding axes if `hidden` does not end with them, or for a
-        stacked table.
+        A `ValueError` that names the embedding axes if `hidden` does not end with them, for a
+        stacked table, or for rules that do not fit the mesh.
         """
         del key
-        batch_axes, axis = self._check_hidden(hidden), self.table._vocabulary_position()
+        batch_axes = self._check_hidden(hidden)
+        table, axis = self.table, self.table._vocabulary_position()
         dtype, wide, product_dtype = self._dtypes(hidden)
+        rows, name = table.embeddings, table.vocabulary_axis
+        split = find_split(rows, (name, axis), hidden, 0, rules)
+        part_of_padded = table.padding_rows > 0 and bool(split.all_vocabulary)
         # Before the product, so that not even a NaN in a padding row reaches the gradients.
-        rows = lax.slice_in_dim(self.table.embeddings, 0, self.table.vocab_size, axis=axis)
+        if part_of_padded:
+            rows = without_padding(rows, axis, split, table.padding_rows)
+        else:
+            rows = lax.slice_in_dim(rows, 0, table.vocab_size, axis=axis)
         embedding_positions = [i for i in range(rows.ndim) if i != axis]
+        batch = explicit_axes(hidden)[:batch_axes]
+        columns = tuple(a for a in explicit_axes(rows)[axis] if a not in sum(batch, ()))
         logits = lax.dot_general(
             hidden.astype(product_dtype),
             rows.astype(product_dtype),
             ((range(batch_axes, hidden.ndim), embedding_positions), ((), ())),
             preferred_element_type=wide,
+            out_sharding=split.sharding([*batch, columns]),
         )
+        if part_of_padded:
+            if split.manual_vocabulary:
+                logits = lax.all_gather(
+                    logits, split.manual_vocabulary, axis=batch_axes, tiled=True, to="invarying"
+                )
+            logits = split.place(logits, [*batch, ()])
+            num_tokens = logits.shape[-1] - table.padding_rows
+            logits = lax.slice_in_dim(logits, 0, num_tokens, axis=batch_axes)
+            columns = ()
         if self.bias is not None:
-            logits = logits + jnp.expand_dims(self.bias.astype(wide), range(batch_axes))
+            bias = split.place(self.bias.astype(wide), [columns])
+            logits = logits + jnp.expand_dims(bias, range(batch_axes))
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
         return logits.astype(dtype if self.logits_dtype is None else self.logits_dtype)
@@ -106,6 +134,7 @@ class EmbeddingDecode(eqx.Module):
         z_loss: float | int = 0.0,
         reduction: str = "mean",
         chunk_size: int | None = None,
+        rules: Rules | None = None,
     ) -> Float[Array, "..."]:
         """The cross-entropy of the targets, as if from the logits, which never all exist at once.
 
@@ -138,7 +167,13 @@ class EmbeddingDecode(eqx.Module):
         - `reduction`: `"mean"`, weighted, and 0 when all weights are zero; `"sum"`; or `"none"`,
             one loss for each token times its weight, whose gradient computes the logits again.
         - `chunk_size`: how many tokens have logits at once. Less takes less memory. Defaults to
-            `None`, which chooses what is fast.
+            `None`, which chooses what is fast. Each device counts its own tokens.
+        - `rules`: the axes of the device mesh that split the first axis of the batch and the
+            vocabulary, such as `{"batch": "data", "vocabulary": "model"}`. Not needed for
+            explicit mesh axes, which are part of the types of the arrays. Automatic axes are
+            hidden from this call: without rules the loss is right and the table is not gathered,
+            but its gradient is summed over devices once a chunk, rather than once. Inside a
+            `jax.shard_map` rules are needed for all axes of it that split either.
 
         **Returns:**
 
@@ -148,7 +183,8 @@ class EmbeddingDecode(eqx.Module):
 
         **Raises:**
 
-        A `ValueError` for shapes that do not fit, and for options out of their range. A
+        A `ValueError` for shapes that do not fit, for options out of their range, and for rules
+        that do not fit the mesh, or sizes that it does not divide. A
         `TypeError` for targets that are not integers.
         """
         table, axis = self.table, self.table._vocabulary_position()
@@ -169,35 +205,51 @@ class EmbeddingDecode(eqx.Module):
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
 
         _, wide, dtype = self._dtypes(hidden)
-        rows = jnp.moveaxis(table.embeddings, axis, 0)
-        rows = rows.reshape(len(rows), -1).astype(dtype)
-        plan = make_plan(rows.shape[1], table.vocab_size, dtype, wide)
+        split = find_split(
+            table.embeddings, (table.vocabulary_axis, axis), hidden, len(batch), rules
+        )
+        rows = jnp.moveaxis(table.embeddings, axis, 0).astype(dtype)
+        num_rows = len(rows) * split.size(split.manual_vocabulary)
+        vocab_size = num_rows - table.padding_rows
+        bias = self.bias
+        if bias is not None and table.padding_rows > 0:
+            if split.manual_vocabulary:
+                raise ValueError(
+                    "inside a `jax.shard_map` that splits the vocabulary "
+                    f"{table.vocabulary_axis!r}, it can have padding rows or a bias, not both."
+                )
+            bias = jnp.pad(bias, (0, table.padding_rows))
+        targets, in_range = tokens_in_range(targets, vocab_size)
+        xp = jnp if isinstance(targets, Array) else np
+        targets = jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32))
+        weights = jnp.ones(batch, wide) if weights is None else jnp.asarray(weights).astype(wide)
+        if reduction == "mean":
+            # not by their sum, which is also zero for 1 and -1
+            some, total = jnp.sum(weights != 0), jnp.sum(weights)
+            some, total = lax.psum((some, total), split.manual_batch)
+            weights = weights / jnp.where(some > 0, total, 1.0)
+        local_rows = len(rows) // split.size(split.vocabulary)
+        plan = make_plan(local_rows, math.prod(rows.shape[1:]), dtype, wide, tiles=split.known)
         options = Options(
-            vocab_size=table.vocab_size,
+            vocab_size=vocab_size,
+            padded=table.padding_rows > 0,
+            split=split,
             label_smoothing=float(label_smoothing),
             z_loss=float(z_loss),
             soft_cap=None if self.soft_cap is None else float(self.soft_cap),
             reduce=reduction != "none",
-            dtype=dtype,
             plan=plan if chunk_size is None else plan._replace(chunk_size=chunk_size),
         )
-        targets, in_range = tokens_in_range(targets, table.vocab_size)
-        xp = jnp if isinstance(targets, Array) else np
-        targets = xp.where(in_range, targets, table.vocab_size).astype(np.int32)
-        weights = jnp.ones(batch, wide) if weights is None else jnp.asarray(weights).astype(wide)
-        if reduction == "mean":
-            # not by their sum, which is also zero for 1 and -1
-            nothing = ~jnp.any(weights != 0)
-            weights = weights / jnp.where(nothing, 1.0, jnp.sum(weights))
+        bias = None if bias is None else split.place(bias.astype(wide), [split.vocabulary])
         loss: Array = weighted_cross_entropy(
             options,
-            hidden.astype(dtype).reshape(-1, rows.shape[1]),
-            rows,
-            None if self.bias is None else self.bias.astype(wide),
-            weights.reshape(-1),
-            jnp.asarray(targets).reshape(-1),
+            split.place(hidden.astype(dtype), split.batch),
+            split.place(rows, [split.vocabulary]),
+            bias,
+            split.place(weights, split.batch),
+            split.place(targets, split.batch),
         )  # pyright: ignore[reportAssignmentType]
-        return loss.reshape(batch) if reduction == "none" else loss
+        return lax.psum(loss, split.manual_batch) if options.reduce else loss
 
     def _dtypes(self, hidden: Float[Array, "..."]) -> tuple[DTypeLike, DTypeLike, DTypeLike]:
         """The promotion of all operands; the dtype to compute in; that of the products' factors."""

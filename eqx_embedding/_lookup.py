@@ -7,8 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
+from ._sharding import explicit_axes, find_split, Rules
 from ._table import EmbeddingTable
 from ._tokens import tokens_in_range
 
@@ -16,24 +19,29 @@ from ._tokens import tokens_in_range
 OutOfRange = Literal["nan", "raise", "clip"]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _take(table: Array, rows: Array, axis: int, fill_value: float) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _take(
+    table: Array, rows: Array, axis: int, fill_value: float, out_sharding: NamedSharding | None
+) -> Array:
     """The `rows` of `table` along `axis`, which come first; `fill_value` for rows past the end."""
     # To index the axis where it stands moves the axes of the result, not those of the table.
     taken = table.at[(slice(None),) * axis + (rows,)].get(
-        mode="fill", fill_value=fill_value, wrap_negative_indices=False
+        mode="fill",
+        fill_value=fill_value,
+        wrap_negative_indices=False,
+        out_sharding=out_sharding,
     )
     return jnp.moveaxis(taken, range(axis, axis + rows.ndim), range(rows.ndim))
 
 
 @_take.defjvp
-def _take_jvp(axis, fill_value, primals, tangents):
+def _take_jvp(axis, fill_value, out_sharding, primals, tangents):
     table, rows = primals
     # The gradient is the transpose of this line: a scatter-add, in float32 at least, for bfloat16
     # stops counting the repeats of a token at 256, and float16 at 2048.
     wide = jnp.float32 if jnp.finfo(table.dtype).bits < 32 else table.dtype
-    tangent = _take(tangents[0].astype(wide), rows, axis, 0.0).astype(table.dtype)
-    return _take(table, rows, axis, fill_value), tangent
+    tangent = _take(tangents[0].astype(wide), rows, axis, 0.0, out_sharding)
+    return _take(table, rows, axis, fill_value, out_sharding), tangent.astype(table.dtype)
 
 
 @final
@@ -67,7 +75,11 @@ class EmbeddingLookup(eqx.Module):
             )
 
     def __call__(
-        self, tokens: Integer[ArrayLike, "*batch"], *, key: PRNGKeyArray | None = None
+        self,
+        tokens: Integer[ArrayLike, "*batch"],
+        *,
+        rules: Rules | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, "..."]:
         """**Arguments:**
 
@@ -75,6 +87,9 @@ class EmbeddingLookup(eqx.Module):
             or a Python int. Host data is checked before JAX narrows it to 32 bits, so a 64-bit id
             out of range stays out of range. (Give it to this call and not to a jitted function,
             for JAX narrows the arguments of those before any code of theirs runs.)
+        - `rules`: needed only inside a `jax.shard_map` over mesh axes that split the vocabulary:
+            which ones, such as `{"vocabulary": "model"}`. Defaults to `None`. See
+            [`eqx_embedding.EmbeddingTable.partition_spec`][].
         - `key`: ignored, for compatibility with `eqx.nn.Sequential`.
 
         **Returns:**
@@ -85,23 +100,43 @@ class EmbeddingLookup(eqx.Module):
         **Raises:**
 
         A `RuntimeError` under `out_of_range="raise"`, naming the vocabulary and its size. A
-        `TypeError` for tokens that are not integers. A `ValueError` for a stacked table.
+        `TypeError` for tokens that are not integers. A `ValueError` for a stacked table, or for
+        rules that do not fit the mesh.
         """
         del key
         table, axis = self.table, self.table._vocabulary_position()
-        tokens, in_range = tokens_in_range(tokens, table.vocab_size)
+        embeddings = table.embeddings
+        of_device = tokens if isinstance(tokens, jax.Array) else None
+        split = find_split(embeddings, (table.vocabulary_axis, axis), of_device, 0, rules)
+        mesh_axes = split.manual_vocabulary
+        num_rows = embeddings.shape[axis] * split.size(mesh_axes)
+        vocab_size = num_rows - table.padding_rows
+        tokens, in_range = tokens_in_range(tokens, vocab_size)
         xp = jnp if isinstance(tokens, jax.Array) else np
         if self.out_of_range == "clip":
-            rows = xp.where(tokens < 0, 0, xp.where(in_range, tokens, table.vocab_size - 1))
+            rows = xp.where(tokens < 0, 0, xp.where(in_range, tokens, vocab_size - 1))
         else:  # a row past the end has no value and no gradient
-            rows = xp.where(in_range, tokens, table.vocab_size + table.padding_rows)
-        vectors = _take(table.embeddings, jnp.asarray(rows), axis, jnp.nan)
+            rows = xp.where(in_range, tokens, num_rows)
+        rows = jnp.asarray(rows)
+        # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
+        batch = explicit_axes(rows)
+        others = [
+            tuple(a for a in axes if a not in sum(batch, ())) for axes in explicit_axes(embeddings)
+        ]
+        sharding = split.sharding([*others[:axis], *batch, *others[axis + 1 :]])
+        if mesh_axes:  # each device has some of the rows
+            start = lax.axis_index(mesh_axes) * embeddings.shape[axis]
+            here = rows - start.astype(rows.dtype)
+            vectors = lax.psum(_take(embeddings, here, axis, 0.0, sharding), mesh_axes)
+            missing = jnp.expand_dims(rows == num_rows, range(rows.ndim, vectors.ndim))
+            vectors = jnp.where(missing, jnp.asarray(jnp.nan, vectors.dtype), vectors)
+        else:
+            vectors = _take(embeddings, rows, axis, jnp.nan, sharding)
         if self.out_of_range == "raise":
             vectors = eqx.error_if(
                 vectors,
                 ~in_range,
                 f"a token is out of range: the vocabulary {table.vocabulary_axis!r} has "
-                f"{table.vocab_size} tokens, so tokens must be at least 0 and below "
-                f"{table.vocab_size}.",
+                f"{vocab_size} tokens, so tokens must be at least 0 and below {vocab_size}.",
             )
         return vectors

@@ -121,16 +121,17 @@ def rounding(dtype) -> float:
     return float(jnp.finfo(dtype).eps)
 
 
+def python_environment(**environment: str) -> dict[str, str]:
+    """The environment of a fresh process, without the settings of this one."""
+    settings = ("EQX_ON_ERROR", "JAXTYPING_DISABLE", "XLA_FLAGS")
+    return {k: v for k, v in os.environ.items() if k not in settings} | environment
+
+
 def run_python(code: str, **environment: str):
     """Runs `code` in a fresh process and returns what it printed last, which is JSON."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("EQX_ON_ERROR", "JAXTYPING_DISABLE", "XLA_FLAGS")
-    }
     process = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        env=inherited | environment,
+        env=python_environment(**environment),
         capture_output=True,
         text=True,
     )

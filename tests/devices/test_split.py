@@ -1,0 +1,461 @@
+"""Lookup, decode and loss over eight devices equal those of one."""
+
+import contextlib
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
+
+from .helpers import (
+    assert_trees_close,
+    collectives,
+    make_mesh,
+    make_table,
+    memory,
+    on_mesh,
+    place,
+    random,
+    RULES,
+    SETTINGS,
+    split,
+)
+
+
+V, B, T, D = 96, 8, 10, 8
+settings = pytest.mark.parametrize("setting", SETTINGS)
+padded = pytest.mark.parametrize("padding_rows", [0, 3])
+
+
+@pytest.fixture(params=["float32", "float64"])
+def precision(request):
+    with jax.enable_x64(True) if request.param == "float64" else contextlib.nullcontext():
+        yield
+
+
+def draw_tokens(vocab_size, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, vocab_size, (B, T)), "int32")
+
+
+def cross_entropy(rules, table, hidden, targets, weights=None, reduction="mean", **layer):
+    # 16 tokens of 40, so that a device has more than one chunk
+    return EmbeddingDecode(table, **layer).cross_entropy(
+        hidden,
+        targets,
+        weights=weights,
+        label_smoothing=0.1,
+        z_loss=1e-3,
+        reduction=reduction,
+        chunk_size=16,
+        rules=rules,
+    )
+
+
+def arguments_of_a_loss(padding_rows):
+    weights = jnp.abs(random((B, T), seed=2)).at[0, :3].set(0.0)
+    hidden, table = random((B, T, D), seed=1), make_table(V, padding_rows)
+    return table, hidden, draw_tokens(table.vocab_size), weights
+
+
+@settings
+@padded
+def test_a_lookup_equals_that_of_one_device(setting, padding_rows, precision):
+    table = make_table(V, padding_rows)
+    tokens = draw_tokens(table.vocab_size)
+    factors = random((B, T, D), seed=3)
+
+    def lookup(rules, table, tokens):
+        return EmbeddingLookup(table)(tokens, rules=rules)
+
+    def loss(lookup, table, tokens, factors):
+        vectors = lookup(table, tokens)
+        return jnp.sum(vectors * factors), vectors
+
+    def differentiate(function):
+        return jax.jit(lambda *a: jax.value_and_grad(loss, 1, has_aux=True)(function, *a))
+
+    expected = differentiate(lambda *a: lookup(None, *a))(table, tokens, factors)
+    with split(setting, table, tokens, factors) as arguments:
+        function = differentiate(on_mesh(setting, lookup, ["data"]))
+        assert_trees_close(function(*arguments), expected)
+
+
+@settings
+@padded
+def test_a_decode_equals_that_of_one_device(setting, padding_rows, precision):
+    table, hidden = make_table(V, padding_rows), random((B, T, D), seed=1)
+    factors = random((B, T, table.vocab_size), seed=3)
+
+    def decode(rules, table, hidden):
+        return EmbeddingDecode(table, soft_cap=3.0)(hidden, rules=rules)
+
+    def loss(decode, table, hidden, factors):
+        logits = decode(table, hidden)
+        return jnp.sum(logits * factors), logits
+
+    def differentiate(function):
+        return jax.jit(lambda *a: jax.value_and_grad(loss, (1, 2), has_aux=True)(function, *a))
+
+    expected = differentiate(lambda *a: decode(None, *a))(table, hidden, factors)
+    columns = None if padding_rows else "model"
+    with split(setting, table, hidden, factors) as (table, hidden, factors):
+        factors = place(make_mesh(setting), factors, "data", None, columns)
+        function = differentiate(on_mesh(setting, decode, ["data", None, columns]))
+        assert_trees_close(function(table, hidden, factors), expected)
+
+
+@settings
+@padded
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_equals_that_of_one_device(setting, padding_rows, reduction, precision):
+    arguments = arguments_of_a_loss(padding_rows)
+
+    def loss(function, *arguments):
+        losses = function(*arguments)
+        return jnp.sum(losses**2), losses
+
+    def differentiate(function):
+        gradient = jax.value_and_grad(loss, (1, 2, 4), has_aux=True)
+        return jax.jit(lambda *a: gradient(function, *a))
+
+    def function(rules, *arguments):
+        return cross_entropy(rules, *arguments, reduction=reduction)
+
+    expected = differentiate(lambda *a: function(None, *a))(*arguments)
+    out_axes = [] if reduction == "mean" else ["data"]
+    with split(setting, *arguments) as arguments:
+        actual = differentiate(on_mesh(setting, function, out_axes))(*arguments)
+        assert_trees_close(actual, expected)
+
+
+@padded
+@pytest.mark.parametrize("setting", ["automatic", "rules", "explicit"])
+def test_a_loss_with_a_bias_equals_that_of_one_device(setting, padding_rows):
+    table, hidden, targets, weights = arguments_of_a_loss(padding_rows)
+    bias = random(table.vocab_size, seed=4)
+
+    def loss(rules, table, hidden, bias):
+        return cross_entropy(rules, table, hidden, targets, bias=bias, soft_cap=5.0)
+
+    differentiate = jax.value_and_grad(loss, (1, 2, 3))
+    expected = jax.jit(lambda *a: differentiate(None, *a))(table, hidden, bias)
+    with split(setting, table, hidden) as arguments:
+        function = jax.jit(on_mesh(setting, differentiate, []))
+        assert_trees_close(function(*arguments, bias), expected)
+
+
+def test_the_gradient_may_be_taken_inside_a_shard_map():
+    arguments = arguments_of_a_loss(padding_rows=3)
+
+    def differentiate(rules, table, hidden, targets, weights):
+        def loss(table, hidden, weights):
+            return cross_entropy(rules, table, hidden, targets, weights)
+
+        return jax.value_and_grad(loss, (0, 1, 2))(table, hidden, weights)
+
+    expected = jax.jit(lambda *a: differentiate(None, *a))(*arguments)
+    with split("manual", *arguments) as arguments:
+        inside = jax.shard_map(
+            lambda *a: differentiate(RULES, *a),
+            in_specs=(P("model"), P("data"), P("data"), P("data")),
+            out_specs=(P(), (P("model"), P("data"), P("data"))),
+        )
+        assert_trees_close(jax.jit(inside)(*arguments), expected)
+
+
+@pytest.mark.parametrize("rules", [{"batch": "data"}, RULES])
+@pytest.mark.parametrize("setting", ["automatic", "explicit"])
+def test_a_shard_map_may_take_some_of_the_axes(setting, rules):
+    *arguments, _ = arguments_of_a_loss(padding_rows=3)
+
+    def differentiate(rules, table, hidden, targets):
+        def loss(table, hidden):
+            vectors = EmbeddingLookup(table)(targets, rules=rules)
+            return cross_entropy(rules, table, hidden + vectors, targets)
+
+        return jax.value_and_grad(loss, (0, 1))(table, hidden)
+
+    expected = jax.jit(lambda *a: differentiate(None, *a))(*arguments)
+    with split(setting, *arguments) as arguments:
+        inside = jax.shard_map(
+            lambda *a: differentiate(rules, *a),
+            in_specs=(P(), P("data"), P("data")),
+            out_specs=(P(), (P(), P("data"))),
+            axis_names={"data"},
+        )
+        assert_trees_close(jax.jit(inside)(*arguments), expected)
+
+
+def test_a_mean_inside_a_shard_map_is_of_the_devices_tokens_unless_rules_say_more():
+    *arguments, _ = arguments_of_a_loss(padding_rows=0)
+    expected = jax.jit(jax.value_and_grad(lambda *a: cross_entropy(None, *a), (0, 1)))(*arguments)
+
+    def mean_of_means(*arguments):
+        mean = cross_entropy({"vocabulary": "model"}, *arguments)
+        return jax.lax.pmean(mean, "data")
+
+    with split("manual", *arguments) as arguments:
+        mapped = jax.shard_map(
+            mean_of_means, in_specs=(P("model"), P("data"), P("data")), out_specs=P()
+        )
+        assert_trees_close(jax.jit(jax.value_and_grad(mapped, (0, 1)))(*arguments), expected)
+
+
+@pytest.mark.parametrize("setting", ["automatic", "explicit"])
+def test_layers_work_under_vmap_over_split_sequences(setting):
+    *arguments, _ = arguments_of_a_loss(padding_rows=3)
+
+    def loss(table, hidden, targets):
+        def of_sequence(hidden, targets):
+            vectors = EmbeddingLookup(table)(targets)
+            logits = EmbeddingDecode(table)(hidden + vectors)
+            loss = cross_entropy(None, table, hidden + vectors, targets)
+            return loss + jnp.mean(jnp.square(logits))
+
+        return jnp.mean(jax.vmap(of_sequence)(hidden, targets))
+
+    differentiate = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    expected = differentiate(*arguments)
+    with split(setting, *arguments) as arguments:
+        assert_trees_close(jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments), expected)
+
+
+@pytest.mark.parametrize("axes", [(None, "model"), ("data",), (("data", "model"),)])
+@pytest.mark.parametrize("setting", ["automatic", "explicit"])
+def test_a_table_may_be_split_in_any_way(setting, axes):
+    """Over its embedding; over the same mesh axis as the batch; over two mesh axes."""
+    *arguments, _ = arguments_of_a_loss(padding_rows=0)
+
+    def loss(table, hidden, targets):
+        hidden = hidden + EmbeddingLookup(table)(targets)
+        logits = EmbeddingDecode(table)(hidden)
+        return cross_entropy(None, table, hidden, targets) + jnp.mean(jnp.square(logits))
+
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
+    with split(setting, *arguments) as (table, hidden, targets):
+        table = place(make_mesh(setting), table, *axes)
+        function = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        assert_trees_close(function(table, hidden, targets), expected)
+
+
+def test_several_embedding_axes_around_the_vocabulary():
+    array = random((2, V, 3))
+    names = ("heads", "vocabulary", "features")
+    hidden, targets = random((B, T, 2, 3), seed=1), draw_tokens(V)
+
+    def loss(rules, array, hidden, targets):
+        table = EmbeddingTable(array, names)
+        hidden = hidden + EmbeddingLookup(table)(targets)
+        return cross_entropy(rules, table, hidden, targets)
+
+    expected = jax.jit(jax.value_and_grad(lambda *a: loss(None, *a), (0, 1)))(
+        array, hidden, targets
+    )
+    for setting in ("rules", "explicit"):
+        with split(setting, array[0], hidden, targets) as (_, hidden_, targets_):
+            array_ = place(make_mesh(setting), array, None, "model")
+            function = on_mesh(setting, loss, [])
+            actual = jax.jit(jax.value_and_grad(function, (0, 1)))(array_, hidden_, targets_)
+            assert_trees_close(actual, expected)
+
+
+@pytest.mark.parametrize("out_of_range", ["nan", "clip"])
+def test_tokens_out_of_range_stay_so_on_every_device(out_of_range):
+    table = make_table(V, padding_rows=3)
+    tokens = jnp.asarray([-1, 0, 23, 24, 92, 93, 95, 96, 10**6, -(2**31)], "int32")
+    tokens = jnp.stack([tokens] * B)
+
+    def lookup(rules, table, tokens):
+        return EmbeddingLookup(table, out_of_range)(tokens, rules=rules)
+
+    expected = jax.jit(lambda *a: lookup(None, *a))(table, tokens)
+    for setting in SETTINGS:
+        with split(setting, table, tokens) as arguments:
+            actual = jax.jit(on_mesh(setting, lookup, ["data"]))(*arguments)
+            np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+
+
+@settings
+def test_a_target_out_of_range_is_nan_on_every_device(setting):
+    table, hidden, targets, _ = arguments_of_a_loss(padding_rows=3)
+    wrong = targets.at[0, 0].set(table.vocab_size)
+
+    def loss(rules, *arguments):
+        return cross_entropy(rules, *arguments, reduction="none")
+
+    with split(setting, table, hidden, wrong) as arguments:
+        losses = np.asarray(jax.jit(on_mesh(setting, loss, ["data"]))(*arguments))
+    assert np.isnan(losses[0, 0]) and np.isnan(losses).sum() == 1
+
+
+def test_layers_work_without_jit():
+    *arguments, _ = arguments_of_a_loss(padding_rows=3)
+
+    def use(table, hidden, targets):
+        vectors = EmbeddingLookup(table)(targets)
+        logits = EmbeddingDecode(table)(hidden)
+        loss, gradient = jax.value_and_grad(lambda h: cross_entropy(None, table, h, targets))(
+            hidden
+        )
+        return vectors, logits, loss, gradient
+
+    expected = use(*arguments)
+    for setting in ("automatic", "explicit"):
+        with split(setting, *arguments) as split_arguments:
+            assert_trees_close(use(*split_arguments), expected)
+
+
+@pytest.mark.parametrize("setting", ["automatic", "explicit"])
+@pytest.mark.parametrize("padding_rows", [0, 3])
+def test_a_table_is_made_in_parts(setting, padding_rows):
+    rows = 4096 - padding_rows
+
+    def make(key):
+        return EmbeddingTable.from_config(rows, {"embedding": D}, pad_to_multiple_of=8, key=key)
+
+    key = jax.random.key(0)
+    expected, temporaries = jax.jit(make)(key), []
+    for devices in (1, 2, 4, 8):
+        mesh = make_mesh(setting, data=1, model=devices)
+        spec = eqx.filter_eval_shape(make, key).partition_spec({"vocabulary": "model"})
+        create = jax.jit(make, out_shardings=NamedSharding(mesh, spec))
+        temporaries.append(memory(create.lower(key).compile()).temp_size_in_bytes)
+        table = create(key)
+        assert {s.data.shape for s in table.embeddings.addressable_shards} == {(4096 // devices, D)}
+        assert_trees_close(table, expected)
+    assert all(few < 0.7 * many for many, few in zip(temporaries, temporaries[1:], strict=False))
+
+
+def compiled_loss(setting, data, model, rows=2048, padding_rows=0):
+    table, hidden = make_table(rows, padding_rows), random((16, 32, D), seed=1)
+    targets = jnp.zeros((16, 32), "int32")
+
+    def loss(rules, *arguments):
+        return cross_entropy(rules, *arguments)
+
+    with split(setting, table, hidden, targets, data=data, model=model) as arguments:
+        function = jax.value_and_grad(on_mesh(setting, loss, []), (0, 1))
+        shardings = jax.tree.map(lambda a: a.sharding, arguments[:2])
+        jitted = jax.jit(function, out_shardings=(None, shardings))
+        return jitted.lower(*arguments).compile()
+
+
+@padded
+@pytest.mark.parametrize("setting", ["rules", "explicit", "manual"])
+def test_a_loss_moves_a_few_numbers_a_chunk_and_each_gradient_once(setting, padding_rows):
+    found = collectives(compiled_loss(setting, data=2, model=4, padding_rows=padding_rows))
+    assert set(found) == {"all-reduce"}
+    scalars = {(), (16,), (3, 16)}  # chunks of 16 tokens: a maximum and three sums for each
+    moved = {shape: count for (_, shape), count in found["all-reduce"].items()}
+    hidden = [shape for shape in moved if shape not in scalars and shape[0] != 512]
+    assert moved[16,] == moved[3, 16] == 1  # in the loop
+    assert moved[512, D] == 1  # the gradient of a device's rows, over `data`
+    assert len(hidden) == 1 and moved[hidden[0]] == 1 and np.prod(hidden[0]) == 8 * 32 * D
+
+
+@padded
+def test_without_rules_neither_the_table_nor_logits_are_gathered(padding_rows):
+    found = collectives(compiled_loss("automatic", data=2, model=4, padding_rows=padding_rows))
+    assert "all-gather" not in found and "all-to-all" not in found
+    assert max(np.prod(shape) for _, shape in found["all-reduce"]) == 512 * D
+
+
+@settings
+@padded
+def test_a_lookup_costs_one_all_reduce(setting, padding_rows):
+    table = make_table(V, padding_rows)
+
+    def lookup(rules, table, tokens):
+        return EmbeddingLookup(table)(tokens, rules=rules)
+
+    with split(setting, table, draw_tokens(table.vocab_size)) as arguments:
+        compiled = jax.jit(on_mesh(setting, lookup, ["data"])).lower(*arguments).compile()
+    found = collectives(compiled)
+    assert {kind: dict(shapes) for kind, shapes in found.items()} == {
+        "all-reduce": {("f32", (B // 2, T, D)): 1}
+    }
+
+
+@settings
+def test_a_decode_moves_nothing(setting):
+    def decode(rules, table, hidden):
+        return EmbeddingDecode(table)(hidden, rules=rules)
+
+    with split(setting, make_table(V), random((B, T, D))) as arguments:
+        function = on_mesh(setting, decode, ["data", None, "model"])
+        compiled = jax.jit(function).lower(*arguments).compile()
+        assert compiled.output_shardings.spec == P("data", None, "model")
+    assert not collectives(compiled)
+
+
+@settings
+def test_memory_per_device_falls_as_the_mesh_grows(setting):
+    def size(data, model):
+        analysis = memory(compiled_loss(setting, data, model, rows=8192))
+        return (
+            analysis.argument_size_in_bytes
+            + analysis.output_size_in_bytes
+            + analysis.temp_size_in_bytes
+        )
+
+    meshes = [(1, 1), (1, 2), (1, 4), (1, 8)]
+    sizes = [size(*mesh) for mesh in meshes]
+    assert all(few < 0.7 * many for many, few in zip(sizes, sizes[1:], strict=False)), sizes
+
+
+def test_bad_rules_are_refused_before_anything_is_compiled():
+    table, tokens, hidden = make_table(V), jnp.zeros((6, T), "int32"), jnp.zeros((6, T, D))
+
+    def loss(rules, table=table):
+        return EmbeddingDecode(table).cross_entropy(hidden, tokens, rules=rules)
+
+    with pytest.raises(ValueError, match="mesh axis 'data', but the mesh is not set"):
+        loss(RULES)
+    with pytest.raises(ValueError, match="mesh axis 'data', but the mesh is not set"):
+        EmbeddingLookup(table)(tokens, rules=RULES)
+    with jax.set_mesh(make_mesh("rules", data=4, model=2)):
+        with pytest.raises(ValueError, match=r"mesh axis 'modle', .* \('data', 'model'\)"):
+            loss({"vocabulary": "modle"})
+        with pytest.raises(ValueError, match="'batch' of size 6 .* 'data', whose size 4"):
+            loss(RULES)
+        with pytest.raises(ValueError, match="'vocabulary' of size 95 .* `pad_to_multiple_of`"):
+            loss({"vocabulary": "model"}, make_table(95))
+
+
+def test_a_split_that_a_shard_map_does_not_show_is_refused():
+    table, tokens = make_table(V), jnp.zeros((B, T), "int32")
+
+    def inside(function, table_axes, token_axes, **options):
+        mapped = jax.shard_map(
+            function, in_specs=(table_axes, token_axes), out_specs=P(), **options
+        )
+        with jax.set_mesh(make_mesh("manual")):
+            jax.jit(mapped).lower(table, tokens)
+
+    def lookup(rules, table, tokens):
+        return EmbeddingLookup(table)(tokens, rules=rules)
+
+    def loss(rules, table, tokens):
+        hidden = jnp.zeros((*tokens.shape, D)) + tokens[..., None].astype("float32")
+        return EmbeddingDecode(table).cross_entropy(hidden, tokens, rules=rules)
+
+    for use in (lookup, loss):
+        with pytest.raises(ValueError, match="table differs along.*'model'.*say so by rules"):
+            inside(lambda *a, use=use: use(None, *a), P("model"), P())
+        with pytest.raises(ValueError, match="it is the same .*check_vma=True"):
+            inside(lambda *a, use=use: use(RULES, *a), P("model"), P("data"), check_vma=False)
+        with pytest.raises(ValueError, match="must be the same along .*'model'.*all_gather"):
+            rules = {"vocabulary": "model"}
+            inside(lambda *a, use=use: use(rules, *a), P("model"), P("model"))
+
+    def biased(table, tokens):
+        decode = EmbeddingDecode(table, bias=jnp.zeros(V // 4 - 3))
+        return decode.cross_entropy(jnp.zeros((B, T, D)), tokens, rules={"vocabulary": "model"})
+
+    table = make_table(V, padding_rows=3)
+    with pytest.raises(ValueError, match="padding rows or a bias, not both"):
+        inside(biased, P("model"), P())
