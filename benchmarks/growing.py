@@ -1,0 +1,224 @@
+"""What a tied table costs each device of a mesh: bytes held, bytes moved, operations.
+
+    python -m benchmarks.growing [--tokens 4096 --embedding 64 --vocab-size 8192]
+
+Compares a table whose vocabulary is split over `model`, with tokens split over `data`, with fully
+sharded data parallelism: tokens and table split over all devices, and the table gathered for use.
+First predicted on paper by the functions below, and counted in the programs that XLA compiles for
+1, 2, 4 and 8 CPU devices: collectives and products, times the trips of the loops around them, and
+the memory analysis. Then the paper alone, for a vocabulary of 256,000 on 256 devices.
+
+The program is the gradient of the mean loss of vectors that are looked up in the table itself. N
+are tokens, D is the size of an embedding, V of the vocabulary, C of a chunk of tokens; d and m are the
+sizes of `data` and `model`, n = d m. Numbers have 4 bytes. A ring of g devices that reduces S bytes
+sends (g - 1) / g S twice, one that gathers S bytes sends that once.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable
+
+
+DEVICES = 8
+if __name__ == "__main__":  # before JAX looks for devices
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={DEVICES}"
+    )
+
+import jax  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec as P  # noqa: E402
+
+from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one device and one gradient."""
+
+    held: float  # bytes
+    moved: float  # bytes sent
+    operations: float  # of the products
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    N: int
+    D: int
+    V: int
+    C: int
+
+
+def reduced(g: int, numbers: float) -> float:
+    """The bytes that each device of a ring of g sends to sum `numbers` numbers over it."""
+    return 2 * (g - 1) / g * 4 * numbers
+
+
+def gathered(g: int, numbers: float) -> float:
+    """The bytes that each sends to gather `numbers` numbers, or to reduce and scatter them."""
+    return (g - 1) / g * 4 * numbers
+
+
+def vocabulary_split(s: Sizes, d: int, m: int) -> Cost:
+    rows, tokens = s.V / m, s.N / d
+    chunks = tokens / s.C
+    return Cost(
+        # the rows and their two gradients; vectors, their gradient in chunks and in whole; the
+        # logits of a chunk
+        held=4 * (3 * rows * s.D + 3 * tokens * s.D + min(s.C, tokens) * rows),
+        # over `model`: the vectors, three numbers a token, the gradient of the vectors; over
+        # `data`: the gradient of the rows, from the lookup and from the loss
+        moved=reduced(m, 2 * tokens * s.D + 3 * math.ceil(chunks) * min(s.C, tokens))
+        + reduced(d, 2 * rows * s.D),
+        operations=6 * tokens * rows * s.D,
+    )
+
+
+def fully_sharded(s: Sizes, d: int, m: int) -> Cost:
+    n = d * m
+    tokens = s.N / n
+    return Cost(
+        # a share of the table and of its gradient; the table and its two gradients whole
+        held=4 * (2 * s.V / n * s.D + 3 * s.V * s.D + 3 * tokens * s.D + min(s.C, tokens) * s.V),
+        # the table once; its gradients, from the lookup and from the loss, each reduced whole, as
+        # XLA does for CPUs: to reduce and scatter their sum would send a quarter of that
+        moved=gathered(n, s.V * s.D) + reduced(n, 2 * s.V * s.D),
+        operations=6 * tokens * s.V * s.D,
+    )
+
+
+LAYOUTS: dict[str, Callable[[Sizes, int, int], Cost]] = {
+    "vocabulary split": vocabulary_split,
+    "fully sharded": fully_sharded,
+}
+
+
+def compile_gradient(s: Sizes, layout: str, d: int, m: int):
+    mesh = jax.make_mesh((d, m), ("data", "model"), devices=jax.devices()[: d * m])
+    axes = ("data", "model")
+    rows, batch = (P("model"), P("data")) if layout == "vocabulary split" else (P(axes), P(axes))
+
+    def loss(table, tokens, targets):
+        if layout == "fully sharded":
+            table = jax.reshard(table, P())
+        table = EmbeddingTable(table, ("vocabulary", "embedding"))
+        vectors = EmbeddingLookup(table)(tokens)
+        return EmbeddingDecode(table).cross_entropy(vectors, targets, chunk_size=s.C)
+
+    with jax.set_mesh(mesh):
+        table = jax.ShapeDtypeStruct((s.V, s.D), "float32", sharding=NamedSharding(mesh, rows))
+        tokens = jax.ShapeDtypeStruct((s.N,), "int32", sharding=NamedSharding(mesh, batch))
+        return jax.jit(jax.grad(loss)).lower(table, tokens, tokens).compile()
+
+
+def each_instruction(program: str):
+    """The instructions of a compiled program in text, and how often each runs."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in program.splitlines():
+        if header := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+            lines = computations[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif " = " in line:
+            lines.append(line.strip())
+
+    def visit(name: str, trips: int):
+        for line in computations[name]:
+            yield name, line, trips
+            many = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            for called in re.findall(r"(?:body|calls|to_apply)=%([\w.\-]+)", line):
+                yield from visit(called, trips * (int(many[1]) if many else 1))
+
+    return visit(entry, 1)
+
+
+def numbers(types: str) -> list[list[int]]:
+    """The sizes of the arrays that a type of an instruction names."""
+    shapes = re.findall(r"\w+\[([\d,]*)\]", types)
+    return [[int(size) for size in shape.split(",") if size] for shape in shapes]
+
+
+def group_size(line: str) -> int:
+    """How many devices take part in a collective, in each of the three ways to write it."""
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if grid := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(grid[1])
+    groups = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    if groups is None:
+        raise ValueError(f"no replica groups in {line}")
+    return len(groups[1].split(","))
+
+
+def count(compiled) -> Cost:
+    """What a compiled program costs, by its text and its memory analysis."""
+    moved = operations = 0.0
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for computation, line, trips in each_instruction(compiled.as_text()):
+        match = re.match(r"(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line)
+        if match is None:
+            continue
+        name, types, kind, rest = match.groups()
+        shapes = numbers(types)
+        sizes[computation, name] = shapes[0] if shapes else []
+        total = sum(map(math.prod, shapes))
+        if kind == "all-reduce":
+            moved += trips * reduced(group_size(line), total)
+        elif kind in ("all-gather", "all-to-all"):
+            moved += trips * gathered(group_size(line), total)
+        elif kind in ("reduce-scatter", "collective-permute"):
+            raise NotImplementedError(f"{kind} is not counted: {line}")
+        elif kind == "dot":
+            left = re.match(r"%([\w.\-]+)", rest)
+            axes = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", rest)
+            if left is None or axes is None:
+                raise ValueError(f"a product that is not understood: {line}")
+            shape = sizes[computation, left[1]]
+            contracted = math.prod(shape[int(axis)] for axis in axes[1].split(","))
+            operations += trips * 2 * total * contracted
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Cost(held, moved, operations)
+
+
+def row(name: str, d: int, m: int, *costs: Cost) -> str:
+    cells = []
+    for field, unit in (("held", 2**20), ("moved", 2**20), ("operations", 1e9)):
+        values = [getattr(cost, field) / unit for cost in costs]
+        cells.append(" ".join(f"{value:12,.2f}" for value in values))
+    return f"{name:18}{d:5}{m:6} " + " ".join(cells)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tokens", type=int, default=4096, help="N")
+    parser.add_argument("--embedding", type=int, default=64, help="D")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="V")
+    parser.add_argument("--chunk-size", type=int, default=256, help="C, on each device")
+    given = parser.parse_args(arguments)
+    if jax.device_count() < DEVICES:
+        parser.error(f"this takes {DEVICES} devices, JAX has {jax.device_count()}")
+    s = Sizes(given.tokens, given.embedding, given.vocab_size, given.chunk_size)
+
+    print(f"N {s.N:,}, D {s.D:,}, V {s.V:,}, C {s.C}: predicted and counted, for each device")
+    print(f"{'':18}    d     m  {'MiB held':>24} {'MiB moved':>25} {'1e9 operations':>25}")
+    for layout, predict in LAYOUTS.items():
+        for d, m in ((1, 1), (1, 2), (2, 2), (2, 4)):
+            counted = count(compile_gradient(s, layout, d, m))
+            print(row(layout, d, m, predict(s, d, m), counted))
+
+    s = Sizes(N=2**20, D=8192, V=256_000, C=4096)
+    print(f"\nN {s.N:,}, D {s.D:,}, V {s.V:,}, C {s.C}: predicted, for each of 256 devices")
+    print(f"{'':18}    d     m  {'MiB held':>11} {'MiB moved':>12} {'1e9 operations':>12}")
+    for layout, predict in LAYOUTS.items():
+        for d, m in ((256, 1), (64, 4), (32, 8), (16, 16), (4, 64))[
+            : None if layout == "vocabulary split" else 1
+        ]:
+            print(row(layout, d, m, predict(s, d, m)))
+
+
+if __name__ == "__main__":
+    main()
