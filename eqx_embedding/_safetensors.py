@@ -111,22 +111,22 @@ def load_safetensors(
             )
         array = file.get_tensor(name)
 
-    dtype = array.dtype if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"embeddings are floats, got dtype={dtype.name}.")
-    if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+    wanted = array.dtype if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise ValueError(f"embeddings are floats, got dtype={wanted.name}.")
+    if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             f"{about} would be float64, which JAX has in its 64-bit mode only: give "
             "dtype=jnp.float32, or jax.config.update('jax_enable_x64', True)."
         )
     if ours is None:
         vocabulary_axis = "vocabulary" if "vocabulary" in axis_names else axis_names[0]
-        return EmbeddingTable(jnp.asarray(array, dtype), axis_names, vocabulary_axis)
+        return EmbeddingTable(jnp.asarray(array, wanted), axis_names, vocabulary_axis)
     sizes, vocabulary_axis, padding_rows = ours
     axis = list(sizes).index(vocabulary_axis)
     rest = [size for name, size in sizes.items() if name != vocabulary_axis]
     array = np.moveaxis(array.reshape(-1, *rest), 0, axis)
-    return EmbeddingTable(jnp.asarray(array, dtype), tuple(sizes), vocabulary_axis, padding_rows)
+    return EmbeddingTable(jnp.asarray(array, wanted), tuple(sizes), vocabulary_axis, padding_rows)
 
 
 def save_safetensors(

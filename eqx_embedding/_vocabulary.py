@@ -46,15 +46,15 @@ def resize_vocabulary(
         that holds an [`eqx_embedding.EmbeddingTable`][]. What stands for a table's array without
         being one, such as the `None` of `eqx.partition`, stays.
     - `vocab_size`: the number of tokens to have, without padding.
-    - `vocabulary_axis`: the vocabulary, by the `vocabulary_axis` of its tables. Tables of others, of
-        positions say, are left alone. Defaults to `"vocabulary"`.
+    - `vocabulary_axis`: the vocabulary, by the `vocabulary_axis` of its tables. Tables of others,
+        of positions say, are left alone. Defaults to `"vocabulary"`.
     - `key`: a `jax.random.key` for the new rows. Defaults to `None`: they are zero.
     - `pad_to_multiple_of`: rows of zeros are added until their number is a multiple of this.
         Defaults to 1, which leaves no padding.
 
     **Returns:**
 
-    The tree with its tables resized. A table that has this size already is the same array as before.
+    The tree with its tables resized. One that has this size already keeps its array.
 
     **Raises:**
 
@@ -129,7 +129,8 @@ def map_vocabulary(
             _vocabulary_of(path, node, sizes) != vocabulary_axis
         ):
             return node
-        table, bias, number = node.table, node.bias, 0
+        table, number = node.table, 0
+        bias: Any = node.bias
         if isinstance(table, EmbeddingTable):
             number = numbers.get(id(table.embeddings), len(numbers))
             table = replace_table(table)
@@ -169,8 +170,9 @@ def _vocabularies(nodes: list[tuple[Any, Any]]) -> dict[str, dict[int, str]]:
                     "make a new state from the resized model."
                 )
             found.setdefault(table.vocab_size, where)
-        if isinstance(node, EmbeddingDecode) and _is_array(node.bias):
-            found.setdefault(node.bias.shape[-1], f"{where}.bias")
+        bias: Any = node.bias if isinstance(node, EmbeddingDecode) else None
+        if _is_array(bias):
+            found.setdefault(bias.shape[-1], f"{where}.bias")
     return sizes
 
 
@@ -191,9 +193,10 @@ def _vocabulary_of(
     """The vocabulary axis of a decode, whose table may be elsewhere: `eqx.nn.Shared` moves it."""
     if isinstance(decode.table, EmbeddingTable):
         return decode.table.vocabulary_axis
-    if not _is_array(decode.bias):
+    bias: Any = decode.bias
+    if not _is_array(bias):
         return None
-    size = decode.bias.shape[-1]
+    size = bias.shape[-1]
     candidates = [axis for axis in sizes if size in sizes[axis]]
     if len(candidates) != 1:
         raise ValueError(
@@ -224,8 +227,8 @@ def _resize(
     tables = rows.reshape(-1, place.vocab_size, *rows.shape[place.stacked + 1 :])
     keys = jax.random.split(key, len(tables))
     new = jax.vmap(functools.partial(_draw_rows, count))(keys, tables)
-    new = new.reshape(*shape[: place.stacked], *new.shape[1:])
-    return lax.concatenate([kept, jnp.moveaxis(new, place.stacked, axis), zeros(padding_rows)], axis)
+    new = jnp.moveaxis(new.reshape(*shape[: place.stacked], *new.shape[1:]), place.stacked, axis)
+    return lax.concatenate([kept, new, zeros(padding_rows)], axis)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -236,7 +239,7 @@ def _draw_rows(count: int, key: PRNGKeyArray, rows: Float[Array, "V ..."]) -> Fl
     no need to compute it, and no matter if there are fewer rows than features.
     """
     V = len(rows)
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    wide = jnp.float32 if jnp.finfo(rows.dtype).bits < 32 else rows.dtype
     flat = rows.reshape(V, -1).astype(wide)
     mean = jnp.mean(flat, axis=0)
     centred = (flat - mean[None]) / max(V - 1, 1) ** 0.5

@@ -88,6 +88,45 @@ def embedding_picture(
     return _png(figure)
 
 
+def growth_picture(
+    reports: list[tuple[int, float]],
+    before: float,
+    old_rows: Float[np.ndarray, "old embedding"],
+    new_rows: Float[np.ndarray, "reports new embedding"],
+    counts: Integer[np.ndarray, " vocabulary"],
+    pieces: list[bytes],
+) -> bytes:
+    """Bits per byte over steps, and how the rows of new tokens moved among those of old ones."""
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    left.axhline(before, color="0.6", linewidth=1, linestyle="--")
+    left.annotate(
+        f"without new tokens {before:.2f}",
+        (1, before),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 3),
+        textcoords="offset points",
+        horizontalalignment="right",
+        color="0.4",
+    )
+    left.plot(*zip(*reports), marker="o", markersize=3, label=f"{reports[-1][1]:.2f}")
+    for step, value in (reports[0], reports[-1]):
+        left.annotate(f"{value:.2f}", (step, value), xytext=(4, 6), textcoords="offset points")
+    left.set(xlabel="step", ylabel="bits per byte on held-out text", title="new tokens")
+
+    # The plane of the rows as they are at the end, for all: what moves is the rows, not the plane.
+    number, old = len(reports), len(old_rows)
+    paths = new_rows.reshape(-1, new_rows.shape[-1])
+    points, _ = principal_plane(np.concatenate([old_rows, paths]))
+    paths = points[old:].reshape(number, -1, 2)
+    right.scatter(*points[:old].T, s=4, color="0.75", label=f"{old:,} old tokens")
+    right.plot(*np.moveaxis(paths, 2, 0), color="tab:blue", linewidth=0.5, alpha=0.4)
+    right.scatter(*paths[0].T, s=8, facecolors="none", edgecolors="tab:blue", linewidths=0.6)
+    right.scatter(*paths[-1].T, s=8, color="tab:blue")
+    right.set(xticks=[], yticks=[])
+    return _png(figure)
+
+
 def principal_plane(
     rows: Float[np.ndarray, "rows size"],
 ) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " 2"]]:
