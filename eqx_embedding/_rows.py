@@ -21,7 +21,7 @@ class FrozenRows(eqx.Module):
 
 def partition_rows(
     model: PyTree,
-    rows: ArrayLike | Sequence[int] | slice,
+    rows: ArrayLike | Sequence[int | np.integer] | slice,
     vocabulary_axis: str = "vocabulary",
     filter_spec: PyTree[bool | Callable[[Any], bool]] = False,
 ) -> tuple[PyTree, FrozenRows]:
@@ -121,7 +121,7 @@ def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
     return jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
 
 
-def _as_index(rows: ArrayLike | Sequence[int] | slice, vocab_size: int) -> np.ndarray:
+def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: int) -> np.ndarray:
     index = np.arange(vocab_size)[rows] if isinstance(rows, slice) else np.asarray(rows)
     if index.dtype == bool and index.shape == (vocab_size,):
         index = np.flatnonzero(index)

@@ -178,26 +178,26 @@ def main(config: Config) -> list[tuple[int, float]]:
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         return value, eqx.apply_updates(trained, updates), opt_state
 
-    reports, rows = [(0, bits_per_byte(model, held_out))], [new_rows(model, old_size)]
+    reports = [(0, bits_per_byte(model, held_out))]
+    untrained = np.asarray(model.tokens.embeddings)[old_size:]
     began = time.perf_counter()
     bar = tqdm(range(config.steps), unit="step")
     for step in bar:
-        tokens = random_windows(
-            values, config.batch_size, length + 1, seed=(config.seed, step)
-        )
+        tokens = random_windows(values, config.batch_size, length + 1, seed=(config.seed, step))
         loss, trained, opt_state = train_step(jnp.asarray(tokens, int), trained, opt_state)
         bar.set_postfix_str(f"loss {float(loss):.3f}")
         if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
             model = combine_rows(trained, frozen)
             reports.append((step + 1, bits_per_byte(model, held_out)))
-            rows.append(new_rows(model, old_size))
             bar.write(f"step {step + 1}: held out {reports[-1][1]:.3f} bits per byte")
     seconds = time.perf_counter() - began
 
     old_after = bits_per_byte(model, old_held_out)
     counts = np.bincount(train.values, minlength=new_size)
-    old_rows = np.asarray(model.tokens.embeddings)[:old_size]
-    picture = growth_picture(reports, before, old_rows, np.stack(rows), counts, tokenizer.pieces)
+    old_rows, trained_rows = np.split(np.asarray(model.tokens.embeddings), [old_size])
+    picture = growth_picture(
+        reports, before, old_rows, untrained, trained_rows, counts, tokenizer.pieces
+    )
     params, _ = eqx.partition(model, eqx.is_inexact_array)
     out.save(config.steps, about | {"tokenizer": tokenizer.json}, model=params)
     out.finish()
@@ -209,10 +209,6 @@ def main(config: Config) -> list[tuple[int, float]]:
     print(f"of {old_text.name}: {old_before:.3f} before, {old_after:.3f} with the new tokens")
     print(f"see {config.out}")
     return [(-1, before), *reports]
-
-
-def new_rows(model: Transformer, old_size: int) -> Float[np.ndarray, "new embedding"]:
-    return np.asarray(model.tokens.embeddings)[old_size:]
 
 
 if __name__ == "__main__":

@@ -181,9 +181,7 @@ class Model(eqx.Module):
             13, {"embedding": 8}, pad_to_multiple_of=8, key=keys[0]
         )
         self.positions = EmbeddingTable.from_config(6, {"embedding": 8}, "position", key=keys[1])
-        untied = EmbeddingTable.from_config(
-            13, {"embedding": 8}, pad_to_multiple_of=8, key=keys[2]
-        )
+        untied = EmbeddingTable.from_config(13, {"embedding": 8}, pad_to_multiple_of=8, key=keys[2])
         self.decode_bias = EmbeddingDecode(untied, jnp.zeros(13))
         self.layer = eqx.nn.Linear(8, 8, key=keys[3])
 
