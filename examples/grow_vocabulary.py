@@ -49,8 +49,8 @@ class Config:
     new_tokens: int = 256
     """How many tokens to add."""
 
-    steps: int = 600
-    """How many batches to train on."""
+    steps: int = 400
+    """How many batches to train on, of both texts."""
     batch_size: int = 16
     """Sequences in a batch, each as long as those of the run."""
     learning_rate: float = 1e-2
@@ -170,7 +170,9 @@ def main(config: Config) -> list[tuple[int, float]]:
     opt_state = optimizer.init(trained)
 
     @eqx.filter_jit
-    def train_step(tokens: Integer[Array, "batch length"], trained: PyTree, opt_state: PyTree):
+    def train_step(
+        tokens: Integer[Array, "batch length"], trained: PyTree, opt_state: PyTree, frozen: PyTree
+    ):
         def loss(trained: PyTree) -> Float[Array, ""]:
             return combine_rows(trained, frozen).loss(tokens[:, :-1], tokens[:, 1:])
 
@@ -178,13 +180,16 @@ def main(config: Config) -> list[tuple[int, float]]:
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         return value, eqx.apply_updates(trained, updates), opt_state
 
+    tokens = jnp.zeros((config.batch_size, length + 1), int)
+    train_step = train_step.lower(tokens, trained, opt_state, frozen).compile()
     reports = [(0, bits_per_byte(model, held_out))]
     untrained = np.asarray(model.tokens.embeddings)[old_size:]
     began = time.perf_counter()
     bar = tqdm(range(config.steps), unit="step")
     for step in bar:
-        tokens = random_windows(values, config.batch_size, length + 1, seed=(config.seed, step))
-        loss, trained, opt_state = train_step(jnp.asarray(tokens, int), trained, opt_state)
+        tokens = random_windows(values, *tokens.shape, seed=(config.seed, step))
+        tokens = jnp.asarray(tokens, int)
+        loss, trained, opt_state = train_step(tokens, trained, opt_state, frozen)
         bar.set_postfix_str(f"loss {float(loss):.3f}")
         if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
             model = combine_rows(trained, frozen)

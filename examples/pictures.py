@@ -122,6 +122,7 @@ def growth_picture(
     old = len(old_rows)
     points, shares = principal_plane(np.concatenate([old_rows, untrained, trained]))
     starts, ends = np.split(points[old:], 2)
+    right.scatter(*points.T, s=0)
     right.scatter(*points[:old].T, s=8, color="0.8", linewidths=0, label=f"{old:,} old tokens")
     label = f"{len(trained):,} new tokens, where they went"
     right.scatter(*ends.T, s=10, color="tab:blue", linewidths=0, label=label)
@@ -137,6 +138,7 @@ def growth_picture(
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
     figure.draw_without_rendering()  # puts everything in its place, so that labels have one
     figure.set_layout_engine("none")  # where it stays
+    right.autoscale(False)
     taken = []
     for token in np.argsort(-counts[old:], kind="stable"):
         label = right.annotate(

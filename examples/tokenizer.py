@@ -89,6 +89,8 @@ def add_tokens(tokenizer: Tokenizer, pieces: list[bytes]) -> Tokenizer:
     """
     from tokenizers import AddedToken, Tokenizer as HuggingFace
 
+    if tokenizer.json is None:
+        raise ValueError("the tokens of this tokenizer are bytes, and always will be.")
     encoder = HuggingFace.from_str(tokenizer.json)
     encoder.add_tokens([AddedToken(piece.decode(), normalized=False) for piece in pieces])
     return Tokenizer(encoder.to_str())
