@@ -1,4 +1,4 @@
-"""`examples/grow_vocabulary.py` from end to end, on a text and a model so small that it is quick."""
+"""`examples/grow_vocabulary.py` from end to end, on texts and a model that are small."""
 
 import dataclasses
 import os
