@@ -49,7 +49,7 @@ class Config:
     new_tokens: int = 256
     """How many tokens to add."""
 
-    steps: int = 400
+    steps: int = 1000
     """How many batches to train on, of both texts."""
     batch_size: int = 16
     """Sequences in a batch, each as long as those of the run."""
