@@ -68,14 +68,15 @@ def resize_vocabulary(
             f"{pad_to_multiple_of}."
         )
     padding_rows = -vocab_size % pad_to_multiple_of
-    resized: dict[int, Any] = {}  # so that one array in two places stays one array
+    resized: dict[tuple[int, int, bool], Any] = {}  # one array in two fields stays one array
 
     def resize(array: Any, place: Place) -> Any:
-        if id(array) not in resized:
+        which = id(array), place.axis, place.bias
+        if which not in resized:
             draw = None if key is None else jax.random.fold_in(key, place.table)
             padding = 0 if place.bias else padding_rows
-            resized[id(array)] = _resize(array, place, vocab_size, padding, draw)
-        return resized[id(array)]
+            resized[which] = _resize(array, place, vocab_size, padding, draw)
+        return resized[which]
 
     return map_vocabulary(resize, tree, vocabulary_axis, padding_rows)
 
