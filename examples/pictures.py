@@ -1,6 +1,7 @@
 """The pictures of a run, as PNG."""
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,77 @@ def embedding_picture(
     return _png(figure)
 
 
+def growth_picture(
+    reports: list[tuple[int, float]],
+    before: float,
+    old_rows: Float[np.ndarray, "old embedding"],
+    untrained: Float[np.ndarray, "new embedding"],
+    trained: Float[np.ndarray, "new embedding"],
+    counts: Integer[np.ndarray, " vocabulary"],
+    pieces: list[bytes],
+) -> bytes:
+    """Bits per byte over steps, and how the rows of new tokens moved among those of old ones.
+
+    The most frequent new tokens have a line from where they began to their name.
+    """
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    left.axhline(before, color="0.6", linewidth=1, linestyle="--")
+    style = {"textcoords": "offset points", "horizontalalignment": "right"}
+    left.annotate(
+        f"before, without new tokens {before:.2f}",
+        (1, before),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 3),
+        color="0.4",
+        **style,
+    )
+    left.plot(*zip(*reports), marker="o", markersize=3, color="tab:blue")
+    left.annotate(f"with them {reports[-1][1]:.2f}", reports[-1], xytext=(0, 8), **style)
+    left.set(xlabel="step", ylabel="bits per byte on held-out text")
+    left.spines[["top", "right"]].set_visible(False)
+
+    old = len(old_rows)
+    points, shares = principal_plane(np.concatenate([old_rows, untrained, trained]))
+    starts, ends = np.split(points[old:], 2)
+    right.scatter(*points.T, s=0)
+    right.scatter(*points[:old].T, s=8, color="0.8", linewidths=0, label=f"{old:,} old tokens")
+    label = f"{len(trained):,} new tokens, where they went"
+    right.scatter(*ends.T, s=10, color="tab:blue", linewidths=0, label=label)
+    style = {"s": 14, "facecolors": "white", "edgecolors": "tab:orange"}
+    right.scatter([], [], **style, label="and where the most frequent began")
+    right.set(
+        xlabel=f"first principal component of all rows, {shares[0]:.0%} of the variance",
+        ylabel=f"second, {shares[1]:.0%}",
+        xticks=[],
+        yticks=[],
+    )
+    right.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)
+    figure.draw_without_rendering()  # puts everything in its place, so that labels have one
+    figure.set_layout_engine("none")  # where it stays
+    right.autoscale(False)
+    taken = []
+    for token in np.argsort(-counts[old:], kind="stable"):
+        label = right.annotate(
+            readable(pieces[old + token]),
+            ends[token],
+            xytext=(3, 3),
+            textcoords="offset points",
+            fontsize=9,
+            parse_math=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.7},
+        )
+        box = label.get_window_extent()
+        if len(taken) == 24 or any(box.overlaps(other) for other in taken):
+            label.remove()
+            continue
+        taken.append(box)
+        right.plot(*zip(starts[token], ends[token]), color="tab:orange", linewidth=0.8, zorder=0)
+        right.scatter(*starts[token], **style)
+    return _png(figure)
+
+
 def principal_plane(
     rows: Float[np.ndarray, "rows size"],
 ) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " 2"]]:
@@ -117,6 +189,7 @@ def readable(piece: bytes) -> str:
     text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     shown = (c.isprintable() and font.get_char_index(ord(c)) > 0 for c in text)
     label = "".join(c if show else ascii(c)[1:-1] for c, show in zip(text, shown))
+    label = re.sub("␣{4,}", lambda run: f"␣×{len(run[0])}", label)
     return label if len(label) <= 16 else label[:15] + "…"
 
 

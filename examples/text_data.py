@@ -34,6 +34,10 @@ def read_text(path: Path | None) -> Text:
             data = path.read_bytes()
         except OSError as error:
             raise SystemExit(f"cannot read the text {name}: {error.strerror}.") from None
+    return cut_text(name, data)
+
+
+def cut_text(name: str, data: bytes) -> Text:
     if not data:
         raise SystemExit(f"the text {name} is empty.")
     cut = len(data) * 9 // 10

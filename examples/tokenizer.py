@@ -82,6 +82,20 @@ def train_bpe(data: bytes, vocab_size: int) -> Tokenizer:
     return Tokenizer(encoder.to_str())
 
 
+def add_tokens(tokenizer: Tokenizer, pieces: list[bytes]) -> Tokenizer:
+    """A tokenizer that takes `pieces`, which are UTF-8, as tokens wherever they stand in a text.
+
+    They come after the tokens that there are. All other text is cut as before.
+    """
+    from tokenizers import AddedToken, Tokenizer as HuggingFace
+
+    if tokenizer.json is None:
+        raise ValueError("the tokens of this tokenizer are bytes, and always will be.")
+    encoder = HuggingFace.from_str(tokenizer.json)
+    encoder.add_tokens([AddedToken(piece.decode(), normalized=False) for piece in pieces])
+    return Tokenizer(encoder.to_str())
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """Reads a tokenizer.json, or stops the program with one line."""
     try:

@@ -1,0 +1,142 @@
+"""Training some rows of a vocabulary, and leaving the others bit for bit as they are."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, ArrayLike, Int, PyTree
+
+from ._vocabulary import map_vocabulary, Place
+
+
+class FrozenRows(eqx.Module):
+    """The second result of [`eqx_embedding.partition_rows`][]."""
+
+    model: PyTree  # without the other leaves that are trained
+    rows: Int[Array, " rows"]
+    axes: tuple[int | None, ...] = eqx.field(static=True)  # of the vocabulary, for each leaf
+
+
+def partition_rows(
+    model: PyTree,
+    rows: ArrayLike | Sequence[int | np.integer] | slice,
+    vocabulary_axis: str = "vocabulary",
+    filter_spec: PyTree[bool | Callable[[Any], bool]] = False,
+) -> tuple[PyTree, FrozenRows]:
+    """Splits a model into some rows of a vocabulary, to be trained, and the rest, frozen.
+
+    ```python
+    trained, frozen = partition_rows(model, slice(50257, None))   # the tokens from 50257 on
+    opt_state = optimizer.init(trained)
+
+    def loss(trained, frozen, tokens, targets):
+        return combine_rows(trained, frozen).loss(tokens, targets)
+    ```
+
+    The parameter is an array of those rows alone. So no optimizer has moments for the others, and
+    neither weight decay nor anything else can change them. This is `eqx.partition` for rows.
+
+    **Arguments:**
+
+    - `model`: any PyTree that holds an [`eqx_embedding.EmbeddingTable`][] of this vocabulary.
+    - `rows`: the tokens to train: integers, a slice or range, or a mask with a boolean for each
+        token. They are known when this is called, so not traced by `jax.jit`.
+    - `vocabulary_axis`: the vocabulary, by the `vocabulary_axis` of its tables. All of them are
+        split, and the biases of its decodes. Defaults to `"vocabulary"`.
+    - `filter_spec`: what else of the model to train, as in `eqx.partition`: `eqx.is_inexact_array`
+        is all of it. Of the vocabulary it is the rows at any rate. Defaults to `False`: nothing.
+
+    **Returns:**
+
+    `(trained, frozen)`. `trained` is like the model, with an array of `rows`, in their order, for
+    each array of the vocabulary, and with `None` for what is not trained. `frozen` is the rest, a
+    PyTree with the whole old table, and knows the rows. Both go through `eqx.filter_jit`; other
+    rows, of the same number, compile nothing anew.
+
+    **Raises:**
+
+    A `ValueError` for rows that repeat, are out of range (below 0, or not below the number of
+    tokens without padding) or none at all, and if no table is of this vocabulary.
+    """
+    others, static = eqx.partition(model, filter_spec)
+    marked = map_vocabulary(_Mark, model, vocabulary_axis)
+    leaves, structure = _flatten(model)
+    places = [leaf.place if isinstance(leaf, _Mark) else None for leaf in _flatten(marked)[0]]
+    vocab_size = max((place.vocab_size for place in places if place is not None), default=0)
+    index = _as_index(rows, vocab_size)
+
+    trained, frozen = _flatten(others)[0], _flatten(static)[0]
+    for i, place in enumerate(places):
+        if place is not None:
+            trained[i], frozen[i] = jax.numpy.take(leaves[i], index, axis=place.axis), leaves[i]
+    axes = tuple(None if place is None else place.axis for place in places)
+    return structure.unflatten(trained), FrozenRows(
+        structure.unflatten(frozen), jax.numpy.asarray(index), axes
+    )
+
+
+def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
+    """Puts the two results of [`eqx_embedding.partition_rows`][] together again.
+
+    Each call copies the tables of the vocabulary, as the gradient with respect to `trained` makes
+    that of whole tables on its way. The logits of a loss exist no more than otherwise.
+
+    **Arguments:**
+
+    - `trained`: the rows, and what else is trained, as they are now.
+    - `frozen`: all else.
+
+    **Returns:**
+
+    The model, with the tables and biases in their own dtypes.
+
+    **Raises:**
+
+    A `ValueError` if the two do not come from the same model.
+    """
+    (new, structure), (old, expected) = _flatten(trained), _flatten(frozen.model)
+    if structure != expected:
+        raise ValueError(
+            "trained and frozen must be the two results of one call of partition_rows, got the "
+            f"structures {structure} and {expected}."
+        )
+    leaves = [x if y is None else y for x, y in zip(old, new)]
+    for i, axis in enumerate(frozen.axes):
+        if axis is not None:
+            at = old[i].at[(slice(None),) * axis + (frozen.rows,)]
+            leaves[i] = at.set(new[i].astype(old[i].dtype), unique_indices=True)
+    return expected.unflatten(leaves)
+
+
+class _Mark:
+    """Stands for an array of the vocabulary, to find its leaf."""
+
+    def __init__(self, array: Any, place: Place):
+        self.place = place
+
+
+def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
+
+
+def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: int) -> np.ndarray:
+    index = np.arange(vocab_size)[rows] if isinstance(rows, slice) else np.asarray(rows)
+    if index.dtype == bool and index.shape == (vocab_size,):
+        index = np.flatnonzero(index)
+    if index.ndim != 1 or index.size == 0 or not np.issubdtype(index.dtype, np.integer):
+        raise ValueError(
+            "rows must be at least one integer, a slice, or a boolean for each of the "
+            f"{vocab_size} tokens, got {index.dtype.name} of shape {index.shape}."
+        )
+    outside = index[(index < 0) | (index >= vocab_size)]
+    if outside.size > 0:
+        raise ValueError(
+            f"the vocabulary has {vocab_size} tokens, so rows must be at least 0 and below "
+            f"{vocab_size}, got {outside[:5].tolist()}."
+        )
+    values, counts = np.unique(index, return_counts=True)
+    if len(values) < len(index):
+        raise ValueError(f"rows must be different, got {values[counts > 1][:5].tolist()} again.")
+    return index.astype(np.int32)

@@ -1,0 +1,253 @@
+"""Growing and shrinking the vocabulary of every table in a PyTree."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ._decode import EmbeddingDecode
+from ._table import EmbeddingTable
+
+
+def resize_vocabulary(
+    tree: PyTree,
+    vocab_size: int,
+    vocabulary_axis: str = "vocabulary",
+    *,
+    key: PRNGKeyArray | None = None,
+    pad_to_multiple_of: int = 1,
+) -> PyTree:
+    """Grows or shrinks every table of a vocabulary, and every decode bias with it.
+
+    ```python
+    model = resize_vocabulary(model, 50300, key=key)
+    opt_state = resize_vocabulary(opt_state, 50300)
+    ```
+
+    The rows of tokens that stay are kept bit for bit, and so is everything else. A table that is
+    stored once stays stored once, within `eqx.nn.Shared` as well.
+
+    With a key, new rows are drawn from the normal distribution with the mean and covariance of the
+    old ones, as in [Hewitt, 2021](https://nlp.stanford.edu/~johnhew/vocab-expansion.html), and the
+    bias of a new token together with its row. What is drawn for a token does not depend on how many
+    tokens are new. Each table gets a draw of its own, unless two hold the same array. Without a
+    key, new rows are zero, which is what the state of an optimizer wants.
+
+    Padding is made anew: rows of padding that become tokens are filled as other new rows are.
+
+    **Arguments:**
+
+    - `tree`: a model, the state of an optimizer whose moments mirror the model, or another PyTree
+        that holds an [`eqx_embedding.EmbeddingTable`][]. What stands for a table's array without
+        being one, such as the `None` of `eqx.partition`, stays.
+    - `vocab_size`: the number of tokens to have, without padding.
+    - `vocabulary_axis`: the vocabulary, by the `vocabulary_axis` of its tables. Tables of others,
+        of positions say, are left alone. Defaults to `"vocabulary"`.
+    - `key`: a `jax.random.key` for the new rows. Defaults to `None`: they are zero.
+    - `pad_to_multiple_of`: rows of zeros are added until their number is a multiple of this.
+        Defaults to 1, which leaves no padding.
+
+    **Returns:**
+
+    The tree with its tables resized. One that has this size already keeps its array.
+
+    **Raises:**
+
+    A `ValueError` for a size below 1; if no table is of this vocabulary; if its tables differ in
+    size, for then they are several vocabularies, and need several names; and if an array in the
+    place of a table's lacks the table's axes, as the factored moments of Adafactor do.
+    """
+    if min(vocab_size, pad_to_multiple_of) < 1:
+        raise ValueError(
+            f"vocab_size and pad_to_multiple_of must be at least 1, got {vocab_size} and "
+            f"{pad_to_multiple_of}."
+        )
+    padding_rows = -vocab_size % pad_to_multiple_of
+    resized: dict[tuple[int, int, bool], Any] = {}  # one array in two fields stays one array
+
+    def resize(array: Any, place: Place) -> Any:
+        which = id(array), place.axis, place.bias
+        if which not in resized:
+            draw = None if key is None else jax.random.fold_in(key, place.table)
+            padding = 0 if place.bias else padding_rows
+            resized[which] = _resize(array, place, vocab_size, padding, draw)
+        return resized[which]
+
+    return map_vocabulary(resize, tree, vocabulary_axis, padding_rows)
+
+
+class Place(NamedTuple):
+    """What an array of a vocabulary is in its tree."""
+
+    axis: int  # of the vocabulary, in the array
+    stacked: int  # how many axes stand in front of the named ones
+    vocab_size: int  # without padding
+    bias: bool  # whether it is a decode's bias, and not a table's embeddings
+    table: int  # the number of the table, counted through the tree
+
+
+def map_vocabulary(
+    function: Callable[[Any, Place], Any],
+    tree: PyTree,
+    vocabulary_axis: str,
+    padding_rows: int | None = None,
+) -> PyTree:
+    """Replaces every array of a vocabulary, and the number of padding rows unless it is `None`."""
+    nodes, structure = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: isinstance(node, EmbeddingTable | EmbeddingDecode)
+    )
+    sizes = _vocabularies(nodes)
+    if vocabulary_axis not in sizes:
+        found = f"those of {', '.join(map(repr, sizes))}" if sizes else "no table at all"
+        raise ValueError(
+            f"no table has the vocabulary axis {vocabulary_axis!r}: this tree holds {found}."
+        )
+    vocab_size = _single_size(vocabulary_axis, sizes[vocabulary_axis])
+    numbers: dict[int, int] = {}
+
+    def replace_table(table: EmbeddingTable) -> EmbeddingTable:
+        names, array = table.axis_names, table.embeddings
+        if _is_array(array):
+            stacked = len(array.shape) - len(names)
+            axis = stacked + names.index(vocabulary_axis)
+            number = numbers.setdefault(id(array), len(numbers))
+            array = function(array, Place(axis, stacked, vocab_size, False, number))
+        padding = table.padding_rows if padding_rows is None else padding_rows
+        # by way of a table that its checks accept, for what stands for an array may be no array
+        sizes = [padding + 1 if name == vocabulary_axis else 1 for name in names]
+        table = EmbeddingTable(jnp.zeros(sizes), names, vocabulary_axis, padding)
+        return eqx.tree_at(lambda table: table.embeddings, table, array)
+
+    def replace(path: Any, node: Any) -> Any:
+        if isinstance(node, EmbeddingTable):
+            return replace_table(node) if node.vocabulary_axis == vocabulary_axis else node
+        if not isinstance(node, EmbeddingDecode) or (
+            _vocabulary_of(path, node, sizes) != vocabulary_axis
+        ):
+            return node
+        table, number = node.table, 0
+        bias: Any = node.bias
+        if isinstance(table, EmbeddingTable):
+            number = numbers.get(id(table.embeddings), len(numbers))
+            table = replace_table(table)
+        if _is_array(bias):
+            axis = len(bias.shape) - 1
+            bias = function(bias, Place(axis, axis, vocab_size, True, number))
+        return eqx.tree_at(
+            lambda decode: (decode.table, decode.bias),
+            node,
+            (table, bias),
+            is_leaf=lambda leaf: leaf is None,
+        )
+
+    return structure.unflatten([replace(*node) for node in nodes])
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
+
+
+def _vocabularies(nodes: list[tuple[Any, Any]]) -> dict[str, dict[int, str]]:
+    """For each vocabulary axis, the sizes that arrays have along it, and where."""
+    sizes: dict[str, dict[int, str]] = {}
+    for path, node in nodes:
+        table = node.table if isinstance(node, EmbeddingDecode) else node
+        if not isinstance(table, EmbeddingTable):
+            continue
+        found = sizes.setdefault(table.vocabulary_axis, {})
+        where = f"tree{jax.tree_util.keystr(path)}"
+        if _is_array(table.embeddings):
+            shape = table.embeddings.shape
+            if len(shape) < len(table.axis_names):
+                raise ValueError(
+                    f"{where} has an array of shape {shape} in the place of the embeddings with "
+                    f"axis_names={table.axis_names}: it cannot be resized. If this is the state of "
+                    "an optimizer that does not keep one number for each parameter, as Adafactor, "
+                    "make a new state from the resized model."
+                )
+            found.setdefault(table.vocab_size, where)
+        bias: Any = node.bias if isinstance(node, EmbeddingDecode) else None
+        if _is_array(bias):
+            found.setdefault(bias.shape[-1], f"{where}.bias")
+    return sizes
+
+
+def _single_size(vocabulary_axis: str, sizes: dict[int, str]) -> int:
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the tables of the vocabulary {vocabulary_axis!r} differ in size: "
+            + ", ".join(f"{size} tokens at {where}" for size, where in sizes.items())
+            + ". Give different vocabularies different names, by the vocabulary_axis of their "
+            "tables."
+        )
+    return next(iter(sizes), 0)
+
+
+def _vocabulary_of(
+    path: Any, decode: EmbeddingDecode, sizes: dict[str, dict[int, str]]
+) -> str | None:
+    """The vocabulary axis of a decode, whose table may be elsewhere: `eqx.nn.Shared` moves it."""
+    if isinstance(decode.table, EmbeddingTable):
+        return decode.table.vocabulary_axis
+    bias: Any = decode.bias
+    if not _is_array(bias):
+        return None
+    size = bias.shape[-1]
+    candidates = [axis for axis in sizes if size in sizes[axis]]
+    if len(candidates) != 1:
+        raise ValueError(
+            f"the bias of tree{jax.tree_util.keystr(path)} has {size} entries, and its table is "
+            f"elsewhere. It cannot be told whose it is: {len(candidates)} of the vocabularies "
+            f"{list(sizes)} have that size."
+        )
+    return candidates[0]
+
+
+def _resize(
+    array: Any, place: Place, vocab_size: int, padding_rows: int, key: PRNGKeyArray | None
+) -> Any:
+    shape, axis = array.shape, place.axis
+    if place.vocab_size == vocab_size and shape[axis] == vocab_size + padding_rows:
+        return array
+    array = jnp.asarray(array)
+    kept = lax.slice_in_dim(array, 0, min(place.vocab_size, vocab_size), axis=axis)
+    count = vocab_size - kept.shape[axis]
+
+    def zeros(rows: int) -> Array:
+        return jnp.zeros((*shape[:axis], rows, *shape[axis + 1 :]), array.dtype)
+
+    if key is None or count == 0:
+        return lax.concatenate([kept, zeros(count + padding_rows)], axis)
+    # Stacked tables one after the other, the vocabulary first and the embedding in one axis
+    rows = jnp.moveaxis(kept, axis, place.stacked)
+    tables = rows.reshape(-1, place.vocab_size, *rows.shape[place.stacked + 1 :])
+    keys = jax.random.split(key, len(tables))
+    new = jax.vmap(functools.partial(_draw_rows, count))(keys, tables)
+    new = jnp.moveaxis(new.reshape(*shape[: place.stacked], *new.shape[1:]), place.stacked, axis)
+    return lax.concatenate([kept, new, zeros(padding_rows)], axis)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw_rows(count: int, key: PRNGKeyArray, rows: Float[Array, "V ..."]) -> Float[Array, "M ..."]:
+    """`count` rows with the mean and covariance of `rows`.
+
+    The sum of the centred rows, each times a normal number, has V times their covariance: there is
+    no need to compute it, and no matter if there are fewer rows than features.
+    """
+    V = len(rows)
+    wide = jnp.float32 if jnp.finfo(rows.dtype).bits < 32 else rows.dtype
+    flat = rows.reshape(V, -1).astype(wide)
+    mean = jnp.mean(flat, axis=0)
+    centred = (flat - mean[None]) / max(V - 1, 1) ** 0.5
+
+    def draw(i: Array) -> Array:
+        return mean + jax.random.normal(jax.random.fold_in(key, i), (V,), wide) @ centred
+
+    # some at a time, for each takes as many random numbers as there are rows
+    new = lax.map(draw, jnp.arange(count), batch_size=min(count, 256))
+    return new.astype(rows.dtype).reshape(count, *rows.shape[1:])

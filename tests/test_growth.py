@@ -1,0 +1,149 @@
+"""`examples/grow_vocabulary.py` from end to end, on texts and a model that are small."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import generate
+import grow_vocabulary
+import jax
+import numpy as np
+import pytest
+import train_lm
+from grow_vocabulary import Config, frequent_strings
+from text_data import read_text
+from tokenizer import add_tokens, train_bpe
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+TINY = {"steps": 60, "batch_size": 4, "report_every": 20, "new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the toy model, and a new text with other words."""
+    folder = tmp_path_factory.mktemp("growth")
+    old_text, text = folder / "old.txt", folder / "new.txt"
+    old_text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(200)))
+    text.write_text("".join(f"The square root of {i * i} is {i}; " for i in range(200)))
+    config = train_lm.Config(
+        text=old_text,
+        out=folder / "run",
+        tokenizer="bpe",
+        vocab_size=280,
+        steps=60,
+        batch_size=4,
+        sequence_length=16,
+        num_layers=1,
+        num_heads=2,
+        embedding_size=8,
+        learning_rate=1e-2,
+        report_every=60,
+        sample_length=1,
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        train_lm.main(config)
+    return Config(run=config.out, text=text, old_text=old_text, out=folder / "out", **TINY)
+
+
+@pytest.fixture(scope="module")
+def grown(run):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return run, grow_vocabulary.main(run)
+
+
+def test_new_tokens_are_learned_and_nothing_but_their_rows_changes(grown):
+    config, reports = grown
+    assert [step for step, _ in reports] == [-1, 0, 20, 40, 60]
+    without, untrained, *_, trained = [value for _, value in reports]
+    assert trained < untrained - 0.2 and trained < without
+    (old, old_tokenizer), (new, tokenizer) = generate.load(config.run), generate.load(config.out)
+    size = len(old_tokenizer.pieces)
+    assert tokenizer.pieces[:size] == old_tokenizer.pieces
+    assert new.tokens.vocab_size == len(tokenizer.pieces) == size + config.new_tokens
+    np.testing.assert_array_equal(new.tokens.embeddings[:size], old.tokens.embeddings)
+    np.testing.assert_array_equal(new.positions.embeddings, old.positions.embeddings)
+    np.testing.assert_array_equal(new.blocks[0].expand, old.blocks[0].expand)
+    assert (config.out / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_new_token_stands_for_its_string_wherever_that_stands(grown):
+    config, _ = grown
+    _, tokenizer = generate.load(config.out)
+    data = read_text(config.text).train.tobytes()
+    tokens = tokenizer.encode(data)
+    assert tokenizer.decode(tokens) == data
+    assert np.sum(tokens >= len(tokenizer.pieces) - config.new_tokens) > 0.3 * len(tokens)
+
+
+def test_frequent_strings_are_those_of_byte_pair_encoding_by_hand():
+    pieces = [bytes([byte]) for byte in range(256)]
+    tokens = np.frombuffer(b"abab abab aaaa abac", np.uint8)
+    # ab occurs 5 times; abab, then made of two new tokens, twice; "aaaa" holds two pairs, not three
+    strings = frequent_strings(tokens, pieces, 3)
+    assert strings[0] == b"ab" and b"aa" in strings
+    assert frequent_strings(np.frombuffer(b"abcd", np.uint8), pieces, 3) == []
+    # half of a character is no string
+    euros = np.frombuffer("€€€".encode(), np.uint8)
+    assert all(string.decode() for string in frequent_strings(euros, pieces, 3))
+
+
+def test_added_tokens_leave_the_rest_of_a_text_as_it_was():
+    old = train_bpe(b"one two three " * 50, 270)
+    new = add_tokens(old, [b"\n    ", b" of the "])
+    assert new.pieces[: len(old.pieces)] == old.pieces
+    assert new.pieces[len(old.pieces) :] == [b"\n    ", b" of the "]
+    np.testing.assert_array_equal(new.encode(b"one two three"), old.encode(b"one two three"))
+    assert new.decode(new.encode(b"one\n     of the two")) == b"one\n     of the two"
+    assert len(old.pieces) in new.encode(b"one\n    two")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"run": Path("missing")}, "missing holds no checkpoint"),
+        ({"text": Path("missing")}, "cannot read the text missing: No such file"),
+        ({"old_text": None}, "the built-in text is not what .* learned from: give --old-text"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(run, changes, message, tmp_path):
+    config = dataclasses.replace(run, out=tmp_path / "out", **changes)
+    with pytest.raises(SystemExit, match=message) as error:
+        grow_vocabulary.main(config)
+    assert "\n" not in str(error.value) and not config.out.exists()
+
+
+def test_a_run_is_not_overwritten_and_settings_out_of_range_are_refused(grown):
+    with pytest.raises(SystemExit, match="holds a run"):
+        grow_vocabulary.main(grown[0])
+    with pytest.raises(SystemExit, match="--new-tokens must be above 0, got 0"):
+        dataclasses.replace(grown[0], new_tokens=0)
+
+
+def test_it_runs_from_any_folder_and_help_explains_each_option(run, tmp_path):
+    environment = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
+
+    def call(*options):
+        command = [sys.executable, str(EXAMPLES / "grow_vocabulary.py"), *options]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+
+    shown = call("--help").stdout
+    assert "python examples/grow_vocabulary.py --run" in shown
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in shown
+    options = [f"--run={run.run}", f"--text={run.text}", f"--old-text={run.old_text}"]
+    done = call(*options, "--steps=3", "--new-tokens=4", "--batch-size=2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d\.\d{3} after 3 steps, \d+ s, of their rows alone", done.stdout)
+    assert (tmp_path / "runs" / "grown" / "growth.png").exists()
+    failed = call("--run=missing")
+    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (1, "", 1)

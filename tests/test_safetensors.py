@@ -1,0 +1,379 @@
+"""`load_safetensors` and `save_safetensors`: what comes back, what is read, what is refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as reference, safe_open
+
+from eqx_embedding import EmbeddingTable, load_safetensors, save_safetensors
+
+from .helpers import LAYOUTS, make_array, make_table, run_python
+
+
+NAMES = ("vocabulary", "embedding")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "table.safetensors"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_table_that_was_saved_comes_back_bit_for_bit(layout, dtype, path):
+    table = make_table(layout, dtype)
+    save_safetensors(table, path)
+    back = load_safetensors(path)
+    assert back.embeddings.dtype == dtype
+    assert eqx.tree_equal(back, table)
+    assert eqx.tree_equal(load_safetensors(str(path), "embeddings"), table)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_programs_read_rows_of_tokens(layout, dtype, path):
+    table = make_table(layout, dtype)
+    save_safetensors(table, path, "model.embed_tokens.weight")
+    [(name, array)] = reference.load_file(path).items()
+    axis = table.axis_names.index("vocabulary")
+    expected = np.moveaxis(np.asarray(table.embeddings), axis, 0).reshape(9, -1)
+    assert (name, array.dtype) == ("model.embed_tokens.weight", dtype)
+    np.testing.assert_array_equal(array, expected)
+
+
+def test_another_vocabulary_axis_comes_back(path):
+    table = EmbeddingTable(make_array((3, 5)), ("features", "bytes"), "bytes", padding_rows=1)
+    save_safetensors(table, path)
+    assert eqx.tree_equal(load_safetensors(path), table)
+    assert eqx.tree_equal(load_safetensors(path, axis_names=("features", "bytes")), table)
+    with pytest.raises(ValueError, match=r"saved with axis_names=\('features', 'bytes'\), which"):
+        load_safetensors(path, axis_names=("bytes", "features"))
+
+
+def save(path, tensors, metadata=None):
+    reference.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    "shape, names, vocabulary_axis",
+    [
+        ((5, 3), NAMES, "vocabulary"),
+        ((3, 5), ("embedding", "vocabulary"), "vocabulary"),
+        ((5, 2, 3), ("bytes", "heads", "features"), "bytes"),
+        ((5,), ("vocabulary",), "vocabulary"),
+    ],
+)
+def test_a_tensor_of_another_program_gets_the_names_it_is_given(
+    shape, names, vocabulary_axis, path
+):
+    array = np.asarray(make_array(shape))
+    save(path, {"x": array, "y": array + 1}, {"format": "pt"})
+    table = load_safetensors(path, "x", axis_names=names)
+    assert eqx.tree_equal(table, EmbeddingTable(jnp.asarray(array), names, vocabulary_axis))
+
+
+@pytest.mark.parametrize("wanted", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64"])
+def test_the_dtype_is_that_of_the_file_or_as_wanted(stored, wanted, path):
+    array = np.random.default_rng(0).normal(size=(5, 3)).astype(jnp.dtype(stored))
+    save(path, {"wte.weight": array})
+    table = load_safetensors(path, dtype=wanted)
+    assert table.embeddings.dtype == wanted
+    np.testing.assert_array_equal(table.embeddings, array.astype(jnp.dtype(wanted)))
+    if stored == "float64":
+        with pytest.raises(ValueError, match="would be float64, which JAX has in its 64-bit mode"):
+            load_safetensors(path)
+        with jax.enable_x64(True):
+            np.testing.assert_array_equal(load_safetensors(path).embeddings, array)
+    else:
+        np.testing.assert_array_equal(load_safetensors(path).embeddings, array)
+    with pytest.raises(ValueError, match="embeddings are floats, got dtype=int32"):
+        load_safetensors(path, dtype=jnp.int32)
+
+
+# Model directories
+
+
+def shard(folder, files, metadata=None):
+    """Writes files of tensors, and an index that says where they are."""
+    where = {}
+    for file, tensors in files.items():
+        save(folder / file, tensors, metadata)
+        where |= dict.fromkeys(tensors, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+TWO = {
+    "model-1.safetensors": {"model.embed_tokens.weight": np.ones((5, 3), np.float32)},
+    "model-2.safetensors": {"lm_head.weight": np.zeros((5, 3), np.float32)},
+}
+
+
+def test_a_directory_has_a_file_or_an_index(tmp_path):
+    shard(tmp_path, TWO)
+    np.testing.assert_array_equal(load_safetensors(tmp_path).embeddings, 1)
+    np.testing.assert_array_equal(load_safetensors(tmp_path, "lm_head.weight").embeddings, 0)
+    save(tmp_path / "model.safetensors", {"wte.weight": np.full((5, 3), 7, np.float32)})
+    np.testing.assert_array_equal(load_safetensors(tmp_path).embeddings, 7)
+
+
+def test_only_the_shard_that_has_the_table_is_needed(tmp_path):
+    shard(tmp_path, TWO)
+    (tmp_path / "model-2.safetensors").unlink()
+    np.testing.assert_array_equal(load_safetensors(tmp_path).embeddings, 1)
+    with pytest.raises(FileNotFoundError, match="there is no file .*model-2.safetensors"):
+        load_safetensors(tmp_path, "lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ("", "is not the index of a model: .*JSONDecodeError"),
+        ("[]", "is not the index of a model"),
+        ('{"weight_map": ["x"]}', "is not the index of a model"),
+        ('{"weight_map": {"x": 3}}', "is not the index of a model"),
+        ('{"weight_map": {}}', "none of the 0 tensors"),
+        (
+            '{"weight_map": {"wte.weight": "model-1.safetensors"}}',
+            "says that 'wte.weight' is in model-1.safetensors, which does not have it",
+        ),
+    ],
+)
+def test_a_broken_index_is_refused(index, message, tmp_path):
+    shard(tmp_path, TWO)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=message):
+        load_safetensors(tmp_path)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file .*nothing.safetensors"):
+        load_safetensors(tmp_path / "nothing.safetensors")
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor model.safetensors."):
+        load_safetensors(tmp_path)
+    save(tmp_path / "adapter.safetensors", {"x": np.ones((2, 2), np.float32)})
+    with pytest.raises(FileNotFoundError, match="Give one of its files: adapter.safetensors"):
+        load_safetensors(tmp_path)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["model.layers.0.w", "tok_embeddings.weight"], "such as 'tok_embeddings.weight'"),
+        (["a", "b"], "none of the 2 tensors .* such as 'a', 'b'"),
+        (
+            ["wte.weight", "shared.weight"],
+            r"several tables: give the name of one, \['wte.weight', ",
+        ),
+    ],
+)
+def test_without_a_name_it_says_what_it_found_when_it_cannot_choose(names, message, path):
+    save(path, {name: np.ones((2, 2), np.float32) for name in names})
+    with pytest.raises(ValueError, match=message):
+        load_safetensors(path)
+
+
+def test_a_name_that_is_not_there_lists_the_nearest(path):
+    names = ["transformer.wte.weight", "transformer.wpe.weight", *map(str, range(100))]
+    save(path, {name: np.ones((2, 2), np.float32) for name in names})
+    with pytest.raises(ValueError) as error:
+        load_safetensors(path, "transformer.wte")
+    assert "has no tensor 'transformer.wte'. Of its 102 tensors" in str(error.value)
+    listed = re.findall(r"'(\S+)'", str(error.value).split("nearest names are")[1])
+    assert listed[:2] == ["transformer.wte.weight", "transformer.wpe.weight"] and len(listed) == 5
+
+
+# Files that are not what they should be
+
+
+def test_a_file_cut_short_anywhere_is_refused(path):
+    save_safetensors(make_table("first"), path)
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=f"not a whole safetensors file .* {length} bytes"):
+            load_safetensors(path)
+    path.write_bytes(data + b"\0")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_safetensors(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"PK\x03\x04" + bytes(500), b"\x89PNG\r\n" * 50, b'{"a": 1}' * 50, b"\xff" * 500],
+    ids=["zip", "png", "json", "ff"],
+)
+def test_a_file_of_another_kind_is_refused(data, path):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is not a whole safetensors file .* of another kind"):
+        load_safetensors(path)
+
+
+@pytest.mark.parametrize("integers", ["int8", "uint8", "int32", "int64", "bool"])
+def test_weights_that_are_no_floats_are_refused(integers, path):
+    save(path, {"wte.weight": np.ones((5, 3), integers)})
+    with pytest.raises(ValueError, match="'wte.weight' .* embeddings are float16, bfloat16"):
+        load_safetensors(path)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_a_tensor_of_another_rank_is_refused(shape, path):
+    save(path, {"wte.weight": np.ones(shape, np.float32)})
+    with pytest.raises(ValueError, match=f"has {len(shape)} axes, .* but 2 are named"):
+        load_safetensors(path)
+
+
+def test_several_embedding_axes_without_sizes_say_what_to_do(path):
+    save(path, {"wte.weight": np.arange(24, dtype=np.float32).reshape(4, 6)})
+    with pytest.raises(ValueError, match="reshape: EmbeddingTable.table.embeddings.reshape"):
+        load_safetensors(path, axis_names=("vocabulary", "heads", "features"))
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [
+        "no json",
+        "[]",
+        '{"name": "x"}',
+        '{"name": "x", "axes": {"a": 0}, "vocabulary_axis": "a", "padding_rows": 0}',
+        '{"name": "x", "axes": {"a": 4, "b": 7}, "vocabulary_axis": "a", "padding_rows": 0}',
+        '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "c", "padding_rows": 0}',
+    ],
+)
+def test_metadata_that_do_not_fit_the_tensor_are_refused(noted, path):
+    save(path, {"x": np.ones((4, 6), np.float32)}, {"eqx_embedding": noted})
+    with pytest.raises(
+        ValueError, match=r"metadata of tensor 'x' .* does not fit its shape \(4, 6"
+    ):
+        load_safetensors(path)
+
+
+# Reading and writing
+
+
+def test_one_table_of_a_large_file_is_read_alone(path):
+    header = {
+        "before": {"dtype": "F32", "shape": [2**29], "data_offsets": [0, 2**31]},
+        "wte.weight": {"dtype": "F32", "shape": [256, 64], "data_offsets": [2**31, 2**31 + 2**16]},
+        "after": {
+            "dtype": "BF16",
+            "shape": [2**30],
+            "data_offsets": [2**31 + 2**16, 2**32 + 2**16],
+        },
+    }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    array = np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
+    with open(path, "wb") as file:  # four gigabytes, of which the disk holds almost nothing
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.seek(2**31, os.SEEK_CUR)
+        file.write(array.tobytes())
+        file.truncate(8 + len(encoded) + 2**32 + 2**16)
+    peaks = run_python(
+        f"""
+import json, resource, jax
+import jax.numpy as jnp
+from eqx_embedding import load_safetensors
+jax.block_until_ready(jnp.asarray(jnp.ones(3)))
+import safetensors.numpy
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+table = load_safetensors({str(path)!r})
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([before, after, float(table.embeddings[255, 63])]))
+"""
+    )
+    assert peaks[1] - peaks[0] < 100 * 1024, "kilobytes"
+    assert peaks[2] == array[255, 63]
+
+
+def test_a_save_that_is_killed_leaves_the_old_file_whole(path):
+    table = make_table("first")
+    save_safetensors(table, path)
+    code = f"""
+import jax.numpy as jnp
+from eqx_embedding import EmbeddingTable, save_safetensors
+table = EmbeddingTable(jnp.ones((50_000, 1000)), ("vocabulary", "embedding"))
+print("ready", flush=True)
+save_safetensors(table, {str(path)!r})
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 60
+        while not any(path.parent.glob("*.partial/*")):  # 200 MB, whose first bytes are written
+            assert process.poll() is None and time.monotonic() < deadline
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it must not have ended before it was killed"
+    assert eqx.tree_equal(load_safetensors(path), table)
+    [left] = set(path.parent.iterdir()) - {path}
+    assert left.is_dir() and re.fullmatch(r"table.safetensors\.\w+\.partial", left.name)
+    save_safetensors(make_table("last"), path)  # what is left is in nobody's way
+    assert eqx.tree_equal(load_safetensors(path), make_table("last"))
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch):
+    save_safetensors(make_table("first"), path)
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_safetensors(make_table("last"), path)
+    assert eqx.tree_equal(load_safetensors(path), make_table("first"))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_permissions_are_the_usual_ones_or_those_of_the_file_that_is_replaced(path):
+    (path.parent / "usual").touch()
+    save_safetensors(make_table("first"), path)
+    assert path.stat().st_mode == (path.parent / "usual").stat().st_mode
+    path.chmod(0o600)
+    save_safetensors(make_table("last"), path)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
+    table = make_table("first")
+    stacked = EmbeddingTable(make_array((2, 5, 3)), NAMES)
+    with pytest.raises(ValueError, match="this table is stacked"):
+        save_safetensors(stacked, tmp_path / "x")
+    with pytest.raises(ValueError, match="keeps the name '__metadata__' for itself"):
+        save_safetensors(table, tmp_path / "x", "__metadata__")
+    with pytest.raises(IsADirectoryError, match="is a directory: give the name of a file"):
+        save_safetensors(table, tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no directory .*missing to write x to"):
+        save_safetensors(table, tmp_path / "missing" / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_name_alone_is_of_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_safetensors(make_table("first"), "x.safetensors")
+    assert eqx.tree_equal(load_safetensors("x.safetensors"), make_table("first"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.safetensors"]
+    with safe_open(Path("x.safetensors"), "numpy") as file:
+        assert list(json.loads(file.metadata()["eqx_embedding"])["axes"]) == list(NAMES)
+
+
+def test_without_the_package_it_says_what_to_install(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    for call in (
+        lambda: load_safetensors(path),
+        lambda: save_safetensors(make_table("first"), path),
+    ):
+        with pytest.raises(ImportError, match="pip install safetensors, or pip install 'eqx_embed"):
+            call()
