@@ -1,0 +1,232 @@
+"""A training step of examples/train_lm.py, of PyTorch and of plain Equinox, in one process.
+
+    python -m benchmarks.train_step [--rounds 5] [--steps 10] [--json]
+
+A step is data, loss, gradient, clipping and AdamW. All train the same model from the same parameters
+on the same batches: 4 layers, 4 heads, width 128, 64 tokens, batch 12, bytes, no dropout, no biases.
+The example's model and step are imported from examples/; PyTorch's is of plain `torch.nn` modules
+in eager mode; Equinox's is of `eqx.nn` layers with optax's loss.
+
+Each takes a few steps at a time, of which the first two do not count, in the order A B .. B A. Times
+are medians: compare the ratios.
+"""
+
+import argparse
+import ctypes
+import importlib
+import json
+import resource
+import statistics
+import sys
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import train_lm
+from text_data import random_windows, read_text
+from toy_transformer import Transformer
+from tqdm import tqdm
+
+
+SIZES = {
+    "vocab_size": 256,
+    "sequence_length": 64,
+    "num_layers": 4,
+    "num_heads": 4,
+    "embedding_size": 128,
+}
+WARM_UP = 2
+
+
+def default_memory():
+    """Undoes `train_lm.keep_memory`: glibc's default, once it has seen a large piece freed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 65536)  # M_MMAP_MAX
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
+
+
+class Example:
+    """The model and the step of the example, as its `main` runs them."""
+
+    def __init__(self, sizes, config):
+        model = Transformer(**sizes, key=jax.random.key(config.seed))
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+        # copies, for a step takes the memory of its arguments
+        self.weights = jax.tree.map(np.array, as_matrices(model))
+        optimizer = train_lm.make_optimizer(config)
+        self.state = params, optimizer.init(params)
+        shape = config.batch_size, sizes["sequence_length"] + 1
+        step = train_lm.make_step(optimizer, static)
+        self.step = step.lower(jnp.zeros(shape, int), *self.state).compile()
+
+    def __call__(self, tokens):
+        loss, *self.state = self.step(jnp.asarray(tokens, int), *self.state)
+        return float(loss)
+
+
+def as_matrices(model):
+    """The parameters, each matrix as outputs by inputs, as Equinox and PyTorch have them."""
+    blocks = [
+        (b.attention.query_key_value.T, b.attention.output.T, b.expand.T, b.contract)
+        for b in model.blocks
+    ]
+    return model.tokens.embeddings, model.positions.embeddings, blocks
+
+
+class Products:
+    """The matrix products of a step, forward and backward, and nothing else."""
+
+    def __init__(self, sizes, config, weights):
+        tokens = config.batch_size * sizes["sequence_length"]
+        table, _, blocks = weights
+        keys = iter(jax.random.split(jax.random.key(0), 1000))
+
+        def normal(*shape):
+            return jax.random.normal(next(keys), shape)
+
+        heads = config.batch_size, sizes["num_heads"], sizes["sequence_length"]
+        size = sizes["embedding_size"] // sizes["num_heads"]
+        self.matrices = [
+            (normal(tokens, w.shape[1]), normal(tokens, w.shape[0]), w)
+            for w in [table, *(w for block in blocks for w in block)]
+        ]
+        self.attention = [
+            (normal(*heads, size), normal(*heads, size), normal(*heads, heads[2])) for _ in blocks
+        ]
+
+        @jax.jit
+        def products(matrices, attention):
+            matrices = [(x @ w.T, g @ w, g.T @ x) for x, g, w in matrices]
+            attention = [
+                (q @ k.mT, k @ q.mT, s @ q, s @ k, s.mT @ q, s.mT @ k) for q, k, s in attention
+            ]
+            return matrices, attention
+
+        self.products = products
+
+    def __call__(self, tokens):
+        jax.block_until_ready(self.products(self.matrices, self.attention))
+        return None
+
+
+def make_runs(sizes, config):
+    """Training by each contender from the same parameters, and why one cannot run."""
+    from . import gpt_equinox
+
+    example = Example(sizes, config)
+    runs, missing = {"example": example}, {}
+    size = sizes["embedding_size"]
+    theirs = {k: v for k, v in sizes.items() if k != "embedding_size"} | {"size": size}
+    try:
+        gpt_torch = importlib.import_module("benchmarks.gpt_torch")
+    except ImportError as error:
+        missing["torch"] = str(error)
+    else:
+        rates = np.asarray(train_lm.learning_rate(config)(jnp.arange(config.steps))).tolist()
+        model = gpt_torch.toy(theirs, example.weights)
+        runs["torch"] = gpt_torch.Training(model, rates, config.weight_decay, config.clip_norm)
+    runs["equinox"] = gpt_equinox.Training(
+        theirs, train_lm.make_optimizer(config), example.weights
+    )
+    return runs, missing
+
+
+class Batches:
+    """The batches of a run of the example."""
+
+    def __init__(self, config):
+        self.values = read_text(config.text).train
+        self.shape = config.batch_size, config.sequence_length + 1
+
+    def __call__(self, step):
+        return random_windows(self.values, *self.shape, seed=(0, step))
+
+
+def measure(sizes, config, rounds, steps):
+    runs, missing = make_runs(sizes, config)
+    runs["products"] = Products(sizes, config, runs["example"].weights)
+    batches, done = Batches(config), dict.fromkeys(runs, 0)
+    # what runs, and whether glibc keeps freed memory
+    work = {
+        "example": ("example", True),
+        "torch": ("torch", False),
+        "equinox": ("equinox", False),
+        "example, memory returned": ("example", False),
+        "torch, memory kept": ("torch", True),
+        "equinox, memory kept": ("equinox", True),
+        "the products alone": ("products", True),
+    }
+    work = {name: (run, keep) for name, (run, keep) in work.items() if run in runs}
+    times, faults, losses = ({name: [] for name in work} for _ in range(3))
+    progress = tqdm(total=2 * rounds * len(work), leave=False)
+    for _ in range(rounds):
+        for name in [*work, *reversed(work)]:
+            run, keep = work[name]
+            train_lm.keep_memory() if keep else default_memory()
+            for i in range(WARM_UP + steps):
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                start = time.perf_counter()
+                loss = runs[run](batches(done[run]))
+                seconds = time.perf_counter() - start
+                done[run] += 1
+                losses[run if run in losses else name].append(loss)
+                if i >= WARM_UP:
+                    times[name].append(seconds)
+                    faults[name].append(
+                        resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+                    )
+            progress.update()
+    progress.close()
+    example = statistics.median(times["example"])
+    results = []
+    for name in work:
+        seconds = statistics.median(times[name])
+        results.append(
+            {
+                "name": name,
+                "seconds": seconds,
+                "ratio": example / seconds,
+                "page_faults": statistics.mean(faults[name]),
+                "first_losses": [loss for loss in losses[name][:3] if loss is not None],
+            }
+        )
+    return {"sizes": sizes, "batch_size": config.batch_size, "results": results, "missing": missing}
+
+
+def show(report):
+    print(f"\n{'':26}{'ms a step':>10}{'example / it':>14}{'page faults':>13}")
+    for row in report["results"]:
+        milliseconds = 1e3 * row["seconds"]
+        faults = row["page_faults"]
+        print(f"{row['name']:26}{milliseconds:10.1f}{row['ratio']:14.2f}{faults:13.0f}")
+    for name, reason in report["missing"].items():
+        print(f"{name:26}not run: {reason}")
+
+
+def main(arguments=None, sizes=SIZES):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="that count, each time")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    settings = parser.parse_args(arguments)
+    config = train_lm.Config(
+        batch_size=12,
+        sequence_length=sizes["sequence_length"],
+        num_layers=sizes["num_layers"],
+        num_heads=sizes["num_heads"],
+        embedding_size=sizes["embedding_size"],
+    )
+    report = measure(sizes, config, settings.rounds, settings.steps)
+    if settings.json:
+        json.dump({"jax": jax.__version__, "report": report}, sys.stdout)
+        print()
+    else:
+        show(report)
+
+
+if __name__ == "__main__":
+    main()
