@@ -67,7 +67,7 @@ def matrices(model):
         (b.query_key_value.weight, b.output.weight, b.expand.weight, b.contract.weight)
         for b in model.blocks
     ]
-    return model.shared.pytree[0].weight, model.positions.weight, blocks
+    return jax.tree.leaves((model.shared.pytree[0].weight, model.positions.weight, blocks))
 
 
 class Training:
@@ -75,7 +75,7 @@ class Training:
 
     def __init__(self, sizes, optimizer, weights):
         model = GPT(**sizes, key=jax.random.key(0))
-        model = eqx.tree_at(matrices, model, jax.tree.map(jnp.asarray, weights))
+        model = eqx.tree_at(matrices, model, [jnp.asarray(w) for w in jax.tree.leaves(weights)])
         self.state = model, optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
         def loss(model, tokens):

@@ -1,6 +1,6 @@
 """A training step of examples/train_lm.py, of PyTorch and of plain Equinox, in one process.
 
-    python -m benchmarks.train_step [--rounds 5] [--steps 10] [--json]
+    python -m benchmarks.train_step [--rounds 5] [--steps 10] [--default-memory] [--json]
 
 A step is data, loss, gradient, clipping and AdamW. All train the same model from the same parameters
 on the same batches: 4 layers, 4 heads, width 128, 64 tokens, batch 12, bytes, no dropout, no biases.
@@ -12,7 +12,6 @@ are medians: compare the ratios.
 """
 
 import argparse
-import ctypes
 import importlib
 import json
 import resource
@@ -38,15 +37,6 @@ SIZES = {
     "embedding_size": 128,
 }
 WARM_UP = 2
-
-
-def default_memory():
-    """Undoes `train_lm.keep_memory`: glibc's default, once it has seen a large piece freed."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 65536)  # M_MMAP_MAX
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
 
 
 class Example:
@@ -110,7 +100,6 @@ class Products:
 
     def __call__(self, tokens):
         jax.block_until_ready(self.products(self.matrices, self.attention))
-        return None
 
 
 def make_runs(sizes, config):
@@ -129,9 +118,7 @@ def make_runs(sizes, config):
         rates = np.asarray(train_lm.learning_rate(config)(jnp.arange(config.steps))).tolist()
         model = gpt_torch.toy(theirs, example.weights)
         runs["torch"] = gpt_torch.Training(model, rates, config.weight_decay, config.clip_norm)
-    runs["equinox"] = gpt_equinox.Training(
-        theirs, train_lm.make_optimizer(config), example.weights
-    )
+    runs["equinox"] = gpt_equinox.Training(theirs, train_lm.make_optimizer(config), example.weights)
     return runs, missing
 
 
@@ -148,53 +135,39 @@ class Batches:
 
 def measure(sizes, config, rounds, steps):
     runs, missing = make_runs(sizes, config)
-    runs["products"] = Products(sizes, config, runs["example"].weights)
-    batches, done = Batches(config), dict.fromkeys(runs, 0)
-    # what runs, and whether glibc keeps freed memory
-    work = {
-        "example": ("example", True),
-        "torch": ("torch", False),
-        "equinox": ("equinox", False),
-        "example, memory returned": ("example", False),
-        "torch, memory kept": ("torch", True),
-        "equinox, memory kept": ("equinox", True),
-        "the products alone": ("products", True),
-    }
-    work = {name: (run, keep) for name, (run, keep) in work.items() if run in runs}
-    times, faults, losses = ({name: [] for name in work} for _ in range(3))
-    progress = tqdm(total=2 * rounds * len(work), leave=False)
+    runs["products alone"] = Products(sizes, config, runs["example"].weights)
+    batches = Batches(config)
+    times, faults, losses = ({name: [] for name in runs} for _ in range(3))
+    progress = tqdm(total=2 * rounds * len(runs), leave=False, disable=None)
     for _ in range(rounds):
-        for name in [*work, *reversed(work)]:
-            run, keep = work[name]
-            train_lm.keep_memory() if keep else default_memory()
+        for name in [*runs, *reversed(runs)]:
             for i in range(WARM_UP + steps):
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                before = page_faults()
                 start = time.perf_counter()
-                loss = runs[run](batches(done[run]))
+                loss = runs[name](batches(len(losses[name])))
                 seconds = time.perf_counter() - start
-                done[run] += 1
-                losses[run if run in losses else name].append(loss)
+                losses[name].append(loss)
                 if i >= WARM_UP:
                     times[name].append(seconds)
-                    faults[name].append(
-                        resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-                    )
+                    faults[name].append(page_faults() - before)
             progress.update()
     progress.close()
-    example = statistics.median(times["example"])
-    results = []
-    for name in work:
-        seconds = statistics.median(times[name])
-        results.append(
-            {
-                "name": name,
-                "seconds": seconds,
-                "ratio": example / seconds,
-                "page_faults": statistics.mean(faults[name]),
-                "first_losses": [loss for loss in losses[name][:3] if loss is not None],
-            }
-        )
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    results = [
+        {
+            "name": name,
+            "seconds": seconds,
+            "ratio": medians["example"] / seconds,
+            "page_faults": statistics.mean(faults[name]),
+            "losses": losses[name][:3],
+        }
+        for name, seconds in medians.items()
+    ]
     return {"sizes": sizes, "batch_size": config.batch_size, "results": results, "missing": missing}
+
+
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def show(report):
@@ -211,6 +184,7 @@ def main(arguments=None, sizes=SIZES):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="that count, each time")
+    parser.add_argument("--default-memory", action="store_true", help="give memory back")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     settings = parser.parse_args(arguments)
     config = train_lm.Config(
@@ -220,6 +194,8 @@ def main(arguments=None, sizes=SIZES):
         num_heads=sizes["num_heads"],
         embedding_size=sizes["embedding_size"],
     )
+    if not settings.default_memory:
+        train_lm.keep_memory()
     report = measure(sizes, config, settings.rounds, settings.steps)
     if settings.json:
         json.dump({"jax": jax.__version__, "report": report}, sys.stdout)

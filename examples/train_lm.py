@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array, Float, install_import_hook, Integer, PyTree
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from tqdm import tqdm
 CHECKED = ("checkpoints", "pictures", "text_data", "tokenizer", "toy_transformer")
 with install_import_hook(CHECKED, "beartype.beartype"):
     from checkpoints import check_identity, Checkpoints, write_whole
+    from command_line import from_command_line
     from pictures import embedding_picture, loss_picture
     from text_data import baselines, random_windows, read_text, Text, tokenize, windows
     from tokenizer import read_tokenizer, Tokenizer, train_bpe
@@ -152,11 +152,8 @@ def keep_memory() -> None:
 
 
 def make_step(optimizer: optax.GradientTransformation, static: PyTree) -> Callable[..., Any]:
-    # Donated arguments give their memory to the results: parameters exist once, not twice. "Fast
-    # math" still honours NaN and infinity; it may add numbers up in an order that is faster.
-    options = {"xla_cpu_enable_fast_math": True}
-
-    @eqx.filter_jit(donate="all-except-first", compiler_options=options)
+    # Donated arguments give their memory to the results: parameters exist once, not twice.
+    @eqx.filter_jit(donate="all-except-first")
     def step(tokens: Integer[Array, "batch length"], params: PyTree, opt_state: PyTree):
         def loss(params: PyTree) -> Float[Array, ""]:
             return eqx.combine(params, static).loss(tokens[:, :-1], tokens[:, 1:])
@@ -283,4 +280,4 @@ def main(config: Config) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(from_command_line(Config, __doc__))
