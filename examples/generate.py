@@ -13,12 +13,12 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
-import tyro
 from jaxtyping import install_import_hook
 
 
 with install_import_hook(("checkpoints", "tokenizer", "toy_transformer"), "beartype.beartype"):
     from checkpoints import Checkpoints
+    from command_line import from_command_line
     from tokenizer import Tokenizer
     from toy_transformer import Transformer
 
@@ -89,6 +89,6 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(from_command_line(Config, __doc__))
     except (BrokenPipeError, KeyboardInterrupt):
         os._exit(1)  # the reader has seen enough; Python's own exit would complain

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
@@ -24,14 +24,9 @@ def _matrix(
     return scale * inputs**-0.5 * jax.random.normal(key, (inputs, outputs))
 
 
-class Norm(eqx.Module):
-    """Brings each vector to a root mean square of one, then scales its entries."""
-
-    scale: Float[Array, " embedding"]
-
-    def __call__(self, x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedding"]:
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + 1e-6) * self.scale
+def norm(x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedding"]:
+    """Brings each vector to a root mean square of one."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
 class Attention(eqx.Module):
@@ -42,11 +37,25 @@ class Attention(eqx.Module):
     num_heads: int = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedding"]:
-        sequence, embedding = x.shape
-        heads = (x @ self.query_key_value).reshape(sequence, 3 * self.num_heads, -1)
-        query, key, value = jnp.split(heads, 3, axis=1)
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return mixed.reshape(sequence, embedding) @ self.output
+        query, key, value = jnp.split(x @ self.query_key_value, 3, axis=1)
+        return self.mix(query, key, value, jnp.tri(len(x), dtype=bool))
+
+    def mix(
+        self,
+        query: Float[Array, "new embedding"],
+        key: Float[Array, "sequence embedding"],
+        value: Float[Array, "sequence embedding"],
+        seen: Bool[Array, "new sequence"],
+    ) -> Float[Array, "new embedding"]:
+        """For each query the mean of the values it sees, which count as their keys match it."""
+        query, key, value = (
+            rows.reshape(len(rows), self.num_heads, -1).swapaxes(0, 1)  # heads first
+            for rows in (query, key, value)
+        )
+        scores = query @ key.mT * query.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+        mixed = (weights @ value).swapaxes(0, 1)
+        return mixed.reshape(len(mixed), -1) @ self.output
 
     def extend(
         self,
@@ -54,44 +63,37 @@ class Attention(eqx.Module):
         start: Integer[Array, ""],
         cache: Float[Array, "2 sequence embedding"],
     ) -> tuple[Float[Array, "new embedding"], Float[Array, "2 sequence embedding"]]:
-        """As above for the tokens from `start` on, given the keys and values of those before."""
-        new, embedding = x.shape
-        query, *key_value = jnp.split(x @ self.query_key_value, 3, axis=1)
-        cache = jax.lax.dynamic_update_slice_in_dim(cache, jnp.stack(key_value), start, axis=1)
-        heads = [rows.reshape(len(rows), self.num_heads, -1) for rows in (query, *cache)]
-        seen = jnp.arange(cache.shape[1]) <= start + jnp.arange(new)[:, None]
-        mixed = jax.nn.dot_product_attention(*heads, mask=seen[None])
-        return mixed.reshape(new, embedding) @ self.output, cache
+        """As a call for the tokens from `start` on, given the keys and values of those before."""
+        query, *new = jnp.split(x @ self.query_key_value, 3, axis=1)
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, jnp.stack(new), start, axis=1)
+        seen = jnp.arange(cache.shape[1]) <= start + jnp.arange(len(x))[:, None]
+        return self.mix(query, *cache, seen), cache
 
 
 class Block(eqx.Module):
     """Attention between tokens, then a small network on each token; both are added to `x`."""
 
-    attention_norm: Norm
     attention: Attention
-    mlp_norm: Norm
     expand: Float[Array, "embedding four_embedding"]
-    contract: Float[Array, "four_embedding embedding"]
+    contract: Float[Array, "embedding four_embedding"]
 
     def __init__(self, size: int, num_heads: int, num_layers: int, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
         # What the 2 * num_layers additions add up to should not grow with their number.
         small = (2 * num_layers) ** -0.5
-        self.attention_norm = Norm(jnp.ones(size))
         self.attention = Attention(
             _matrix(size, 3 * size, 1.0, keys[0]), _matrix(size, size, small, keys[1]), num_heads
         )
-        self.mlp_norm = Norm(jnp.ones(size))
         self.expand = _matrix(size, 4 * size, 1.0, keys[2])
-        self.contract = _matrix(4 * size, size, small, keys[3])
+        self.contract = _matrix(4 * size, size, small, keys[3]).T  # so its gradient is made faster
 
     def __call__(self, x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedding"]:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(norm(x))
+        return x + self.mlp(norm(x))
 
     def mlp(self, x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedding"]:
         # the square of a ReLU costs less than a GELU and learns as well: arxiv.org/abs/2109.08668
-        return jnp.square(jax.nn.relu(x @ self.expand)) @ self.contract
+        return jnp.square(jax.nn.relu(x @ self.expand)) @ self.contract.T
 
     def extend(
         self,
@@ -99,9 +101,9 @@ class Block(eqx.Module):
         start: Integer[Array, ""],
         cache: Float[Array, "2 sequence embedding"],
     ) -> tuple[Float[Array, "new embedding"], Float[Array, "2 sequence embedding"]]:
-        mixed, cache = self.attention.extend(self.attention_norm(x), start, cache)
+        mixed, cache = self.attention.extend(norm(x), start, cache)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(norm(x)), cache
 
 
 class Transformer(eqx.Module):
@@ -110,7 +112,6 @@ class Transformer(eqx.Module):
     tokens: EmbeddingTable  # stored once, used on the way in and on the way out
     positions: EmbeddingTable
     blocks: list[Block]
-    norm: Norm
 
     def __init__(
         self,
@@ -129,14 +130,13 @@ class Transformer(eqx.Module):
             sequence_length, axes, vocabulary_axis="position", key=position_key
         )
         self.blocks = [Block(embedding_size, num_heads, num_layers, key) for key in block_keys]
-        self.norm = Norm(jnp.ones(embedding_size))
 
     def hidden(self, tokens: Integer[Array, " sequence"]) -> Float[Array, "sequence embedding"]:
         """What the model makes of each token and of those before it."""
         x = self.embed(tokens, jnp.arange(len(tokens)))
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return norm(x)
 
     def embed(
         self, tokens: Integer[Array, " sequence"], positions: Integer[Array, " sequence"]
@@ -216,7 +216,7 @@ class Transformer(eqx.Module):
         x = self.embed(tokens, start + jnp.arange(len(tokens)))
         for i, block in enumerate(self.blocks):
             x, caches[i] = block.extend(x, start, caches[i])
-        logits = EmbeddingDecode(self.tokens)(self.norm(x)[last])
+        logits = EmbeddingDecode(self.tokens)(norm(x)[last])
         if temperature == 0:
             return jnp.argmax(logits), caches
         if top_k is not None:

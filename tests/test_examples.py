@@ -21,6 +21,7 @@ import pytest
 import text_data
 import tokenizers
 import train_lm
+from command_line import from_command_line
 from tokenizer import read_tokenizer, Tokenizer, train_bpe
 from toy_transformer import Transformer
 
@@ -231,6 +232,22 @@ def test_scripts_run_from_any_folder_and_fail_in_one_line(finished_bpe, tmp_path
     ):
         assert failed.returncode == 1
         assert failed.stdout == "" and failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "script, options, message",
+    [
+        (train_lm, ["--stepz", "5"], "Unrecognized options: --stepz. See --help."),
+        (train_lm, ["--steps", "five"], "--steps: invalid literal for int"),
+        (generate, [], "required: --run. See --help."),
+    ],
+)
+def test_a_mistyped_command_is_refused_in_one_line(script, options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *options])
+    with pytest.raises(SystemExit) as error:
+        from_command_line(script.Config, script.__doc__)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_model_looks_back_only_and_its_loss_is_that_of_its_logits(getkey):

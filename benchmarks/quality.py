@@ -1,0 +1,83 @@
+"""What examples/train_lm.py learns from a text, and what nanoGPT's small model learns from it.
+
+    python -m benchmarks.quality [--text FILE] [--steps 2000]
+
+Both see the same batches of the same bytes: 12 sequences of 64 tokens a step. Both have 4 layers, 4
+heads, width 128 and no dropout. The loss is that of the whole held-out tenth, in nats for each byte.
+
+nanoGPT's is its `train_shakespeare_char` on a CPU: LayerNorm and GELU, no biases; learning rate 1e-3
+after 100 steps, a cosine down to 1e-4, betas 0.9 and 0.99, weight decay 0.1, clipping at 1. It needs
+PyTorch. The example's is the example as it is: `train_lm.main`, its own learning rate included.
+"""
+
+import argparse
+import importlib
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import train_lm
+from text_data import random_windows, read_text, windows
+from tqdm import tqdm
+
+
+def nano_gpt(config):
+    """The held-out loss of nanoGPT's model and settings, on the batches of the example."""
+    torch = importlib.import_module("torch")
+    gpt_torch = importlib.import_module("benchmarks.gpt_torch")
+    torch.manual_seed(config.seed)
+    length, text = config.sequence_length, read_text(config.text)
+    model = gpt_torch.nano_gpt(
+        256, length, config.num_layers, config.num_heads, config.embedding_size
+    )
+    training = gpt_torch.Training(model, map(rate(config.steps), range(config.steps)), 0.1, 1.0)
+    for step in tqdm(range(config.steps), disable=None):
+        seed = config.seed, step
+        training(random_windows(text.train, config.batch_size, length + 1, seed))
+    nats = 0.0
+    with torch.no_grad():
+        for inputs, targets, weights in zip(*windows(text.held_out, length, 32)):
+            logits = model(torch.from_numpy(inputs).long()).flatten(0, 1)
+            targets = torch.from_numpy(targets).long().flatten()
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            nats += float(np.sum(losses.numpy() * weights.reshape(-1), dtype=np.float64))
+    return nats / (len(text.held_out) - 1)
+
+
+def rate(steps, warm_up=100, peak=1e-3, end=1e-4):
+    def at(step):
+        if step < warm_up:
+            return peak * (step + 1) / (warm_up + 1)
+        done = (step - warm_up) / max(steps - warm_up, 1)
+        return end + 0.5 * (1 + math.cos(math.pi * done)) * (peak - end)
+
+    return at
+
+
+def main(arguments=None, **sizes):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--steps", type=int, default=2000)
+    settings = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        config = train_lm.Config(
+            text=settings.text,
+            out=Path(folder) / "run",
+            steps=settings.steps,
+            report_every=settings.steps,
+            batch_size=12,
+            **sizes,
+        )
+        losses = {"examples/train_lm.py": train_lm.main(config)[-1]["val_loss"]}
+    try:
+        losses["nanoGPT's, in PyTorch"] = nano_gpt(config)
+    except ImportError as error:
+        print(f"nanoGPT's not run: {error}")
+    print(f"{config.steps} steps on {read_text(config.text).name}, held out:")
+    for name, loss in losses.items():
+        print(f"{name:24}{loss:7.3f} nats a byte{loss / math.log(2):7.3f} bits a byte")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""A training step of examples/train_lm.py, of PyTorch and of plain Equinox, in one process.
+
+    python -m benchmarks.train_step [--rounds 5] [--steps 10] [--default-memory] [--json]
+
+A step is data, loss, gradient, clipping and AdamW. All train the same model from the same parameters
+on the same batches: 4 layers, 4 heads, width 128, 64 tokens, batch 12, bytes, no dropout, no biases.
+The example's model and step are imported from examples/; PyTorch's is of plain `torch.nn` modules
+in eager mode; Equinox's is of `eqx.nn` layers with optax's loss.
+
+Each takes a few steps at a time, of which the first two do not count, in the order A B .. B A. Times
+are medians: compare the ratios.
+"""
+
+import argparse
+import importlib
+import json
+import resource
+import statistics
+import sys
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import train_lm
+from text_data import random_windows, read_text
+from toy_transformer import Transformer
+from tqdm import tqdm
+
+
+SIZES = {
+    "vocab_size": 256,
+    "sequence_length": 64,
+    "num_layers": 4,
+    "num_heads": 4,
+    "embedding_size": 128,
+}
+WARM_UP = 2
+
+
+class Example:
+    """The model and the step of the example, as its `main` runs them."""
+
+    def __init__(self, sizes, config):
+        model = Transformer(**sizes, key=jax.random.key(config.seed))
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+        # copies, for a step takes the memory of its arguments
+        self.weights = jax.tree.map(np.array, as_matrices(model))
+        optimizer = train_lm.make_optimizer(config)
+        self.state = params, optimizer.init(params)
+        shape = config.batch_size, sizes["sequence_length"] + 1
+        step = train_lm.make_step(optimizer, static)
+        self.step = step.lower(jnp.zeros(shape, int), *self.state).compile()
+
+    def __call__(self, tokens):
+        loss, *self.state = self.step(jnp.asarray(tokens, int), *self.state)
+        return float(loss)
+
+
+def as_matrices(model):
+    """The parameters, each matrix as outputs by inputs, as Equinox and PyTorch have them."""
+    blocks = [
+        (b.attention.query_key_value.T, b.attention.output.T, b.expand.T, b.contract)
+        for b in model.blocks
+    ]
+    return model.tokens.embeddings, model.positions.embeddings, blocks
+
+
+class Products:
+    """The matrix products of a step, forward and backward, and nothing else."""
+
+    def __init__(self, sizes, config, weights):
+        tokens = config.batch_size * sizes["sequence_length"]
+        table, _, blocks = weights
+        keys = iter(jax.random.split(jax.random.key(0), 1000))
+
+        def normal(*shape):
+            return jax.random.normal(next(keys), shape)
+
+        heads = config.batch_size, sizes["num_heads"], sizes["sequence_length"]
+        size = sizes["embedding_size"] // sizes["num_heads"]
+        self.matrices = [
+            (normal(tokens, w.shape[1]), normal(tokens, w.shape[0]), w)
+            for w in [table, *(w for block in blocks for w in block)]
+        ]
+        self.attention = [
+            (normal(*heads, size), normal(*heads, size), normal(*heads, heads[2])) for _ in blocks
+        ]
+
+        @jax.jit
+        def products(matrices, attention):
+            matrices = [(x @ w.T, g @ w, g.T @ x) for x, g, w in matrices]
+            attention = [
+                (q @ k.mT, k @ q.mT, s @ q, s @ k, s.mT @ q, s.mT @ k) for q, k, s in attention
+            ]
+            return matrices, attention
+
+        self.products = products
+
+    def __call__(self, tokens):
+        jax.block_until_ready(self.products(self.matrices, self.attention))
+
+
+def make_runs(sizes, config):
+    """Training by each contender from the same parameters, and why one cannot run."""
+    from . import gpt_equinox
+
+    example = Example(sizes, config)
+    runs, missing = {"example": example}, {}
+    size = sizes["embedding_size"]
+    theirs = {k: v for k, v in sizes.items() if k != "embedding_size"} | {"size": size}
+    try:
+        gpt_torch = importlib.import_module("benchmarks.gpt_torch")
+    except ImportError as error:
+        missing["torch"] = str(error)
+    else:
+        rates = np.asarray(train_lm.learning_rate(config)(jnp.arange(config.steps))).tolist()
+        model = gpt_torch.toy(theirs, example.weights)
+        runs["torch"] = gpt_torch.Training(model, rates, config.weight_decay, config.clip_norm)
+    runs["equinox"] = gpt_equinox.Training(theirs, train_lm.make_optimizer(config), example.weights)
+    return runs, missing
+
+
+class Batches:
+    """The batches of a run of the example."""
+
+    def __init__(self, config):
+        self.values = read_text(config.text).train
+        self.shape = config.batch_size, config.sequence_length + 1
+
+    def __call__(self, step):
+        return random_windows(self.values, *self.shape, seed=(0, step))
+
+
+def measure(sizes, config, rounds, steps):
+    runs, missing = make_runs(sizes, config)
+    runs["products alone"] = Products(sizes, config, runs["example"].weights)
+    batches = Batches(config)
+    times, faults, losses = ({name: [] for name in runs} for _ in range(3))
+    progress = tqdm(total=2 * rounds * len(runs), leave=False, disable=None)
+    for _ in range(rounds):
+        for name in [*runs, *reversed(runs)]:
+            for i in range(WARM_UP + steps):
+                before = page_faults()
+                start = time.perf_counter()
+                loss = runs[name](batches(len(losses[name])))
+                seconds = time.perf_counter() - start
+                losses[name].append(loss)
+                if i >= WARM_UP:
+                    times[name].append(seconds)
+                    faults[name].append(page_faults() - before)
+            progress.update()
+    progress.close()
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    results = [
+        {
+            "name": name,
+            "seconds": seconds,
+            "ratio": medians["example"] / seconds,
+            "page_faults": statistics.mean(faults[name]),
+            "losses": losses[name][:3],
+        }
+        for name, seconds in medians.items()
+    ]
+    return {"sizes": sizes, "batch_size": config.batch_size, "results": results, "missing": missing}
+
+
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def show(report):
+    print(f"\n{'':26}{'ms a step':>10}{'example / it':>14}{'page faults':>13}")
+    for row in report["results"]:
+        milliseconds = 1e3 * row["seconds"]
+        faults = row["page_faults"]
+        print(f"{row['name']:26}{milliseconds:10.1f}{row['ratio']:14.2f}{faults:13.0f}")
+    for name, reason in report["missing"].items():
+        print(f"{name:26}not run: {reason}")
+
+
+def main(arguments=None, sizes=SIZES):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="that count, each time")
+    parser.add_argument("--default-memory", action="store_true", help="give memory back")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    settings = parser.parse_args(arguments)
+    config = train_lm.Config(
+        batch_size=12,
+        sequence_length=sizes["sequence_length"],
+        num_layers=sizes["num_layers"],
+        num_heads=sizes["num_heads"],
+        embedding_size=sizes["embedding_size"],
+    )
+    if not settings.default_memory:
+        train_lm.keep_memory()
+    report = measure(sizes, config, settings.rounds, settings.steps)
+    if settings.json:
+        json.dump({"jax": jax.__version__, "report": report}, sys.stdout)
+        print()
+    else:
+        show(report)
+
+
+if __name__ == "__main__":
+    main()
