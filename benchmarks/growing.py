@@ -9,9 +9,9 @@ First predicted on paper by the functions below, and counted in the programs tha
 the memory analysis. Then the paper alone, for a vocabulary of 256,000 on 256 devices.
 
 The program is the gradient of the mean loss of vectors that are looked up in the table itself. N
-are tokens, D is the size of an embedding, V of the vocabulary, C of a chunk of tokens; d and m are the
-sizes of `data` and `model`, n = d m. Numbers have 4 bytes. A ring of g devices that reduces S bytes
-sends (g - 1) / g S twice, one that gathers S bytes sends that once.
+are tokens, D is the size of an embedding, V of the vocabulary, C of a chunk of tokens; d and m are
+the sizes of `data` and `model`, n = d m. Numbers have 4 bytes. A ring of g devices that reduces S
+bytes sends (g - 1) / g S twice, one that gathers S bytes sends that once.
 """
 
 import argparse
