@@ -73,7 +73,7 @@ def matrices(model):
 class Training:
     """Training steps as one writes them with `eqx.filter_jit`."""
 
-    def __init__(self, sizes, optimizer, weights):
+    def __init__(self, sizes: dict[str, int], optimizer, weights):
         model = GPT(**sizes, key=jax.random.key(0))
         model = eqx.tree_at(matrices, model, [jnp.asarray(w) for w in jax.tree.leaves(weights)])
         self.state = model, optimizer.init(eqx.filter(model, eqx.is_inexact_array))

@@ -4,8 +4,8 @@
     python -m benchmarks.plays plays.txt
 
 The nine plays, their order and the place where the last one is cut are those of nanoGPT's text
-(shakespeare_char), as is the form: speakers and what they say, no titles, no directions. The words are
-of the same edition, the text is one percent longer.
+(shakespeare_char), as is the form: speakers and what they say, no titles, no directions. The words
+are of the same edition, the text is one percent longer.
 """
 
 import argparse

@@ -3,11 +3,13 @@
     python -m benchmarks.quality [--text FILE] [--steps 2000]
 
 Both see the same batches of the same bytes: 12 sequences of 64 tokens a step. Both have 4 layers, 4
-heads, width 128 and no dropout. The loss is that of the whole held-out tenth, in nats for each byte.
+heads, width 128 and no dropout. The loss is that of the whole held-out tenth, in nats for each
+byte.
 
-nanoGPT's is its `train_shakespeare_char` on a CPU: LayerNorm and GELU, no biases; learning rate 1e-3
-after 100 steps, a cosine down to 1e-4, betas 0.9 and 0.99, weight decay 0.1, clipping at 1. It needs
-PyTorch. The example's is the example as it is: `train_lm.main`, its own learning rate included.
+nanoGPT's is its `train_shakespeare_char` on a CPU: LayerNorm and GELU, no biases; learning rate
+1e-3 after 100 steps, a cosine down to 1e-4, betas 0.9 and 0.99, weight decay 0.1, clipping at 1. It
+needs PyTorch. The example's is the example as it is: `train_lm.main`, its own learning rate
+included.
 """
 
 import argparse

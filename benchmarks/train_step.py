@@ -2,13 +2,13 @@
 
     python -m benchmarks.train_step [--rounds 5] [--steps 10] [--default-memory] [--json]
 
-A step is data, loss, gradient, clipping and AdamW. All train the same model from the same parameters
-on the same batches: 4 layers, 4 heads, width 128, 64 tokens, batch 12, bytes, no dropout, no biases.
-The example's model and step are imported from examples/; PyTorch's is of plain `torch.nn` modules
-in eager mode; Equinox's is of `eqx.nn` layers with optax's loss.
+A step is data, loss, gradient, clipping and AdamW. All train the same model from the same
+parameters on the same batches: 4 layers, 4 heads, width 128, 64 tokens, batch 12, bytes, no
+dropout, no biases. The example's model and step are imported from examples/; PyTorch's is of plain
+`torch.nn` modules in eager mode; Equinox's is of `eqx.nn` layers with optax's loss.
 
-Each takes a few steps at a time, of which the first two do not count, in the order A B .. B A. Times
-are medians: compare the ratios.
+Each takes a few steps at a time, of which the first two do not count, in the order A B .. B A.
+Times are medians: compare the ratios.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import resource
 import statistics
 import sys
 import time
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -42,7 +43,7 @@ WARM_UP = 2
 class Example:
     """The model and the step of the example, as its `main` runs them."""
 
-    def __init__(self, sizes, config):
+    def __init__(self, sizes: dict[str, int], config):
         model = Transformer(**sizes, key=jax.random.key(config.seed))
         params, static = eqx.partition(model, eqx.is_inexact_array)
         # copies, for a step takes the memory of its arguments
@@ -107,7 +108,8 @@ def make_runs(sizes, config):
     from . import gpt_equinox
 
     example = Example(sizes, config)
-    runs, missing = {"example": example}, {}
+    runs: dict[str, Any] = {"example": example}
+    missing = {}
     size = sizes["embedding_size"]
     theirs = {k: v for k, v in sizes.items() if k != "embedding_size"} | {"size": size}
     try:

@@ -67,7 +67,8 @@ class Attention(eqx.Module):
         query, *new = jnp.split(x @ self.query_key_value, 3, axis=1)
         cache = jax.lax.dynamic_update_slice_in_dim(cache, jnp.stack(new), start, axis=1)
         seen = jnp.arange(cache.shape[1]) <= start + jnp.arange(len(x))[:, None]
-        return self.mix(query, *cache, seen), cache
+        key, value = cache
+        return self.mix(query, key, value, seen), cache
 
 
 class Block(eqx.Module):

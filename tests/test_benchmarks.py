@@ -1,6 +1,6 @@
-"""Benchmarks run; a wrong answer and a missing peer are told from a fast one; peers are the same."""
+"""Benchmarks run; a wrong answer and a missing peer are told from a fast one; peers are alike."""
 
-import importlib
+import importlib.util
 import json
 import sys
 import types
@@ -106,7 +106,8 @@ def test_quality_holds_both_against_the_same_held_out_text(tmp_path, capsys):
 
 def test_plays_are_speeches_alone(tmp_path, monkeypatch, capsys):
     play = (
-        "# Title\n\n## ACT I\n\n_Enter two_\n\n**First**  \nWell,  \n_\\[To him]_  \nsay'\\--what?\n\n"
+        "# Title\n\n## ACT I\n\n_Enter two_\n\n"
+        "**First**  \nWell,  \n_\\[To him]_  \nsay'\\--what?\n\n"
         "**Second**  \nWhiles thou art waking.\n\n_Exeunt_\n"
     )
     assert (
