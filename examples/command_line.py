@@ -20,9 +20,15 @@ def from_command_line(config: type[Config], description: str | None) -> Config:
         with contextlib.redirect_stderr(box):
             return tyro.cli(config, description=description)
     except SystemExit:
-        # The first line is the title. What is wrong stands below it, up to an empty line or a rule.
-        lines = [line.strip("╭╮╰╯│─ ") for line in box.getvalue().splitlines()[1:]]
-        if not lines:  # this was --help, or has its line already
+        # The first line is the title. What is wrong stands below it, between two rules. The box is
+        # of signs that depend on the encoding of the terminal.
+        message: list[str] = []
+        for line in box.getvalue().splitlines()[1:]:
+            line = line.strip("│╰╯─ ")
+            if line.strip("-"):
+                message.append(line)
+            elif message:
+                break
+        if not message:  # this was --help, or has its line already
             raise
-        end = lines.index("") if "" in lines else len(lines)
-        raise SystemExit(f"{' '.join(lines[:end]).rstrip('.')}. See --help.") from None
+        raise SystemExit(f"{' '.join(message).rstrip('.')}. See --help.") from None
