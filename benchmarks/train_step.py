@@ -68,39 +68,60 @@ def as_matrices(model):
     return model.tokens.embeddings, model.positions.embeddings, blocks
 
 
-class Products:
-    """The matrix products of a step, forward and backward, and nothing else."""
+def parts(sizes, config, weights):
+    """What a step of the example is made of, each as a program of its own: the matrix products,
+    forward and backward, and those of them that are attention's; the loss; the loss and its
+    gradient; and the update, which is clipping and AdamW."""
+    model = Transformer(**sizes, key=jax.random.key(config.seed))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    optimizer = train_lm.make_optimizer(config)
+    opt_state = optimizer.init(params)
 
-    def __init__(self, sizes, config, weights):
-        tokens = config.batch_size * sizes["sequence_length"]
-        table, _, blocks = weights
-        keys = iter(jax.random.split(jax.random.key(0), 1000))
+    def loss(params, tokens):
+        return eqx.combine(params, static).loss(tokens[:, :-1], tokens[:, 1:])
 
-        def normal(*shape):
-            return jax.random.normal(next(keys), shape)
+    @jax.jit
+    def update(gradient, params, opt_state):
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return eqx.apply_updates(params, updates), opt_state
 
-        heads = config.batch_size, sizes["num_heads"], sizes["sequence_length"]
-        size = sizes["embedding_size"] // sizes["num_heads"]
-        self.matrices = [
-            (normal(tokens, w.shape[1]), normal(tokens, w.shape[0]), w)
-            for w in [table, *(w for block in blocks for w in block)]
-        ]
-        self.attention = [
-            (normal(*heads, size), normal(*heads, size), normal(*heads, heads[2])) for _ in blocks
-        ]
+    @jax.jit
+    def products(pairs, heads):
+        return (
+            # the narrower factor is the one to transpose, as in the example
+            [(x @ w.T, g @ w, x.T @ g if x.size < g.size else g.T @ x) for x, g, w in pairs],
+            [(q @ k.mT, k @ q.mT, s @ q, s @ k, s.mT @ q, s.mT @ k) for q, k, s in heads],
+        )
 
-        @jax.jit
-        def products(matrices, attention):
-            matrices = [(x @ w.T, g @ w, g.T @ x) for x, g, w in matrices]
-            attention = [
-                (q @ k.mT, k @ q.mT, s @ q, s @ k, s.mT @ q, s.mT @ k) for q, k, s in attention
-            ]
-            return matrices, attention
+    keys = iter(jax.random.split(jax.random.key(0), 1000))
 
-        self.products = products
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape)
 
-    def __call__(self, tokens):
-        jax.block_until_ready(self.products(self.matrices, self.attention))
+    tokens = config.batch_size * sizes["sequence_length"]
+    table, _, blocks = weights
+    matrices = [table, *(matrix for block in blocks for matrix in block)]
+    pairs = [(normal(tokens, w.shape[1]), normal(tokens, w.shape[0]), w) for w in matrices]
+    shape = config.batch_size, sizes["num_heads"], sizes["sequence_length"]
+    size = sizes["embedding_size"] // sizes["num_heads"]
+    heads = [(normal(*shape, size), normal(*shape, size), normal(*shape, shape[2])) for _ in blocks]
+    forward, gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
+    some = jax.tree.map(jnp.ones_like, params)
+    functions = {
+        "products": lambda tokens: products(pairs, heads),
+        "attention's products": lambda tokens: products([], heads),
+        "loss": lambda tokens: forward(params, tokens),
+        "loss and gradient": lambda tokens: gradient(params, tokens),
+        "update": lambda tokens: update(some, params, opt_state),
+    }
+
+    def timed(function):
+        def run(tokens):
+            jax.block_until_ready(function(jnp.asarray(tokens, int)))
+
+        return run
+
+    return {name: timed(function) for name, function in functions.items()}
 
 
 def make_runs(sizes, config):
@@ -137,7 +158,7 @@ class Batches:
 
 def measure(sizes, config, rounds, steps):
     runs, missing = make_runs(sizes, config)
-    runs["products alone"] = Products(sizes, config, runs["example"].weights)
+    runs |= parts(sizes, config, runs["example"].weights)
     batches = Batches(config)
     times, faults, losses = ({name: [] for name in runs} for _ in range(3))
     progress = tqdm(total=2 * rounds * len(runs), leave=False, disable=None)

@@ -1,0 +1,25 @@
+"""The costs of a split table that benchmarks/growing.py predicts are those of compiled programs."""
+
+import pytest
+
+from benchmarks import growing
+
+
+SIZES = growing.Sizes(N=512, D=16, V=1024, C=32)
+
+
+@pytest.mark.parametrize("d, m", [(1, 1), (1, 2), (2, 2), (2, 4)])
+@pytest.mark.parametrize("layout", growing.LAYOUTS)
+def test_what_is_moved_and_computed_is_as_predicted(layout, d, m):
+    predicted = growing.LAYOUTS[layout](SIZES, d, m)
+    counted = growing.count(growing.compile_gradient(SIZES, layout, d, m))
+    assert counted.operations == predicted.operations
+    assert counted.moved == pytest.approx(predicted.moved, rel=0.01, abs=64)
+    assert 0.7 < counted.held / predicted.held < 1.7
+
+
+def test_the_table_of_predictions_is_printed(capsys):
+    growing.main(["--tokens", "512", "--embedding", "16", "--vocab-size", "1024"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("vocabulary split") for line in lines) == 4 + 5
+    assert sum(line.startswith("fully sharded") for line in lines) == 4 + 1
