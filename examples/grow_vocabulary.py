@@ -31,7 +31,7 @@ with install_import_hook(CHECKED, "beartype.beartype"):
     from pictures import growth_picture
     from text_data import cut_text, random_windows, read_text, Text, tokenize, Tokens, windows
     from tokenizer import add_tokens
-    from toy_transformer import Transformer
+    from toy_transformer import ROWS_MULTIPLE, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,8 @@ def main(config: Config) -> list[tuple[int, float]]:
     print(f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out")
     print(f"{old_size:,} tokens, {before:.3f} bits per byte; {new_size - old_size} new ones")
 
-    model = resize_vocabulary(model, new_size, key=jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    model = resize_vocabulary(model, new_size, key=key, pad_to_multiple_of=ROWS_MULTIPLE)
     # All that is trained is an array of the new rows: the optimizer knows of nothing else.
     trained, frozen = partition_rows(model, range(old_size, new_size))
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
@@ -183,7 +184,7 @@ def main(config: Config) -> list[tuple[int, float]]:
     tokens = jnp.zeros((config.batch_size, length + 1), int)
     train_step = train_step.lower(tokens, trained, opt_state, frozen).compile()
     reports = [(0, bits_per_byte(model, held_out))]
-    untrained = np.asarray(model.tokens.embeddings)[old_size:]
+    untrained = np.asarray(model.tokens.embeddings)[old_size:new_size]
     began = time.perf_counter()
     bar = tqdm(range(config.steps), unit="step")
     for step in bar:
@@ -199,7 +200,7 @@ def main(config: Config) -> list[tuple[int, float]]:
 
     old_after = bits_per_byte(model, old_held_out)
     counts = np.bincount(train.values, minlength=new_size)
-    old_rows, trained_rows = np.split(np.asarray(model.tokens.embeddings), [old_size])
+    old_rows, trained_rows = np.split(np.asarray(model.tokens.embeddings)[:new_size], [old_size])
     picture = growth_picture(
         reports, before, old_rows, untrained, trained_rows, counts, tokenizer.pieces
     )

@@ -78,10 +78,14 @@ def tokenize(text: Text, tokenizer: Tokenizer, sequence_length: int) -> tuple[To
 
 
 def random_windows(
-    values: Integer[np.ndarray, " values"], count: int, length: int, seed: tuple[int, int]
-) -> Integer[np.ndarray, "count length"]:
-    """`count` pieces of `values`; the same ones for the same seed."""
-    starts = np.random.default_rng(seed).integers(0, len(values) - length + 1, count)
+    values: Integer[np.ndarray, " values"],
+    count: int,
+    length: int,
+    seed: tuple[int, int],
+    part: slice = slice(None),
+) -> Integer[np.ndarray, "part {length}"]:
+    """`count` pieces of `values`, or a part of them; the same ones for the same seed."""
+    starts = np.random.default_rng(seed).integers(0, len(values) - length + 1, count)[part]
     return values[starts[:, None] + np.arange(length)]
 
 

@@ -17,6 +17,11 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
 
+# Any number of devices that divides this may share the vocabulary. It stays the same for all runs,
+# so that a checkpoint fits any number.
+ROWS_MULTIPLE = 64
+
+
 def _matrix(
     inputs: int, outputs: int, scale: float, key: PRNGKeyArray
 ) -> Float[Array, "{inputs} {outputs}"]:
@@ -126,7 +131,9 @@ class Transformer(eqx.Module):
     ):
         token_key, position_key, *block_keys = jax.random.split(key, 2 + num_layers)
         axes = {"embedding": embedding_size}
-        self.tokens = EmbeddingTable.from_config(vocab_size, axes, key=token_key)
+        self.tokens = EmbeddingTable.from_config(
+            vocab_size, axes, pad_to_multiple_of=ROWS_MULTIPLE, key=token_key
+        )
         self.positions = EmbeddingTable.from_config(
             sequence_length, axes, vocabulary_axis="position", key=position_key
         )

@@ -4,6 +4,7 @@
     python examples/train_lm.py --text FILE --out runs/mine
     python examples/train_lm.py --text FILE --out runs/mine --resume
     python examples/train_lm.py --tokenizer bpe --out runs/bpe
+    python examples/train_lm.py --mesh.data 2 --mesh.model 2
 
 Writes checkpoints, metrics.jsonl, loss.png, embedding.png and sample.txt to --out.
 """
@@ -20,21 +21,21 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, install_import_hook, Integer, PyTree
 from tqdm import tqdm
 
 
-CHECKED = ("checkpoints", "pictures", "text_data", "tokenizer", "toy_transformer")
+CHECKED = ("checkpoints", "devices", "pictures", "text_data", "tokenizer", "toy_transformer")
 with install_import_hook(CHECKED, "beartype.beartype"):
     from checkpoints import check_identity, Checkpoints, write_whole
     from command_line import from_command_line
+    from devices import Devices, find_devices, MeshSize, together
     from pictures import embedding_picture, loss_picture
-    from text_data import baselines, random_windows, read_text, Text, tokenize, windows
+    from text_data import baselines, random_windows, read_text, Text, tokenize, Tokens, windows
     from tokenizer import read_tokenizer, Tokenizer, train_bpe
-    from toy_transformer import Transformer
+    from toy_transformer import ROWS_MULTIPLE, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,15 @@ class Config:
     seed: int = 0
     """Of the initial parameters, the batches and the sample."""
 
+    mesh: MeshSize = MeshSize()
+    """How many devices train together. Without accelerators the CPU stands for all of them."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, a free port, to train by several processes that share --out."""
+    num_processes: int = 1
+    """How many processes there are, each with as many devices of the mesh."""
+    process_id: int = 0
+    """Which of them this one is."""
+
     def __post_init__(self):
         for name in ("weight_decay", "sample_length", "temperature", "seed"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
@@ -98,6 +108,22 @@ class Config:
             self.embedding_size > 0 and self.embedding_size % self.num_heads == 0,
             f"a multiple of --num-heads {self.num_heads}",
         )
+        data, model, processes = self.mesh.data, self.mesh.model, self.num_processes
+        self._check("mesh", data > 0 and model > 0, "above 0 in both parts")
+        self._check("batch_size", self.batch_size % data == 0, f"a multiple of --mesh.data {data}")
+        multiple = f"of a model that divides {ROWS_MULTIPLE}, as the rows of the table do"
+        self._check("mesh", ROWS_MULTIPLE % model == 0, multiple)
+        of_several = "above 1 if there is a --coordinator, and 1 if there is none"
+        self._check("num_processes", (processes > 1) == (self.coordinator is not None), of_several)
+        self._check(
+            "process_id", 0 <= self.process_id < processes, f"at least 0, below {processes}"
+        )
+        whole = f"as many devices as --num-processes {processes} can have equal parts of"
+        self._check("mesh", self.mesh.devices % processes == 0, whole)
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            is_port = port.isdecimal() and 0 < int(port) < 2**16
+            self._check("coordinator", bool(host) and is_port, "HOST:PORT")
 
     def _check(self, name: str, holds: bool, requirement: str) -> None:
         if not holds:
@@ -113,6 +139,7 @@ class Config:
     def identity(self, text: Text, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """What a run must share with a checkpoint in order to go on from it."""
         free = ("text", "out", "resume", "steps", "report_every", "sample_length", "temperature")
+        free += ("mesh", "coordinator", "num_processes", "process_id")
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
         name = f"bpe of {settings.pop('vocab_size')} tokens"
         settings["tokenizer"] = name if tokenizer is None else tokenizer.name
@@ -181,61 +208,95 @@ def as_line(report: dict[str, Any]) -> str:
 
 def main(config: Config) -> list[dict[str, Any]]:
     """Trains, and returns what metrics.jsonl says: one dict of losses for each report."""
-    began_run = time.perf_counter()
+    began = time.perf_counter()
     keep_memory()
     text = read_text(config.text)
     given = config.given_tokenizer()
     identity = config.identity(text, given)
-    checkpoints = Checkpoints(config.out, config.resume)
-    metrics = []
-    if config.resume:
-        saved = checkpoints.about()
-        check_identity(config.out, identity, saved["identity"])
-        tokenizer, metrics = Tokenizer(saved["tokenizer"]), saved["metrics"]
-    else:
-        tokenizer = given or train_bpe(text.train.tobytes(), config.vocab_size)
-    about = {"identity": identity, "tokenizer": tokenizer.json, "metrics": metrics}
-    train, held_out = tokenize(text, tokenizer, config.sequence_length)
-    reference = baselines(text)
-    print(f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out")
-    if config.tokenizer != "bytes":
-        length = 1 / train.per_byte
-        print(f"{len(tokenizer.pieces):,} different tokens, of {length:.2f} bytes on average")
+    shared = {name: getattr(config, name) for name in ("steps", "report_every", "resume", "mesh")}
+    processes = config.coordinator, config.num_processes, config.process_id
+    with together(*processes, identity | shared):
+        devices = find_devices(config.mesh)
+        checkpoints = Checkpoints(config.out, config.resume)
+        metrics = []
+        if config.resume:
+            saved = checkpoints.about()
+            check_identity(config.out, identity, saved["identity"])
+            tokenizer, metrics = Tokenizer(saved["tokenizer"]), saved["metrics"]
+        else:
+            tokenizer = given or train_bpe(text.train.tobytes(), config.vocab_size)
+        about = {"identity": identity, "tokenizer": tokenizer.json, "metrics": metrics}
+        parts = tokenize(text, tokenizer, config.sequence_length)
+        reference = baselines(text)
+        print(
+            f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out"
+        )
+        if config.tokenizer != "bytes":
+            length = 1 / parts[0].per_byte
+            print(f"{len(tokenizer.pieces):,} different tokens, of {length:.2f} bytes on average")
+        with devices.use():
+            model = train(config, devices, checkpoints, about, parts, reference)
+        if config.process_id == 0:
+            write_results(config, model, tokenizer, *parts)
+        others = ", ".join(f"{name} {value:.2f}" for name, value in reference.items())
+        print(f"held out: {metrics[-1]['val_bits_per_byte']:.3f} bits per byte ({others})")
+        print(f"{config.steps} steps, {time.perf_counter() - began:.0f} s; see {config.out}")
+    return metrics
 
-    model_key, sample_key = jax.random.split(jax.random.key(config.seed))
+
+def train(
+    config: Config,
+    devices: Devices,
+    checkpoints: Checkpoints,
+    about: dict[str, Any],
+    parts: tuple[Tokens, Tokens],
+    reference: dict[str, float],
+) -> Transformer:
+    """Trains from the last checkpoint on, and adds its reports to the metrics in `about`."""
+    (train, held_out), metrics = parts, about["metrics"]
     model = Transformer(
-        vocab_size=len(tokenizer.pieces),
+        vocab_size=len(Tokenizer(about["tokenizer"]).pieces),
         sequence_length=config.sequence_length,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         embedding_size=config.embedding_size,
-        key=model_key,
+        key=jax.random.split(jax.random.key(config.seed))[0],
     )
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimizer = make_optimizer(config)
-    opt_state = optimizer.init(params)
+    params, opt_state = devices.place((params, optimizer.init(params)))
     start = checkpoints.last_step
     if config.resume:
         params, opt_state = checkpoints.trees(model=params, optimizer=opt_state)
     else:
         checkpoints.save(start, about, model=params, optimizer=opt_state)
 
+    count = -(-32 // config.mesh.data) * config.mesh.data
     held_out_batches = jax.tree.map(
-        jnp.asarray, windows(held_out.values, config.sequence_length, batch_size=32)
+        lambda array: devices.batch(lambda part: array[:, part], array.shape, axis=1),
+        windows(held_out.values, config.sequence_length, batch_size=count),
     )
-    step_shape = (config.batch_size, config.sequence_length + 1)
+    shape = (config.batch_size, config.sequence_length + 1)
+
+    def batch(step: int) -> Integer[Array, "batch length"]:
+        def read(part: slice) -> Integer[np.ndarray, "part length"]:
+            rows = random_windows(train.values, *shape, seed=(config.seed, step), part=part)
+            return rows.astype(np.int32)
+
+        return devices.batch(read, shape)
+
     tokens_per_step = config.batch_size * config.sequence_length
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{size:,} parameters, {tokens_per_step:,} tokens a step")
-    train_step = make_step(optimizer, static)
-    train_step = train_step.lower(jnp.zeros(step_shape, int), params, opt_state).compile()
+    train_step = make_step(optimizer, static).lower(batch(start), params, opt_state).compile()
 
     losses, seconds = [], 0.0
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step")
+    steps = range(start, config.steps)
+    first = config.process_id == 0
+    bar = tqdm(steps, initial=start, total=config.steps, unit="step", disable=not first)
     for step in bar:
         began = time.perf_counter()
-        tokens = random_windows(train.values, *step_shape, seed=(config.seed, step))
-        loss, params, opt_state = train_step(jnp.asarray(tokens, int), params, opt_state)
+        loss, params, opt_state = train_step(batch(step), params, opt_state)
         losses.append(float(loss))
         seconds += time.perf_counter() - began
         rate = len(losses) * tokens_per_step / seconds
@@ -254,29 +315,35 @@ def main(config: Config) -> list[dict[str, Any]]:
                 }
             )
             checkpoints.save(step + 1, about, model=params, optimizer=opt_state)
-            write_whole(config.out / "metrics.jsonl", "".join(map(as_line, metrics)).encode())
-            write_whole(config.out / "loss.png", loss_picture(metrics, reference))
+            if first:
+                write_whole(config.out / "metrics.jsonl", "".join(map(as_line, metrics)).encode())
+                write_whole(config.out / "loss.png", loss_picture(metrics, reference))
             bar.write(
                 "step {step}: train {train_loss:.3f} nats, held out {val_loss:.3f} nats, "
                 "{val_bits_per_byte:.3f} bits per byte".format(**metrics[-1])
             )
             losses, seconds = [], 0.0
     checkpoints.finish()
+    return eqx.combine(devices.whole(params), static)
 
-    model = eqx.combine(params, static)
-    counts = np.bincount(train.values, minlength=len(tokenizer.pieces))
-    picture = embedding_picture(np.asarray(model.tokens.embeddings), counts, tokenizer.pieces)
+
+def write_results(
+    config: Config, model: Transformer, tokenizer: Tokenizer, train: Tokens, held_out: Tokens
+) -> None:
+    """Draws the table, and writes and prints a sample of text."""
+    size = model.tokens.vocab_size
+    counts = np.bincount(train.values, minlength=size)
+    picture = embedding_picture(
+        np.asarray(model.tokens.embeddings)[:size], counts, tokenizer.pieces
+    )
     write_whole(config.out / "embedding.png", picture)
     prompt = held_out.values[: max(1, config.sequence_length // 2)]
-    sample = model.sample(prompt, config.sample_length, config.temperature, key=sample_key)
+    key = jax.random.split(jax.random.key(config.seed))[1]
+    sample = model.sample(prompt, config.sample_length, config.temperature, key=key)
     written = tokenizer.decode(prompt) + b"|" + tokenizer.decode(np.fromiter(sample, np.int32))
     write_whole(config.out / "sample.txt", written)
     print(f"\n{written.decode(errors='replace')}\n")
     print("Up to the bar that is held-out text, from there on the model's.\n")
-    others = ", ".join(f"{name} {value:.2f}" for name, value in reference.items())
-    print(f"held out: {metrics[-1]['val_bits_per_byte']:.3f} bits per byte ({others})")
-    print(f"{config.steps} steps, {time.perf_counter() - began_run:.0f} s; see {config.out}")
-    return metrics
 
 
 if __name__ == "__main__":
