@@ -55,13 +55,14 @@ class Devices:
 
     def place(self, tree: PyTree) -> PyTree:
         """A model or the state of an optimizer, its tables split over the mesh."""
-        if self.mesh is None:
+        mesh = self.mesh
+        if mesh is None:
             return tree
 
         def place(node: PyTree) -> PyTree:
             table = isinstance(node, EmbeddingTable)
             spec = node.partition_spec(RULES) if table else PartitionSpec()
-            return jax.device_put(node, NamedSharding(self.mesh, spec))
+            return jax.device_put(node, NamedSharding(mesh, spec))
 
         return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, EmbeddingTable))
 
@@ -72,8 +73,12 @@ class Devices:
         process reads the part of another."""
         if self.mesh is None:
             return jnp.asarray(read(slice(None)))
-        sharding = NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, "data"))
-        return jax.make_array_from_callback(shape, sharding, lambda index: read(index[axis]))
+
+        def part(index) -> np.ndarray:
+            return read(index[axis])
+
+        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "data"))
+        return jax.make_array_from_callback(shape, sharding, part)
 
     def whole(self, tree: PyTree) -> PyTree:
         """The same in numpy, whole on every process."""
@@ -83,21 +88,20 @@ class Devices:
         return jax.tree.map(np.asarray, tree)
 
 
-def find_devices(size: MeshSize) -> Devices:
-    """The devices of a mesh, or one line for too few of them. Without accelerators, the CPU stands
-    for as many as it takes."""
+def find_devices(size: MeshSize, num_processes: int) -> Devices:
+    """The devices of a mesh, or one line if there are too few of them. Without accelerators, the
+    CPU stands for as many as it takes."""
     if size.devices == 1:
         return Devices()
-    with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
-        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            processes = jax.process_count() if jax.distributed.is_initialized() else 1
-            jax.config.update("jax_num_cpu_devices", size.devices // processes)
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
+            jax.config.update("jax_num_cpu_devices", size.devices // num_processes)
     devices = jax.devices()
-    if len(devices) < size.devices or (jax.process_count() > 1 and len(devices) > size.devices):
+    # each process needs its part of the mesh
+    if len(devices) < size.devices or (num_processes > 1 and len(devices) > size.devices):
         raise SystemExit(
             f"--mesh.data {size.data} times --mesh.model {size.model} is {size.devices} devices, "
-            f"but there are {len(devices)} of {devices[0].device_kind!r}"
-            + (f" on {jax.process_count()} processes." if jax.process_count() > 1 else ".")
+            f"but JAX has {len(devices)} of {devices[0].device_kind!r}."
         )
     shape, names = dataclasses.astuple(size), ("data", "model")
     return Devices(jax.make_mesh(shape, names, devices=devices[: size.devices]))
@@ -129,6 +133,7 @@ def _knock(host: str, port: int, hello: dict[str, Any]) -> str:
     while True:
         try:
             with socket.create_connection((host, port), TIMEOUT) as connection:
+                connection.settimeout(2 * TIMEOUT)  # process 0 waits for the others, too
                 file = connection.makefile("rw")
                 file.write(json.dumps(hello) + "\n")
                 file.flush()
@@ -140,7 +145,8 @@ def _knock(host: str, port: int, hello: dict[str, Any]) -> str:
 
 
 def _welcome(server: socket.socket, hello: dict[str, Any]) -> str:
-    guests: dict[str, socket.socket] = {}
+    guests: list[socket.socket] = []
+    names: set[str] = set()
     count, answer = hello["num_processes"], ""
     until = time.monotonic() + TIMEOUT
     with contextlib.ExitStack() as stack:
@@ -153,7 +159,8 @@ def _welcome(server: socket.socket, hello: dict[str, Any]) -> str:
             except TimeoutError:
                 answer = f"{1 + len(guests)} of {count} processes came within {TIMEOUT} s."
                 break
-            name = f"process {theirs.pop('process_id')}"
+            name = f"process {theirs['process_id']}"
+            guests.append(guest)
             differences = [
                 f"{key} is {theirs.get(key)} there and {hello[key]} here"
                 for key in hello
@@ -161,10 +168,10 @@ def _welcome(server: socket.socket, hello: dict[str, Any]) -> str:
             ]
             if differences:
                 answer = f"{name} differs from process 0: {'; '.join(differences)}."
-            elif name in guests:
+            elif name in names:
                 answer = f"there are two of {name}."
-            guests[name] = guest
-        for guest in guests.values():
+            names.add(name)
+        for guest in guests:
             guest.sendall(f"{json.dumps(answer)}\n".encode())
     return answer
 

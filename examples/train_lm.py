@@ -216,7 +216,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     shared = {name: getattr(config, name) for name in ("steps", "report_every", "resume", "mesh")}
     processes = config.coordinator, config.num_processes, config.process_id
     with together(*processes, identity | shared):
-        devices = find_devices(config.mesh)
+        devices = find_devices(config.mesh, config.num_processes)
         checkpoints = Checkpoints(config.out, config.resume)
         metrics = []
         if config.resume:

@@ -66,7 +66,7 @@ def command(config):
     options = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in dataclasses.asdict(config).items()
-        if name != "resume"
+        if name not in ("resume", "mesh")
     ]
     return [sys.executable, str(SCRIPT), *options]
 
