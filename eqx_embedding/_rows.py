@@ -6,8 +6,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
+from ._sharding import Axes, explicit_axes, find_mesh, Split
 from ._vocabulary import map_vocabulary, Place
 
 
@@ -70,7 +72,7 @@ def partition_rows(
     trained, frozen = _flatten(others)[0], _flatten(static)[0]
     for i, place in enumerate(places):
         if place is not None:
-            trained[i], frozen[i] = jax.numpy.take(leaves[i], index, axis=place.axis), leaves[i]
+            trained[i], frozen[i] = _take(leaves[i], index, place.axis), leaves[i]
     axes = tuple(None if place is None else place.axis for place in places)
     return structure.unflatten(trained), FrozenRows(
         structure.unflatten(frozen), jax.numpy.asarray(index), axes
@@ -105,8 +107,7 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
     leaves = [x if y is None else y for x, y in zip(old, new)]
     for i, axis in enumerate(frozen.axes):
         if axis is not None:
-            at = old[i].at[(slice(None),) * axis + (frozen.rows,)]
-            leaves[i] = at.set(new[i].astype(old[i].dtype), unique_indices=True)
+            leaves[i] = _put(old[i], frozen.rows, axis, new[i].astype(old[i].dtype))
     return expected.unflatten(leaves)
 
 
@@ -115,6 +116,25 @@ class _Mark:
 
     def __init__(self, array: Any, place: Place):
         self.place = place
+
+
+def _take(array: ArrayLike, rows: np.ndarray, axis: int) -> Array:
+    array = jax.numpy.asarray(array)
+    spec = explicit_axes(array)
+    spec[axis] = ()  # the rows are few: each device has all of them
+    at = array.at[(slice(None),) * axis + (rows,)]
+    return at.get(unique_indices=True, out_sharding=_sharding(array, spec))
+
+
+def _put(array: ArrayLike, rows: Array, axis: int, new: Array) -> Array:
+    array = jax.numpy.asarray(array)
+    at = array.at[(slice(None),) * axis + (rows,)]
+    return at.set(new, unique_indices=True, out_sharding=_sharding(array, explicit_axes(array)))
+
+
+def _sharding(array: Array, axes: list[Axes]) -> NamedSharding | None:
+    """Of an array on the mesh of `array`, split by explicit mesh axes, if that has any."""
+    return Split(find_mesh(array)).sharding(axes)
 
 
 def _flatten(tree: PyTree) -> tuple[list[Any], Any]:

@@ -1,6 +1,7 @@
 """Growing and shrinking the vocabulary of every table in a PyTree."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,9 +9,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._decode import EmbeddingDecode
+from ._sharding import as_axes
 from ._table import EmbeddingTable
 
 
@@ -101,7 +104,7 @@ def map_vocabulary(
     nodes, structure = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: isinstance(node, EmbeddingTable | EmbeddingDecode)
     )
-    sizes = _vocabularies(nodes)
+    sizes = _vocabularies(nodes, vocabulary_axis)
     if vocabulary_axis not in sizes:
         found = f"those of {', '.join(map(repr, sizes))}" if sizes else "no table at all"
         raise ValueError(
@@ -152,8 +155,11 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape")
 
 
-def _vocabularies(nodes: list[tuple[Any, Any]]) -> dict[str, dict[int, str]]:
-    """For each vocabulary axis, the sizes that arrays have along it, and where."""
+def _vocabularies(nodes: list[tuple[Any, Any]], vocabulary_axis: str) -> dict[str, dict[int, str]]:
+    """For each vocabulary axis, the sizes that arrays have along it, and where.
+
+    Those of `vocabulary_axis` must have all axes of their tables.
+    """
     sizes: dict[str, dict[int, str]] = {}
     for path, node in nodes:
         table = node.table if isinstance(node, EmbeddingDecode) else node
@@ -164,6 +170,8 @@ def _vocabularies(nodes: list[tuple[Any, Any]]) -> dict[str, dict[int, str]]:
         if _is_array(table.embeddings):
             shape = table.embeddings.shape
             if len(shape) < len(table.axis_names):
+                if table.vocabulary_axis != vocabulary_axis:
+                    continue
                 raise ValueError(
                     f"{where} has an array of shape {shape} in the place of the embeddings with "
                     f"axis_names={table.axis_names}: it cannot be resized. If this is the state of "
@@ -211,10 +219,47 @@ def _vocabulary_of(
 def _resize(
     array: Any, place: Place, vocab_size: int, padding_rows: int, key: PRNGKeyArray | None
 ) -> Any:
-    shape, axis = array.shape, place.axis
-    if place.vocab_size == vocab_size and shape[axis] == vocab_size + padding_rows:
+    rows = vocab_size + padding_rows
+    if place.vocab_size == vocab_size and array.shape[place.axis] == rows:
         return array
-    array = jnp.asarray(array)
+    sharding = _sharding_for(array, place, rows)
+    if isinstance(array, jax.ShapeDtypeStruct):
+        shape = (*array.shape[: place.axis], rows, *array.shape[place.axis + 1 :])
+        return array.update(shape=shape, sharding=sharding)
+    change = functools.partial(_change_rows, place, vocab_size, padding_rows)
+    if sharding is None:
+        return change(jnp.asarray(array), key)
+    # Each device makes its part, even where the parts of tokens alone would be of different sizes
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.jit(jax.sharding.auto_axes(change, out_sharding=sharding))(array, key)
+    return jax.jit(change, out_shardings=sharding)(array, key)
+
+
+def _sharding_for(array: Any, place: Place, rows: int) -> NamedSharding | None:
+    """How an array of this number of rows is split if it is split as `array` is."""
+    traced = isinstance(array, jax.core.Tracer)
+    sharding = jax.typeof(array).sharding if traced else getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return None
+    if traced and AxisType.Explicit not in sharding.mesh.axis_types:
+        return None  # automatic axes are hidden while JAX traces
+    spec = [*sharding.spec] + [None] * (len(array.shape) - len(sharding.spec))
+    axes = as_axes(spec[place.axis])
+    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    if rows % parts != 0:
+        if not place.bias:
+            raise ValueError(
+                f"the vocabulary is split over the mesh axis {', '.join(axes)!r}, whose size "
+                f"{parts} does not divide {rows} rows. Give pad_to_multiple_of={parts}."
+            )
+        spec[place.axis] = None  # as in the logits, there is no padding to divide
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _change_rows(
+    place: Place, vocab_size: int, padding_rows: int, array: Array, key: PRNGKeyArray | None
+) -> Array:
+    shape, axis = array.shape, place.axis
     kept = lax.slice_in_dim(array, 0, min(place.vocab_size, vocab_size), axis=axis)
     count = vocab_size - kept.shape[axis]
 
