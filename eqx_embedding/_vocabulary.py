@@ -9,11 +9,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._decode import EmbeddingDecode
-from ._sharding import as_axes
+from ._sharding import as_axes, Split
 from ._table import EmbeddingTable
 
 
@@ -230,9 +230,12 @@ def _resize(
     if sharding is None:
         return change(jnp.asarray(array), key)
     # Each device makes its part, even where the parts of tokens alone would be of different sizes
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.jit(jax.sharding.auto_axes(change, out_sharding=sharding))(array, key)
-    return jax.jit(change, out_shardings=sharding)(array, key)
+    typed = Split(sharding.mesh.abstract_mesh).sharding([as_axes(axes) for axes in sharding.spec])
+    if typed is not None:
+        change = jax.sharding.auto_axes(change, out_sharding=typed)
+    # A traced array does not say how automatic axes split it: that is left to the compiler
+    placed = None if isinstance(array, jax.core.Tracer) else sharding
+    return jax.jit(change, out_shardings=placed)(array, key)
 
 
 def _sharding_for(array: Any, place: Place, rows: int) -> NamedSharding | None:
@@ -241,8 +244,6 @@ def _sharding_for(array: Any, place: Place, rows: int) -> NamedSharding | None:
     sharding = jax.typeof(array).sharding if traced else getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
-    if traced and AxisType.Explicit not in sharding.mesh.axis_types:
-        return None  # automatic axes are hidden while JAX traces
     spec = [*sharding.spec] + [None] * (len(array.shape) - len(sharding.spec))
     axes = as_axes(spec[place.axis])
     parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
