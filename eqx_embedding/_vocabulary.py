@@ -46,8 +46,9 @@ def resize_vocabulary(
     **Arguments:**
 
     - `tree`: a model, the state of an optimizer whose moments mirror the model, or another PyTree
-        that holds an [`eqx_embedding.EmbeddingTable`][]. What stands for a table's array without
-        being one, such as the `None` of `eqx.partition`, stays.
+        that holds an [`eqx_embedding.EmbeddingTable`][]. The skeletons of
+        `eqx.filter_eval_shape` become those of the new sizes. What else stands for a table's array
+        without being one, such as the `None` of `eqx.partition`, stays.
     - `vocab_size`: the number of tokens to have, without padding.
     - `vocabulary_axis`: the vocabulary, by the `vocabulary_axis` of its tables. Tables of others,
         of positions say, are left alone. Defaults to `"vocabulary"`.
@@ -57,13 +58,15 @@ def resize_vocabulary(
 
     **Returns:**
 
-    The tree with its tables resized. One that has this size already keeps its array.
+    The tree with its tables resized. One that has this size already keeps its array. What a mesh
+    splits stays split, without being gathered; so does a bias if the mesh divides its new size.
 
     **Raises:**
 
     A `ValueError` for a size below 1; if no table is of this vocabulary; if its tables differ in
-    size, for then they are several vocabularies, and need several names; and if an array in the
-    place of a table's lacks the table's axes, as the factored moments of Adafactor do.
+    size, for then they are several vocabularies, and need several names; if an array in the place
+    of a table's lacks the table's axes, as the factored moments of Adafactor do; and for a number
+    of rows that the mesh axes which split a table do not divide.
     """
     if min(vocab_size, pad_to_multiple_of) < 1:
         raise ValueError(
