@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -228,7 +229,7 @@ def _resize(
     sharding = _sharding_for(array, place, rows)
     if isinstance(array, jax.ShapeDtypeStruct):
         shape = (*array.shape[: place.axis], rows, *array.shape[place.axis + 1 :])
-        return array.update(shape=shape, sharding=sharding)
+        return array.update(shape=shape, sharding=sharding or array.sharding)
     change = functools.partial(_change_rows, place, vocab_size, padding_rows)
     if sharding is None:
         return change(jnp.asarray(array), key)
@@ -237,13 +238,13 @@ def _resize(
     if typed is not None:
         change = jax.sharding.auto_axes(change, out_sharding=typed)
     # A traced array does not say how automatic axes split it: that is left to the compiler
-    placed = None if isinstance(array, jax.core.Tracer) else sharding
+    placed = None if isinstance(array, Tracer) else sharding
     return jax.jit(change, out_shardings=placed)(array, key)
 
 
 def _sharding_for(array: Any, place: Place, rows: int) -> NamedSharding | None:
     """How an array of this number of rows is split if it is split as `array` is."""
-    traced = isinstance(array, jax.core.Tracer)
+    traced = isinstance(array, Tracer)
     sharding = jax.typeof(array).sharding if traced else getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None

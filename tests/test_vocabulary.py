@@ -382,7 +382,7 @@ def test_arrays_of_numpy_grow_as_those_of_jax(getkey):
 
 def test_factored_moments_of_another_vocabulary_are_left_alone():
     positions = EmbeddingTable(make_array((6, 4)), ("position", "embedding"), "position")
-    factored: Any = optax.adafactor(1e-3, min_dim_size_to_factor=2).init(positions)
+    factored = state_of(optax.adafactor(1e-3, min_dim_size_to_factor=2), positions)
     moments, same = resize_vocabulary((make_table("first"), factored), 9)
     assert moments.vocab_size == 9 and eqx.tree_equal(same, factored)
 
