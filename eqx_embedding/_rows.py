@@ -6,8 +6,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
+from ._sharding import Axes, explicit_axes, find_mesh, Split
 from ._vocabulary import map_vocabulary, Place
 
 
@@ -53,24 +55,28 @@ def partition_rows(
     `(trained, frozen)`. `trained` is like the model, with an array of `rows`, in their order, for
     each array of the vocabulary, and with `None` for what is not trained. `frozen` is the rest, a
     PyTree with the whole old table, and knows the rows. Both go through `eqx.filter_jit`; other
-    rows, of the same number, compile nothing anew.
+    rows, of the same number, compile nothing anew. Where a mesh splits the vocabulary of a table,
+    each device has all of the trained rows.
 
     **Raises:**
 
     A `ValueError` for rows that repeat, are out of range (below 0, or not below the number of
-    tokens without padding) or none at all, and if no table is of this vocabulary.
+    tokens without padding) or none at all, and if no table is of this vocabulary, or none with an
+    array.
     """
     others, static = eqx.partition(model, filter_spec)
     marked = map_vocabulary(_Mark, model, vocabulary_axis)
     leaves, structure = _flatten(model)
     places = [leaf.place if isinstance(leaf, _Mark) else None for leaf in _flatten(marked)[0]]
-    vocab_size = max((place.vocab_size for place in places if place is not None), default=0)
-    index = _as_index(rows, vocab_size)
+    sizes = {place.vocab_size for place in places if place is not None}
+    if not sizes:
+        raise ValueError(f"the tables of the vocabulary {vocabulary_axis!r} hold no arrays.")
+    index = _as_index(rows, sizes.pop())
 
     trained, frozen = _flatten(others)[0], _flatten(static)[0]
     for i, place in enumerate(places):
         if place is not None:
-            trained[i], frozen[i] = jax.numpy.take(leaves[i], index, axis=place.axis), leaves[i]
+            trained[i], frozen[i] = _take(leaves[i], index, place.axis), leaves[i]
     axes = tuple(None if place is None else place.axis for place in places)
     return structure.unflatten(trained), FrozenRows(
         structure.unflatten(frozen), jax.numpy.asarray(index), axes
@@ -94,7 +100,7 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
 
     **Raises:**
 
-    A `ValueError` if the two do not come from the same model.
+    A `ValueError` if the two do not come from one call of [`eqx_embedding.partition_rows`][].
     """
     (new, structure), (old, expected) = _flatten(trained), _flatten(frozen.model)
     if structure != expected:
@@ -105,8 +111,8 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
     leaves = [x if y is None else y for x, y in zip(old, new)]
     for i, axis in enumerate(frozen.axes):
         if axis is not None:
-            at = old[i].at[(slice(None),) * axis + (frozen.rows,)]
-            leaves[i] = at.set(new[i].astype(old[i].dtype), unique_indices=True)
+            _check_shape(np.shape(new[i]), old[i].shape, axis, len(frozen.rows))
+            leaves[i] = _put(old[i], frozen.rows, axis, new[i].astype(old[i].dtype))
     return expected.unflatten(leaves)
 
 
@@ -115,6 +121,34 @@ class _Mark:
 
     def __init__(self, array: Any, place: Place):
         self.place = place
+
+
+def _check_shape(shape: tuple[int, ...], of_table: tuple[int, ...], axis: int, rows: int) -> None:
+    expected = (*of_table[:axis], rows, *of_table[axis + 1 :])
+    if shape != expected:  # which JAX might broadcast
+        raise ValueError(
+            f"trained must have an array of shape {expected} for the {rows} rows of a table of "
+            f"shape {of_table}, got {shape}."
+        )
+
+
+def _take(array: ArrayLike, rows: np.ndarray, axis: int) -> Array:
+    array = jax.numpy.asarray(array)
+    spec = explicit_axes(array)
+    spec[axis] = ()  # the rows are few: each device has all of them
+    at = array.at[(slice(None),) * axis + (rows,)]
+    return at.get(unique_indices=True, out_sharding=_sharding(array, spec))
+
+
+def _put(array: ArrayLike, rows: Array, axis: int, new: Array) -> Array:
+    array = jax.numpy.asarray(array)
+    at = array.at[(slice(None),) * axis + (rows,)]
+    return at.set(new, unique_indices=True, out_sharding=_sharding(array, explicit_axes(array)))
+
+
+def _sharding(array: Array, axes: list[Axes]) -> NamedSharding | None:
+    """Of an array on the mesh of `array`, split by explicit mesh axes, if that has any."""
+    return Split(find_mesh(array)).sharding(axes)
 
 
 def _flatten(tree: PyTree) -> tuple[list[Any], Any]:

@@ -31,6 +31,7 @@ INPUT_EMBEDDINGS = (
 )
 
 METADATA = "eqx_embedding"
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 DEFAULT_NAMES = ("vocabulary", "embedding")
 
 
@@ -61,7 +62,8 @@ def load_safetensors(
         in GPT-2, Llama, Mistral, Qwen, Gemma, BERT, T5, OPT and GPT-NeoX.
     - `axis_names`: a name for each axis of the tensor. `"vocabulary"` is the axis that is indexed
         by tokens, or the first if none is called that. A file by
-        [`eqx_embedding.save_safetensors`][] knows its names and sizes, which hold.
+        [`eqx_embedding.save_safetensors`][] knows its names and sizes, which hold whenever these
+        are left at their default.
     - `dtype`: the dtype of the embeddings. Defaults to `None`, which is that of the file: float16,
         bfloat16, float32, or in JAX's 64-bit mode float64.
 
@@ -73,13 +75,17 @@ def load_safetensors(
 
     A `FileNotFoundError` if the file, the model in a directory, or a file that its index names is
     missing. A `ValueError` if a file is not whole or not safetensors; for a name that is not there;
-    without a name if none or several of the known names are there; for a tensor that is not of
-    floats or has another number of axes than `axis_names`; for `axis_names` which disagree with
-    those in the file; and for float64 outside of the 64-bit mode. An `ImportError` without the
-    package safetensors.
+    without a name if none or several of the known names are there; for an index that names a file
+    outside of the directory; for a tensor that is not of these dtypes or has another number of axes
+    than `axis_names`; for `axis_names` which disagree with those in the file; and for float64
+    outside of the 64-bit mode. An `ImportError` without the package safetensors.
     """
+    if not axis_names:
+        raise ValueError("axis_names must have a name for the vocabulary at least, got ().")
     path = Path(path)
     files = _files_of_tensors(path)
+    if not files:
+        raise ValueError(f"{path} has no tensors.")
     if name is None:
         name = _choose(path, files)
     if name not in files:
@@ -97,10 +103,8 @@ def load_safetensors(
         about = f"tensor {name!r} of {files[name]}"
         stored = file.get_slice(name)
         shape, kind = tuple(stored.get_shape()), stored.get_dtype()
-        if kind not in ("F16", "BF16", "F32", "F64"):
-            raise ValueError(
-                f"{about} is of {kind}: embeddings are float16, bfloat16, float32 or float64."
-            )
+        if kind not in DTYPES.values():
+            raise ValueError(f"{about} is of {kind}: embeddings are {' or '.join(DTYPES)}.")
         ours = _layout(file.metadata(), name, shape, axis_names, about)
         if ours is None and len(shape) != len(axis_names):
             raise ValueError(
@@ -145,18 +149,30 @@ def save_safetensors(
     **Arguments:**
 
     - `table`: the [`eqx_embedding.EmbeddingTable`][].
-    - `path`: the file. It is replaced if it exists; its directory must exist.
+    - `path`: the file. It is replaced if it exists, as is a symbolic link, and not what it points
+        to. Its directory must exist.
     - `name`: the name of the tensor. Defaults to `"embeddings"`.
 
     **Raises:**
 
-    A `ValueError` for a stacked table or the name `"__metadata__"`, a `FileNotFoundError` if there
-    is no such directory, an `IsADirectoryError` if `path` is one. An `ImportError` without the
-    package safetensors.
+    A `ValueError` for a stacked table, one without an array or with an array of a dtype that
+    [`eqx_embedding.load_safetensors`][] does not read, and for the name `"__metadata__"`. A
+    `FileNotFoundError` if there is no such directory, an `IsADirectoryError` if `path` is one. An
+    `ImportError` without the package safetensors.
     """
     path, save_file = Path(path), _library().numpy.save_file
     if name == "__metadata__":  # the file would be broken
         raise ValueError("the safetensors format keeps the name '__metadata__' for itself.")
+    if not isinstance(table.embeddings, jax.Array | np.ndarray):
+        raise ValueError(
+            "there are no embeddings to save: in their place the table has "
+            f"{type(table.embeddings).__name__}."
+        )
+    if table.embeddings.dtype.name not in DTYPES:
+        raise ValueError(
+            f"embeddings of {table.embeddings.dtype.name} cannot be saved: convert them to "
+            f"{' or '.join(DTYPES)}."
+        )
     if len(table.embeddings.shape) > len(table.axis_names):
         raise ValueError(
             f"this table is stacked: its embeddings have shape {table.embeddings.shape}, and "
@@ -218,7 +234,7 @@ def _files_of_tensors(path: Path) -> dict[str, Path]:
         with _open(path) as file:
             return dict.fromkeys(file.keys(), path)
     if not index.is_file():
-        others = sorted(file.name for file in path.glob("*.safetensors"))
+        others = sorted(file.name for file in path.glob("*.safetensors") if file.is_file())
         raise FileNotFoundError(
             f"the directory {path} has neither {single.name} nor {index.name}. "
             + (f"Give one of its files: {', '.join(others)}." if others else "")
@@ -226,6 +242,9 @@ def _files_of_tensors(path: Path) -> dict[str, Path]:
     try:
         files = json.loads(index.read_text("utf-8"))["weight_map"]
         files = {name: path / file for name, file in files.items()}
+        for name, file in files.items():
+            if path not in file.parents or ".." in file.relative_to(path).parts:
+                raise ValueError(f"{name!r} is said to be in {file}, outside of the directory")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f'{index} is not the index of a model: it should be JSON with a "weight_map" from '

@@ -1,6 +1,7 @@
 """Growing and shrinking the vocabulary of every table in a PyTree."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,9 +9,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._decode import EmbeddingDecode
+from ._sharding import as_axes, Split
 from ._table import EmbeddingTable
 
 
@@ -43,8 +47,9 @@ def resize_vocabulary(
     **Arguments:**
 
     - `tree`: a model, the state of an optimizer whose moments mirror the model, or another PyTree
-        that holds an [`eqx_embedding.EmbeddingTable`][]. What stands for a table's array without
-        being one, such as the `None` of `eqx.partition`, stays.
+        that holds an [`eqx_embedding.EmbeddingTable`][]. The skeletons of
+        `eqx.filter_eval_shape` become those of the new sizes. What else stands for a table's array
+        without being one, such as the `None` of `eqx.partition`, stays.
     - `vocab_size`: the number of tokens to have, without padding.
     - `vocabulary_axis`: the vocabulary, by the `vocabulary_axis` of its tables. Tables of others,
         of positions say, are left alone. Defaults to `"vocabulary"`.
@@ -54,13 +59,15 @@ def resize_vocabulary(
 
     **Returns:**
 
-    The tree with its tables resized. One that has this size already keeps its array.
+    The tree with its tables resized. One that has this size already keeps its array. What a mesh
+    splits stays split, without being gathered; so does a bias if the mesh divides its new size.
 
     **Raises:**
 
     A `ValueError` for a size below 1; if no table is of this vocabulary; if its tables differ in
-    size, for then they are several vocabularies, and need several names; and if an array in the
-    place of a table's lacks the table's axes, as the factored moments of Adafactor do.
+    size, for then they are several vocabularies, and need several names; if an array in the place
+    of a table's lacks the table's axes, as the factored moments of Adafactor do; and for a number
+    of rows that the mesh axes which split a table do not divide.
     """
     if min(vocab_size, pad_to_multiple_of) < 1:
         raise ValueError(
@@ -101,7 +108,7 @@ def map_vocabulary(
     nodes, structure = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: isinstance(node, EmbeddingTable | EmbeddingDecode)
     )
-    sizes = _vocabularies(nodes)
+    sizes = _vocabularies(nodes, vocabulary_axis)
     if vocabulary_axis not in sizes:
         found = f"those of {', '.join(map(repr, sizes))}" if sizes else "no table at all"
         raise ValueError(
@@ -152,8 +159,11 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape")
 
 
-def _vocabularies(nodes: list[tuple[Any, Any]]) -> dict[str, dict[int, str]]:
-    """For each vocabulary axis, the sizes that arrays have along it, and where."""
+def _vocabularies(nodes: list[tuple[Any, Any]], vocabulary_axis: str) -> dict[str, dict[int, str]]:
+    """For each vocabulary axis, the sizes that arrays have along it, and where.
+
+    Those of `vocabulary_axis` must have all axes of their tables.
+    """
     sizes: dict[str, dict[int, str]] = {}
     for path, node in nodes:
         table = node.table if isinstance(node, EmbeddingDecode) else node
@@ -164,6 +174,8 @@ def _vocabularies(nodes: list[tuple[Any, Any]]) -> dict[str, dict[int, str]]:
         if _is_array(table.embeddings):
             shape = table.embeddings.shape
             if len(shape) < len(table.axis_names):
+                if table.vocabulary_axis != vocabulary_axis:
+                    continue
                 raise ValueError(
                     f"{where} has an array of shape {shape} in the place of the embeddings with "
                     f"axis_names={table.axis_names}: it cannot be resized. If this is the state of "
@@ -211,10 +223,48 @@ def _vocabulary_of(
 def _resize(
     array: Any, place: Place, vocab_size: int, padding_rows: int, key: PRNGKeyArray | None
 ) -> Any:
-    shape, axis = array.shape, place.axis
-    if place.vocab_size == vocab_size and shape[axis] == vocab_size + padding_rows:
+    rows = vocab_size + padding_rows
+    if place.vocab_size == vocab_size and array.shape[place.axis] == rows:
         return array
-    array = jnp.asarray(array)
+    sharding = _sharding_for(array, place, rows)
+    if isinstance(array, jax.ShapeDtypeStruct):
+        shape = (*array.shape[: place.axis], rows, *array.shape[place.axis + 1 :])
+        return array.update(shape=shape, sharding=sharding or array.sharding)
+    change = functools.partial(_change_rows, place, vocab_size, padding_rows)
+    if sharding is None:
+        return change(jnp.asarray(array), key)
+    # Each device makes its part, even where the parts of tokens alone would be of different sizes
+    typed = Split(sharding.mesh.abstract_mesh).sharding([as_axes(axes) for axes in sharding.spec])
+    if typed is not None:
+        change = jax.sharding.auto_axes(change, out_sharding=typed)
+    # A traced array does not say how automatic axes split it: that is left to the compiler
+    placed = None if isinstance(array, Tracer) else sharding
+    return jax.jit(change, out_shardings=placed)(array, key)
+
+
+def _sharding_for(array: Any, place: Place, rows: int) -> NamedSharding | None:
+    """How an array of this number of rows is split if it is split as `array` is."""
+    traced = isinstance(array, Tracer)
+    sharding = jax.typeof(array).sharding if traced else getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return None
+    spec = [*sharding.spec] + [None] * (len(array.shape) - len(sharding.spec))
+    axes = as_axes(spec[place.axis])
+    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    if rows % parts != 0:
+        if not place.bias:
+            raise ValueError(
+                f"the vocabulary is split over the mesh axis {', '.join(axes)!r}, whose size "
+                f"{parts} does not divide {rows} rows. Give pad_to_multiple_of={parts}."
+            )
+        spec[place.axis] = None  # as in the logits, there is no padding to divide
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _change_rows(
+    place: Place, vocab_size: int, padding_rows: int, array: Array, key: PRNGKeyArray | None
+) -> Array:
+    shape, axis = array.shape, place.axis
     kept = lax.slice_in_dim(array, 0, min(place.vocab_size, vocab_size), axis=axis)
     count = vocab_size - kept.shape[axis]
 

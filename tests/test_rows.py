@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from eqx_embedding import (
@@ -101,16 +102,20 @@ def test_after_100_steps_of_adamw_with_weight_decay_all_other_rows_are_bit_for_b
         lambda: optax.lion(1e-2, weight_decay=0.1),
         lambda: optax.adafactor(1e-2, min_dim_size_to_factor=2, weight_decay_rate=0.1),
         lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.lamb(1e-2, weight_decay=0.1)),
+        lambda: optax.contrib.muon(1e-2, weight_decay=0.1),
+        lambda: optax.contrib.schedule_free_adamw(1e-2, warmup_steps=1, weight_decay=0.1),
+        lambda: optax.inject_hyperparams(optax.adamw)(1e-2),
     ],
-    ids=["sgd", "lion", "adafactor", "lamb"],
+    ids=["sgd", "lion", "adafactor", "lamb", "muon", "schedule-free", "inject_hyperparams"],
 )
 def test_any_optimizer_moves_the_rows_and_no_others(make):
     table = EmbeddingTable(make_array((9, 4)), ("vocabulary", "embedding"))
     trained, frozen = partition_rows(table, [8, 2, 5])
     optimizer = make()
     opt_state = optimizer.init(trained)
+    opt_state = jax.tree.map(jnp.array, opt_state)  # some optimizers keep `trained` in it as it is
 
-    @eqx.filter_jit
+    @eqx.filter_jit(donate="all")
     def step(trained, opt_state):
         def loss(trained):
             table = combine_rows(trained, frozen)
@@ -165,12 +170,14 @@ def test_the_logits_of_a_loss_never_exist():
     [
         ([5, np.int64(0)], [5, 0]),
         (range(4, 7), [4, 5, 6]),
+        ((2, 3), [2, 3]),
         (slice(-2, None), [5, 6]),
+        (slice(5, 1, -2), [5, 3]),
         (np.array([6, 1], np.uint8), [6, 1]),
         (np.arange(VOCAB_SIZE) % 3 == 1, [1, 4]),
         (jnp.asarray([3]), [3]),
     ],
-    ids=["list", "range", "slice", "uint8", "mask", "jax"],
+    ids=["list", "range", "tuple", "slice", "backwards", "uint8", "mask", "jax"],
 )
 def test_rows_are_named_in_many_ways_and_come_back_where_they_were(layout, rows, expected, dtype):
     table = make_table(layout, dtype)
@@ -268,3 +275,10 @@ def test_a_vocabulary_that_is_not_there_and_parts_of_two_models_are_refused():
     _, frozen = partition_rows(make_table("middle"), [1])
     with pytest.raises(ValueError, match="the two results of one call of partition_rows"):
         combine_rows(trained, frozen)
+    # one row would be broadcast to two
+    _, frozen = partition_rows(make_table("first"), [1, 2])
+    message = r"shape \(2, 4\) for the 2 rows of a table of shape \(9, 4\), got \(1, 4\)"
+    with pytest.raises(ValueError, match=message):
+        combine_rows(trained, frozen)
+    with pytest.raises(ValueError, match="'vocabulary' hold no arrays"):
+        partition_rows(eqx.filter(make_table("first"), False), [1])

@@ -1,5 +1,6 @@
 """`load_safetensors` and `save_safetensors`: what comes back, what is read, what is refused."""
 
+import concurrent.futures
 import json
 import os
 import re
@@ -55,8 +56,12 @@ def test_another_vocabulary_axis_comes_back(path):
     save_safetensors(table, path)
     assert eqx.tree_equal(load_safetensors(path), table)
     assert eqx.tree_equal(load_safetensors(path, axis_names=("features", "bytes")), table)
+    # the default cannot be told from the same names, written out: the file knows better
+    assert eqx.tree_equal(load_safetensors(path, axis_names=NAMES), table)
     with pytest.raises(ValueError, match=r"saved with axis_names=\('features', 'bytes'\), which"):
         load_safetensors(path, axis_names=("bytes", "features"))
+    with pytest.raises(ValueError, match="a name for the vocabulary at least"):
+        load_safetensors(path, axis_names=())
 
 
 def save(path, tensors, metadata=None):
@@ -142,7 +147,12 @@ def test_only_the_shard_that_has_the_table_is_needed(tmp_path):
         ("[]", "is not the index of a model"),
         ('{"weight_map": ["x"]}', "is not the index of a model"),
         ('{"weight_map": {"x": 3}}', "is not the index of a model"),
-        ('{"weight_map": {}}', "none of the 0 tensors"),
+        ("null", "is not the index of a model"),
+        ("\ufeff{}", "is not the index of a model"),
+        ('{"weight_map": {}}', "has no tensors"),
+        ('{"weight_map": {"x": ""}}', "is not the index .* outside of the directory"),
+        ('{"weight_map": {"x": "../model.safetensors"}}', "outside of the directory"),
+        ('{"weight_map": {"x": "/model.safetensors"}}', "outside of the directory"),
         (
             '{"weight_map": {"wte.weight": "model-1.safetensors"}}',
             "says that 'wte.weight' is in model-1.safetensors, which does not have it",
@@ -161,9 +171,24 @@ def test_what_is_missing_is_named(tmp_path):
         load_safetensors(tmp_path / "nothing.safetensors")
     with pytest.raises(FileNotFoundError, match="neither model.safetensors nor model.safetensors."):
         load_safetensors(tmp_path)
+    (tmp_path / "model.safetensors").mkdir()
     save(tmp_path / "adapter.safetensors", {"x": np.ones((2, 2), np.float32)})
     with pytest.raises(FileNotFoundError, match="Give one of its files: adapter.safetensors"):
         load_safetensors(tmp_path)
+
+
+def test_files_are_read_through_symbolic_links_as_in_the_cache_of_hugging_face(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    shard(tmp_path / "blobs", TWO)
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    np.testing.assert_array_equal(load_safetensors(tmp_path / "snapshot").embeddings, 1)
+    # a save replaces the link, and not what others read
+    link = tmp_path / "snapshot" / "model-1.safetensors"
+    save_safetensors(make_table("first"), link)
+    assert not link.is_symlink() and eqx.tree_equal(load_safetensors(link), make_table("first"))
+    np.testing.assert_array_equal(load_safetensors(tmp_path / "blobs").embeddings, 1)
 
 
 # Names
@@ -222,10 +247,36 @@ def test_a_file_of_another_kind_is_refused(data, path):
         load_safetensors(path)
 
 
-@pytest.mark.parametrize("integers", ["int8", "uint8", "int32", "int64", "bool"])
-def test_weights_that_are_no_floats_are_refused(integers, path):
-    save(path, {"wte.weight": np.ones((5, 3), integers)})
-    with pytest.raises(ValueError, match="'wte.weight' .* embeddings are float16, bfloat16"):
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"[]",
+        b'{"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 16]}}',
+    ],
+    ids=["nothing", "list", "too few bytes", "too many"],
+)
+def test_a_header_that_does_not_describe_the_file_is_refused(header, path):
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_safetensors(path)
+    path.write_bytes((2**63).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_safetensors(path)
+
+
+def test_a_file_without_tensors_is_refused(path):
+    save(path, {})
+    for name in None, "wte.weight":
+        with pytest.raises(ValueError, match="has no tensors"):
+            load_safetensors(path, name)
+
+
+@pytest.mark.parametrize("integers", ["int8", "uint8", "int32", "int64", "bool", "float8_e4m3fn"])
+def test_weights_of_other_dtypes_are_refused(integers, path):
+    save(path, {"wte.weight": np.ones((5, 3), jnp.dtype(integers))})
+    with pytest.raises(ValueError, match="'wte.weight' .* embeddings are float16 or bfloat16"):
         load_safetensors(path)
 
 
@@ -323,6 +374,34 @@ save_safetensors(table, {str(path)!r})
     assert eqx.tree_equal(load_safetensors(path), make_table("last"))
 
 
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+def test_a_save_that_is_killed_when_all_is_written_leaves_the_old_file_whole(moment, path):
+    save_safetensors(make_table("first"), path)
+    code = f"""
+import os, signal
+import jax.numpy as jnp
+from eqx_embedding import EmbeddingTable, save_safetensors
+{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+save_safetensors(EmbeddingTable(jnp.ones((5, 3)), ("vocabulary", "embedding")), {str(path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert eqx.tree_equal(load_safetensors(path), make_table("first"))
+
+
+def test_one_of_many_savers_at_once_wins_and_a_reader_sees_whole_files(path):
+    tables = [EmbeddingTable(jnp.full((50, 30), i, "float32"), NAMES) for i in range(4)]
+    save_safetensors(tables[0], path)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        saves = [pool.submit(save_safetensors, tables[i % 4], path) for i in range(40)]
+        for _ in range(40):
+            seen = np.unique(load_safetensors(path).embeddings)
+            assert len(seen) == 1 and seen[0] in range(4)
+        for save in saves:
+            save.result()
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch):
     save_safetensors(make_table("first"), path)
 
@@ -350,6 +429,11 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
     stacked = EmbeddingTable(make_array((2, 5, 3)), NAMES)
     with pytest.raises(ValueError, match="this table is stacked"):
         save_safetensors(stacked, tmp_path / "x")
+    with pytest.raises(ValueError, match="embeddings of float8_e4m3fn cannot be saved"):
+        save_safetensors(jax.tree.map(lambda x: x.astype("float8_e4m3fn"), table), tmp_path / "x")
+    for other in jax.eval_shape(lambda: table), eqx.filter(table, False):
+        with pytest.raises(ValueError, match="no embeddings to save: .* has (Shape|NoneType)"):
+            save_safetensors(other, tmp_path / "x")
     with pytest.raises(ValueError, match="keeps the name '__metadata__' for itself"):
         save_safetensors(table, tmp_path / "x", "__metadata__")
     with pytest.raises(IsADirectoryError, match="is a directory: give the name of a file"):

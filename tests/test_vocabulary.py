@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable, resize_vocabulary
@@ -91,13 +92,15 @@ def correlated(V, D):
 
 
 @pytest.mark.parametrize("vocabulary_first", [True, False])
-def test_new_rows_and_biases_have_mean_and_covariance_of_the_old_ones(vocabulary_first):
-    old = correlated(40, 4)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_rows_and_biases_have_mean_and_covariance_of_the_old_ones(vocabulary_first, dtype):
+    old = correlated(40, 4).astype(jnp.dtype(dtype))
     array, bias = old[:, :3].copy(), old[:, 3].copy()
     names = NAMES if vocabulary_first else NAMES[::-1]
     table = EmbeddingTable(jnp.asarray(array if vocabulary_first else array.T), names)
     decode = EmbeddingDecode(table, jnp.asarray(bias))
     new = resize_vocabulary(decode, 20040, key=jax.random.key(0))
+    assert new.table.embeddings.dtype == new.bias.dtype == dtype
     rows = np.concatenate([raw_rows(new.table), np.asarray(new.bias)[:, None]], axis=1)[40:]
     assert sample_error(rows, float64(old).mean(0), np.cov(float64(old), rowvar=False)) < 4.5
 
@@ -310,8 +313,30 @@ def test_a_table_shared_by_eqx_nn_shared_is_resized_once_and_the_bias_with_it(ge
         lambda: optax.masked(optax.adam(1e-3), decays),
         lambda: optax.MultiSteps(optax.adam(1e-3), 4),
         lambda: optax.adamw(1e-3, mu_dtype=jnp.bfloat16),
+        lambda: optax.inject_hyperparams(optax.adamw)(1e-3),
+        lambda: optax.partition(
+            {True: optax.adam(1e-3), False: optax.sgd(1e-2, momentum=0.9)}, decays
+        ),
+        lambda: optax.apply_if_finite(optax.adam(1e-3), 3),
+        lambda: optax.lbfgs(1e-3),
+        lambda: optax.contrib.muon(1e-3),
+        lambda: optax.contrib.schedule_free_adamw(1e-3, warmup_steps=1),
     ],
-    ids=["sgd", "lion", "chain", "masked tables", "masked vectors", "MultiSteps", "mu_dtype"],
+    ids=[
+        "sgd",
+        "lion",
+        "chain",
+        "masked tables",
+        "masked vectors",
+        "MultiSteps",
+        "mu_dtype",
+        "inject_hyperparams",
+        "partition",
+        "apply_if_finite",
+        "lbfgs",
+        "muon",
+        "schedule-free",
+    ],
 )
 def test_states_of_optimizers_have_the_structure_of_new_ones(make, getkey):
     model = Model(getkey())
@@ -325,6 +350,41 @@ def test_states_of_optimizers_have_the_structure_of_new_ones(make, getkey):
     assert [leaf.dtype for leaf in jax.tree.leaves(new)] == [
         leaf.dtype for leaf in jax.tree.leaves(expected)
     ]
+    # the state to restore a checkpoint of the grown model into
+    skeleton = resize_vocabulary(jax.eval_shape(lambda: old), 16, pad_to_multiple_of=8)
+    assert eqx.tree_equal(skeleton, jax.eval_shape(lambda: new))
+
+
+def test_both_parameters_of_lookahead_grow(getkey):
+    model = eqx.filter(Model(getkey()), eqx.is_array)
+    both = optax.LookaheadParams(model, jax.tree.map(lambda x: x + 1, model))
+    key = getkey()
+    new = resize_vocabulary(both, 16, key=key)
+    assert eqx.tree_equal(new.fast, resize_vocabulary(model, 16, key=key))
+    np.testing.assert_array_equal(new.slow.tokens.embeddings[:13], model.tokens.embeddings[:13] + 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_skeleton_becomes_that_of_the_resized_table(layout, getkey):
+    decode = EmbeddingDecode(make_table(layout, "bfloat16"), jnp.zeros(7))
+    skeleton = eqx.filter_eval_shape(lambda: decode)
+    for key in None, getkey():
+        new = resize_vocabulary(skeleton, 9, key=key, pad_to_multiple_of=4)
+        grown = resize_vocabulary(decode, 9, pad_to_multiple_of=4)
+        assert eqx.tree_equal(new, eqx.filter_eval_shape(lambda: grown))
+
+
+def test_arrays_of_numpy_grow_as_those_of_jax(getkey):
+    key, table = getkey(), make_table("middle")
+    new = resize_vocabulary(jax.tree.map(np.asarray, table), 9, key=key)
+    assert eqx.tree_equal(new, resize_vocabulary(table, 9, key=key))
+
+
+def test_factored_moments_of_another_vocabulary_are_left_alone():
+    positions = EmbeddingTable(make_array((6, 4)), ("position", "embedding"), "position")
+    factored = state_of(optax.adafactor(1e-3, min_dim_size_to_factor=2), positions)
+    moments, same = resize_vocabulary((make_table("first"), factored), 9)
+    assert moments.vocab_size == 9 and eqx.tree_equal(same, factored)
 
 
 def test_what_is_no_array_in_the_place_of_a_table_stays(getkey):

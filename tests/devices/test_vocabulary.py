@@ -1,0 +1,164 @@
+"""A table split over eight devices grows, shrinks, is trained by rows and saved as on one."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from eqx_embedding import (
+    combine_rows,
+    EmbeddingDecode,
+    EmbeddingTable,
+    load_safetensors,
+    partition_rows,
+    resize_vocabulary,
+    save_safetensors,
+)
+
+from .helpers import assert_trees_close, collectives, make_mesh, make_table, place, random
+
+
+SPECS = {
+    "vocabulary": P("model", None),
+    "both": P("model", "data"),
+    "twice": P(("data", "model"), None),
+    "embedding": P(None, "data"),
+}
+settings = pytest.mark.parametrize("setting", ["automatic", "explicit"])
+specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def split(setting, table, spec):
+    return place(make_mesh(setting), table, *spec)
+
+
+def skeleton_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def is_split(array, spec):
+    mesh = array.sharding.mesh
+    return array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim)
+
+
+@settings
+@specs
+@pytest.mark.parametrize("vocab_size", [17, 29, 51])
+def test_a_resized_table_equals_that_of_one_device_and_stays_split(setting, spec, vocab_size):
+    table, key = make_table(32, padding_rows=3), jax.random.key(0)
+    for draw in None, key:
+        expected = resize_vocabulary(table, vocab_size, key=draw, pad_to_multiple_of=16)
+        new = resize_vocabulary(
+            split(setting, table, spec), vocab_size, key=draw, pad_to_multiple_of=16
+        )
+        assert new.padding_rows == expected.padding_rows
+        assert is_split(new.embeddings, spec)
+        assert_trees_close(new, expected)
+        np.testing.assert_array_equal(np.asarray(new.embeddings)[:17], table.embeddings[:17])
+
+
+def test_a_decode_bias_and_stacked_tables_stay_split_where_the_mesh_divides_them():
+    stacked = EmbeddingTable(random((2, 16, 8)), ("vocabulary", "embedding"))
+    bias, key = random((2, 16)), jax.random.key(0)
+    expected = resize_vocabulary((stacked, bias), 18, key=key, pad_to_multiple_of=4)[0]
+    mesh = make_mesh("explicit")
+    new = resize_vocabulary(place(mesh, stacked, None, "model"), 18, key=key, pad_to_multiple_of=4)
+    assert is_split(new.embeddings, P(None, "model"))
+    assert_trees_close(new, expected)
+
+    decode = EmbeddingDecode(make_table(16), random((16,)))
+    here = place(mesh, decode, "model")
+    for vocab_size, axis in (20, "model"), (18, None):  # a bias has no padding
+        new = resize_vocabulary(here, vocab_size, key=key, pad_to_multiple_of=4)
+        assert is_split(new.table.embeddings, P("model")) and is_split(new.bias, P(axis))
+        assert_trees_close(
+            new, resize_vocabulary(decode, vocab_size, key=key, pad_to_multiple_of=4)
+        )
+
+
+def test_under_jit_a_split_table_is_not_gathered():
+    table, key = make_table(4096, padding_rows=5), jax.random.key(0)
+    here = split("explicit", table, SPECS["vocabulary"])
+
+    @eqx.filter_jit
+    def grow(table, key):
+        return resize_vocabulary(table, 4500, key=key, pad_to_multiple_of=4)
+
+    new = grow(here, key)
+    assert is_split(new.embeddings, SPECS["vocabulary"])
+    assert_trees_close(new, resize_vocabulary(table, 4500, key=key, pad_to_multiple_of=4))
+    moved = collectives(grow.lower(here, None).compile().compiled)
+    assert "all-gather" not in moved and "all-reduce" not in moved
+
+
+@settings
+def test_rows_that_the_mesh_does_not_divide_are_refused(setting):
+    here = split(setting, make_table(32), SPECS["vocabulary"])
+    for tree in here, skeleton_of(here):
+        message = "'model', whose size 4 does not divide 33 rows. Give pad_to_multiple_of=4"
+        with pytest.raises(ValueError, match=message):
+            resize_vocabulary(tree, 33)
+
+
+@settings
+def test_a_skeleton_stays_split(setting):
+    here = split(setting, make_table(32, padding_rows=3), SPECS["vocabulary"])
+    new = resize_vocabulary(skeleton_of(here), 33, pad_to_multiple_of=4)
+    grown = resize_vocabulary(here, 33, pad_to_multiple_of=4)
+    assert new.embeddings.shape == grown.embeddings.shape
+    assert new.embeddings.sharding == grown.embeddings.sharding
+
+
+def rows_loss(trained, frozen, hidden, targets, rules=None):
+    return EmbeddingDecode(combine_rows(trained, frozen)).cross_entropy(
+        hidden, targets, rules=rules
+    )
+
+
+@settings
+@specs
+def test_rows_of_a_split_table_are_trained_as_on_one_device(setting, spec):
+    table, rows = make_table(32, padding_rows=3), [3, 28, 11]
+    hidden, targets = random((16, 8), seed=1), jnp.arange(16) % 29
+    expected = eqx.filter_jit(jax.grad(rows_loss))(*partition_rows(table, rows), hidden, targets)
+    mesh = make_mesh(setting)
+    with jax.set_mesh(mesh):
+        here = place(mesh, table, *spec)
+        trained, frozen = partition_rows(here, rows)
+        # each device has all of the rows that are trained
+        assert is_split(trained.embeddings, P(None, spec[1]))
+        batch = place(mesh, (hidden, targets))
+        rules = None if setting == "explicit" else {"vocabulary": spec[0]}
+        gradient = eqx.filter_jit(jax.grad(rows_loss))(trained, frozen, *batch, rules)
+        assert_trees_close(gradient, expected)
+        for combine in combine_rows, eqx.filter_jit(combine_rows):
+            moved = combine(jax.tree.map(lambda x: x + 1, trained), frozen).embeddings
+            assert is_split(moved, spec)
+            np.testing.assert_array_equal(
+                moved, table.embeddings.at[jnp.asarray(rows)].add(1), strict=True
+            )
+    assert is_split(combine_rows(*partition_rows(here, rows)).embeddings, spec)
+
+
+def test_to_combine_rows_moves_nothing_and_their_gradient_is_summed_once():
+    table = make_table(4096)
+    trained, frozen = partition_rows(
+        split("explicit", table, SPECS["vocabulary"]), range(4088, 4096)
+    )
+    combine = jax.jit(combine_rows).lower(trained, frozen).compile()
+    assert collectives(combine) == {}
+
+    def square(trained, frozen):
+        return jnp.sum(combine_rows(trained, frozen).embeddings ** 2)
+
+    moved = collectives(jax.jit(jax.grad(square)).lower(trained, frozen).compile())
+    assert moved == {"all-reduce": {("f32", (8, 8)): 1}}
+
+
+@settings
+def test_a_split_table_is_saved_whole(setting, tmp_path):
+    table = make_table(32, padding_rows=3)
+    save_safetensors(split(setting, table, SPECS["both"]), tmp_path / "table")
+    np.testing.assert_array_equal(load_safetensors(tmp_path / "table").embeddings, table.embeddings)
