@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
+from ._tokens import as_array
 from ._vocabulary import map_vocabulary, Place
 
 
@@ -122,7 +123,10 @@ def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
 
 
 def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: int) -> np.ndarray:
-    index = np.arange(vocab_size)[rows] if isinstance(rows, slice) else np.asarray(rows)
+    if isinstance(rows, slice):
+        index = np.arange(vocab_size)[rows]
+    else:
+        index = np.asarray(as_array("rows", rows))
     if index.dtype == bool and index.shape == (vocab_size,):
         index = np.flatnonzero(index)
     if index.ndim != 1 or index.size == 0 or not np.issubdtype(index.dtype, np.integer):

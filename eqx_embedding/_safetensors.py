@@ -30,6 +30,9 @@ INPUT_EMBEDDINGS = (
     "gpt_neox.embed_in.weight",  # GPT-NeoX, Pythia
 )
 
+# The dtypes of embeddings, by their names in a file.
+KINDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
 METADATA = "eqx_embedding"
 DEFAULT_NAMES = ("vocabulary", "embedding")
 
@@ -97,10 +100,8 @@ def load_safetensors(
         about = f"tensor {name!r} of {files[name]}"
         stored = file.get_slice(name)
         shape, kind = tuple(stored.get_shape()), stored.get_dtype()
-        if kind not in ("F16", "BF16", "F32", "F64"):
-            raise ValueError(
-                f"{about} is of {kind}: embeddings are float16, bfloat16, float32 or float64."
-            )
+        if kind not in KINDS:
+            raise ValueError(f"{about} is of {kind}: embeddings are {', '.join(KINDS.values())}.")
         ours = _layout(file.metadata(), name, shape, axis_names, about)
         if ours is None and len(shape) != len(axis_names):
             raise ValueError(
@@ -150,9 +151,9 @@ def save_safetensors(
 
     **Raises:**
 
-    A `ValueError` for a stacked table or the name `"__metadata__"`, a `FileNotFoundError` if there
-    is no such directory, an `IsADirectoryError` if `path` is one. An `ImportError` without the
-    package safetensors.
+    A `ValueError` for a stacked table, one of another dtype than `load_safetensors` reads, or the
+    name `"__metadata__"`, a `FileNotFoundError` if there is no such directory, an
+    `IsADirectoryError` if `path` is one. An `ImportError` without the package safetensors.
     """
     path, save_file = Path(path), _library().numpy.save_file
     if name == "__metadata__":  # the file would be broken
@@ -166,6 +167,11 @@ def save_safetensors(
         raise IsADirectoryError(f"{path} is a directory: give the name of a file in it.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} to.")
+    if table.embeddings.dtype.name not in KINDS.values():
+        raise ValueError(
+            f"this table is of {table.embeddings.dtype.name}, and `load_safetensors` reads "
+            f"{', '.join(KINDS.values())} alone."
+        )
     axis = table.axis_names.index(table.vocabulary_axis)
     rows = np.moveaxis(np.asarray(table.embeddings), axis, 0)
     about = {
