@@ -14,13 +14,14 @@ from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
 from .helpers import (
     assert_close,
+    cross_entropy_reference,
     decode_gradient_reference,
-    decode_reference,
     float64,
     LAYOUTS,
     make_array,
     make_table,
     rounding,
+    token_losses_reference,
     VOCAB_SIZE,
 )
 
@@ -42,17 +43,6 @@ def make_hidden(layer, batch=BATCH, dtype="float32"):
 def flat_layer(vocab_size, size, dtype="float32"):
     rows = make_array((vocab_size, size), "float32", seed=4) / size**0.5
     return EmbeddingDecode(EmbeddingTable(rows.astype(dtype), ("vocabulary", "embedding")))
-
-
-def reference(layer, hidden, targets, weights=None, label_smoothing=0.0, z_loss=0.0):
-    """The loss of each token in float64, and their derivatives with respect to its logits."""
-    z = decode_reference(layer.table, hidden, layer.bias, layer.soft_cap)
-    targets, e, K = np.asarray(targets), label_smoothing, z.shape[-1]
-    maximum = z.max(-1, keepdims=True)
-    lse = maximum + np.log(np.exp(z - maximum).sum(-1, keepdims=True))
-    wanted = (1 - e) * (targets[..., None] == np.arange(K)) + e / K
-    losses = lse[..., 0] - (wanted * z).sum(-1) + z_loss * lse[..., 0] ** 2
-    return losses, (1 + 2 * z_loss * lse) * np.exp(z - lse) - wanted
 
 
 def value_and_gradients(layer, hidden, targets, weights=None, cotangent=None, **options):
@@ -82,7 +72,6 @@ def test_values_and_gradients_are_those_of_float64(layout):
         layer = make_layer(layout, with_bias=weighted, soft_cap=soft_cap)
         hidden = make_hidden(layer)
         weights = jnp.asarray(WEIGHTS) if weighted else None
-        w = WEIGHTS.astype(np.float64) if weighted else np.ones(BATCH)
         cotangent = make_array(BATCH, seed=3) if reduction == "none" else None
         value, *gradients = value_and_gradients(
             layer,
@@ -95,23 +84,17 @@ def test_values_and_gradients_are_those_of_float64(layout):
             reduction=reduction,
             chunk_size=3 if z_loss else None,
         )
-        losses, d_logits = reference(layer, hidden, TARGETS, None, smoothing, z_loss)
-        expected, for_weights = w * losses, losses
-        scale = w if cotangent is None else w * float64(cotangent)
-        if reduction == "none":
-            for_weights = losses * float64(cotangent)
-        else:
-            expected = expected.sum()
-        for_weights = np.where(w == 0, 0, for_weights)
-        if reduction == "mean":
-            expected, scale = expected / w.sum(), scale / w.sum()
-            for_weights = (for_weights - expected) / w.sum()
-        cotangents = scale[..., None] * d_logits
-        for_operands = decode_gradient_reference(
-            layer.table, hidden, cotangents, layer.bias, soft_cap
+        expected, *wanted = cross_entropy_reference(
+            layer,
+            hidden,
+            TARGETS,
+            weights,
+            1.0 if cotangent is None else float64(cotangent),
+            label_smoothing=smoothing,
+            z_loss=z_loss,
+            reduction=reduction,
         )
         assert_close(value, expected)
-        wanted = for_operands[0], for_operands[1], for_operands[2], for_weights
         for actual, other in zip(gradients, wanted, strict=True):
             if actual is not None:
                 assert_close(actual, other)
@@ -135,7 +118,7 @@ def test_the_error_is_no_larger_than_that_of_optax_from_logits(vocab_size, dtype
     ours = value_and_gradients(layer, hidden, targets, chunk_size=8)[:3]
     value, (layer_gradient, hidden_gradient) = plain((layer, hidden))
     theirs = value, hidden_gradient, layer_gradient.table.embeddings
-    losses, d_logits = reference(layer, hidden, targets)
+    losses, d_logits = token_losses_reference(layer, hidden, targets)
     exact = (
         losses.mean(),
         *decode_gradient_reference(layer.table, hidden, d_logits / len(losses))[:2],
@@ -180,7 +163,7 @@ def test_weights_may_be_of_any_real_dtype(weights_dtype):
     hidden = make_hidden(layer)
     weights = np.asarray([[1, 0, 1, 1, 0], [0, 1, 1, 1, 1]], weights_dtype)
     loss = layer.cross_entropy(hidden, TARGETS, weights=weights)
-    losses, _ = reference(layer, hidden, TARGETS)
+    losses, _ = token_losses_reference(layer, hidden, TARGETS)
     assert_close(loss, losses[weights != 0].mean())
 
 
@@ -244,7 +227,7 @@ def test_large_logits_overflow_nothing():
     hidden = 1e4 * make_array((33, 4), seed=2)
     targets = np.arange(33)
     value, for_hidden, for_embeddings, *_ = value_and_gradients(layer, hidden, targets)
-    losses, d_logits = reference(layer, hidden, targets)
+    losses, d_logits = token_losses_reference(layer, hidden, targets)
     exact = decode_gradient_reference(layer.table, hidden, d_logits / 33)
     assert_close(value, losses.mean())
     assert_close(for_hidden, exact[0], atol=1e-4)
@@ -292,7 +275,7 @@ def test_hidden_may_have_any_batch_shape(batch, reduction):
     assert for_hidden.shape == hidden.shape
     if reduction == "none":
         assert value.shape == batch
-        assert_close(value, reference(layer, hidden, targets)[0])
+        assert_close(value, token_losses_reference(layer, hidden, targets)[0])
     elif hidden.size == 0:
         assert value == 0
 
@@ -315,7 +298,7 @@ def test_the_loss_has_float32_at_least_and_gradients_the_dtypes_of_their_operand
         value, for_hidden, embeddings, *_ = value_and_gradients(layer, hidden, TARGETS)
     assert value.dtype == expected
     assert (for_hidden.dtype, embeddings.dtype) == (hidden_dtype, table_dtype)
-    losses, d_logits = reference(layer, hidden, TARGETS)
+    losses, d_logits = token_losses_reference(layer, hidden, TARGETS)
     exact = decode_gradient_reference(layer.table, hidden, d_logits / losses.size)
     assert_close(value, losses.mean())
     for actual, wanted in zip((for_hidden, embeddings), exact[:2], strict=True):
