@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray
 
 from ._cross_entropy import make_plan, Options, weighted_cross_entropy
-from ._numbers import as_int, as_real, Real, Whole
+from ._numbers import as_float_dtype, as_int, as_real, Real, Whole
 from ._sharding import explicit_axes, find_split, Rules, without_padding
 from ._table import EmbeddingTable
 from ._tokens import as_array, tokens_in_range
@@ -55,10 +55,8 @@ class EmbeddingDecode(eqx.Module):
             )
         if self.soft_cap is not None and not 0 < self.soft_cap < math.inf:
             raise ValueError(f"soft_cap must be positive and finite, got {self.soft_cap}.")
-        if self.logits_dtype is not None and not jnp.issubdtype(self.logits_dtype, jnp.floating):
-            raise ValueError(
-                f"logits are floats, got logits_dtype={jnp.dtype(self.logits_dtype).name}."
-            )
+        if self.logits_dtype is not None:
+            as_float_dtype("logits", "logits_dtype", self.logits_dtype)
 
     def __call__(
         self,

@@ -5,7 +5,9 @@ A numpy number would have a dtype, which takes part in JAX's promotion, and no p
 
 import operator
 
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 Whole = int | np.integer
@@ -18,3 +20,13 @@ def as_int(number: Whole) -> int:
 
 def as_real(number: Real | None) -> float | int | None:
     return number.item() if isinstance(number, np.generic) else number
+
+
+def as_float_dtype(what: str, name: str, dtype: DTypeLike) -> np.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:  # does not say which argument it is of
+        raise ValueError(f"{what} are floats, got {name}={dtype!r}, which is no dtype.") from None
+    if not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"{what} are floats, got {name}={found.name}.")
+    return found

@@ -59,7 +59,8 @@ def partition_rows(
     **Raises:**
 
     A `ValueError` for rows that repeat, are out of range (below 0, or not below the number of
-    tokens without padding) or none at all, and if no table is of this vocabulary.
+    tokens without padding) or none at all, and if no table is of this vocabulary. A `TypeError`
+    for traced rows.
     """
     others, static = eqx.partition(model, filter_spec)
     marked = map_vocabulary(_Mark, model, vocabulary_axis)
@@ -126,7 +127,13 @@ def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: 
     if isinstance(rows, slice):
         index = np.arange(vocab_size)[rows]
     else:
-        index = np.asarray(as_array("rows", rows))
+        try:
+            index = np.asarray(as_array("rows", rows))
+        except jax.errors.TracerArrayConversionError:
+            raise TypeError(
+                "rows must be known when partition_rows is called, not traced: split the model "
+                "outside of `jax.jit`, and give it both parts."
+            ) from None
     if index.dtype == bool and index.shape == (vocab_size,):
         index = np.flatnonzero(index)
     if index.ndim != 1 or index.size == 0 or not np.issubdtype(index.dtype, np.integer):

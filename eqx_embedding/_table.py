@@ -5,12 +5,13 @@ from typing import final
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import variance_scaling
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._numbers import as_int, Whole
+from ._numbers import as_float_dtype, as_int, Whole
 
 
 def _fan_out_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -93,7 +94,7 @@ class EmbeddingTable(eqx.Module):
         vocab_size: Whole,
         embedding_axes: Mapping[str, Whole],
         vocabulary_axis: str = "vocabulary",
-        initializer: Callable[..., Array] = _fan_out_normal,
+        initializer: Callable[..., Array | np.ndarray] = _fan_out_normal,
         dtype: DTypeLike | None = None,
         *,
         pad_to_multiple_of: Whole = 1,
@@ -147,10 +148,10 @@ class EmbeddingTable(eqx.Module):
             )
         *shape, multiple = map(as_int, numbers)
         shape = tuple(shape)
-        dtype = jnp.result_type(float) if dtype is None else dtype
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"embeddings are floats, got dtype={jnp.dtype(dtype).name}.")
-        embeddings = initializer(key, shape, dtype)
+        dtype = as_float_dtype(
+            "embeddings", "dtype", jnp.result_type(float) if dtype is None else dtype
+        )
+        embeddings = jnp.asarray(initializer(key, shape, dtype), dtype)
         if embeddings.shape != shape:
             raise ValueError(
                 f"the initializer returned an array of shape {embeddings.shape}, expected {shape} "

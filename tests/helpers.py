@@ -129,7 +129,7 @@ def cross_entropy_reference(
     hidden,
     targets,
     weights=None,
-    cotangent=1.0,
+    cotangent: np.ndarray | float = 1.0,
     *,
     reduction="mean",
     label_smoothing=0.0,
