@@ -166,7 +166,8 @@ def _chunk(options, x, table, bias, weights, targets, offset, d_table, d_bias):
         if smoothing > 0:
             d_z = d_z - row(smoothing / options.vocab_size * weights)
         if cap is not None:
-            d_z = d_z * (1 - (z_tile / cap) ** 2)
+            # where the logit is -inf, the derivative of this would be NaN
+            d_z = d_z * (1 - (without_padding(z_tile, start, 0) / cap) ** 2)
         d_z = without_padding(d_z, start, 0)
         if bias is not None:
             d_b = tile(d_bias, start, size) + jnp.sum(d_z, axis=1)
