@@ -18,6 +18,7 @@ from .helpers import (
     decode_gradient_reference,
     float64,
     LAYOUTS,
+    lookup_reference,
     make_array,
     make_table,
     rounding,
@@ -313,6 +314,47 @@ def test_the_gradient_of_a_bfloat16_table_counts_past_256():
         EmbeddingDecode(table), hidden, targets, reduction="sum", chunk_size=64
     )
     assert embeddings.tolist() == [[-2048], [2048]]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_half_precision_gradient_of_100_000_tokens_is_the_exact_one_rounded_once(dtype):
+    layer = make_layer("first", dtype)
+    hidden = make_array((100_000, 4), dtype, seed=2)
+    targets = np.full(100_000, 3)
+    value, _, embeddings, *_ = value_and_gradients(layer, hidden, targets)
+    expected, _, wanted, *_ = cross_entropy_reference(layer, hidden, targets)
+    assert_close(value, expected)
+    assert embeddings.dtype == dtype
+    assert_close(embeddings, wanted, rtol=0.5 * rounding(dtype) + 2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_tied_gradient_of_100_000_repeats_loses_no_more_than_its_roundings(dtype):
+    rows = (float64(make_table("first").embeddings) / 4).astype(jnp.dtype(dtype))
+    table = EmbeddingTable(jnp.asarray(rows), ("vocabulary", "embedding"), padding_rows=2)
+    tokens = np.full(100_000, 3)
+    targets = np.random.default_rng(0).integers(0, 3, 100_000)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(table):
+        hidden = EmbeddingLookup(table)(tokens)
+        return EmbeddingDecode(table).cross_entropy(hidden, targets, reduction="sum")
+
+    value, gradient = loss(table)
+    hidden = lookup_reference(table, tokens)
+    expected, for_hidden, for_decode, *_ = cross_entropy_reference(
+        EmbeddingDecode(table), hidden, targets, reduction="sum"
+    )
+    for_lookup = np.zeros_like(for_decode)
+    for_lookup[3] = for_hidden.sum(0)
+    assert_close(value, expected)
+    # The vectors' gradients are rounded each, then the sums of both uses, and the sum of these.
+    roundings = np.abs(for_hidden).sum(0) + np.abs(for_lookup) + np.abs(for_decode)
+    roundings = roundings + np.abs(for_lookup + for_decode)
+    error = np.abs(float64(gradient.embeddings) - for_lookup - for_decode)
+    assert np.all(error <= 0.5 * rounding(dtype) * roundings + 1e-5 * roundings.max())
+    assert np.abs(for_lookup[3]).min() > 4096, "where half precision would have stopped counting"
 
 
 # Transformations

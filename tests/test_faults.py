@@ -391,6 +391,41 @@ def test_the_jacobian_of_losses_that_stay_apart_is_one_gradient_for_each():
         assert_close(jacobian[i], expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_gradient_of_4096_losses_under_vmap_counts_past_256(reduction):
+    table = EmbeddingTable(jnp.zeros((2, 1), jnp.bfloat16), NAMES)
+    hidden, targets = jnp.ones((4096, 1), jnp.bfloat16), jnp.zeros(4096, "int32")
+
+    def total(table):
+        layer = EmbeddingDecode(table)
+        return jnp.sum(
+            jax.vmap(lambda h, y: layer.cross_entropy(h, y, reduction=reduction))(hidden, targets)
+        )
+
+    assert eqx.filter_grad(total)(table).embeddings.tolist() == [[-2048], [2048]]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_scan_adds_gradients_in_the_dtype_that_the_table_has_outside_of_it(wide):
+    # JAX adds the gradients of the steps of a scan in the dtype of what it closes over: a table of
+    # bfloat16 counts to 256 there, and one that was cast before the scan does not stop.
+    tokens = jnp.full(1000, 2)
+
+    @jax.grad
+    def gradient(table):
+        if wide:
+            table = jax.tree.map(lambda x: x.astype(jnp.float32), table)
+        one = jnp.zeros((), table.embeddings.dtype) + 1
+
+        def step(total, token):
+            return total + jnp.sum(EmbeddingLookup(table)(token) * one), None
+
+        return jax.lax.scan(step, one, tokens)[0].astype(jnp.float32)
+
+    table = EmbeddingTable(jnp.ones((5, 1), jnp.bfloat16), NAMES)
+    assert gradient(table).embeddings.ravel().tolist() == [0, 0, 1000 if wide else 256, 0, 0]
+
+
 # Modes of JAX and Equinox
 
 

@@ -110,6 +110,22 @@ def test_a_half_precision_gradient_counts_4096_repeats_of_a_token(dtype):
     np.testing.assert_array_equal(gradient.astype("float32"), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_gradient_of_100_000_repeats_is_the_exact_sum_rounded_once(dtype):
+    table = make_table("first", dtype)
+    tokens = jnp.full(100_000, 3)
+    # multiples of an eighth, which float32 adds exactly
+    cotangent = np.random.default_rng(0).integers(-2, 8, (100_000, 4)) / 8
+    gradient = grad_of_total(
+        table.embeddings, table, tokens, jnp.asarray(cotangent, "float32"), "nan"
+    )
+    expected = np.zeros((9, 4))
+    expected[3] = cotangent.sum(0)
+    assert np.all(expected[3] > 20_000)
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient, expected.astype(dtype))
+
+
 # Raising
 
 
