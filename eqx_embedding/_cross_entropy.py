@@ -200,6 +200,7 @@ def _device_chunks(options, differentiate, hidden, table, bias, weights, targets
     C = -(-N // count)
     if count > 1:
         C = -(-C // 16) * 16  # whole vectors, whatever N is
+        count = -(-N // C)
     # A token of weight zero must not poison the others, whatever its vector and its target are; a
     # target out of range must, at any other weight.
     alive = weights != 0

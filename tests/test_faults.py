@@ -1,6 +1,7 @@
 """What goes wrong around this library, and what happens then: the table of it is README.md."""
 
 import copy
+import functools
 import pickle
 import re
 import subprocess
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.experimental import checkify
 
 from eqx_embedding import (
     combine_rows,
@@ -472,6 +474,57 @@ try:
 except RuntimeError as error:
     print(json.dumps(str(error)))
 """
+
+
+def test_a_check_is_dropped_with_vectors_that_nothing_needs():
+    # the gradient of a sum needs no vector, and XLA computes none: nor does it check one
+    table, tokens = make_table("first"), jnp.asarray([3, 9])
+
+    def total(table):
+        return jnp.sum(EmbeddingLookup(table, "raise")(tokens))
+
+    gradient = eqx.filter_jit(eqx.filter_grad(total))(table)
+    expected = lookup_gradient_reference(table, tokens, np.ones((2, 4)))
+    np.testing.assert_array_equal(gradient.embeddings, expected)
+    with pytest.raises(RuntimeError, match="7 tokens"):
+        jax.block_until_ready(eqx.filter_jit(eqx.filter_value_and_grad(total))(table))
+
+
+def test_checkify_finds_a_token_out_of_range_and_no_other_fault():
+    table, hidden = make_table("first"), make_array((4, 4), seed=1)
+
+    @jax.jit
+    @functools.partial(checkify.checkify, errors=checkify.all_checks)
+    def loss(table, tokens):
+        vectors = EmbeddingLookup(table)(tokens)
+        return EmbeddingDecode(table).cross_entropy(vectors + hidden, TARGETS, weights=WEIGHTS)
+
+    error, value = loss(table, jnp.asarray(TOKENS))
+    error.throw()
+    expected, *_ = cross_entropy_reference(
+        EmbeddingDecode(table), lookup_reference(table, TOKENS) + float64(hidden), TARGETS, WEIGHTS
+    )
+    assert_close(value, expected)
+    error, _ = loss(table, jnp.asarray([0, 6, 3, 7]))
+    assert "out-of-bounds" in str(error.get())
+
+
+def test_no_tracer_leaks_and_no_key_is_used_twice():
+    table, hidden = make_table("first"), make_array((4, 4), seed=1)
+
+    def loss(table, tokens):
+        vectors = EmbeddingLookup(table)(tokens)
+        return EmbeddingDecode(table).cross_entropy(vectors + hidden, TARGETS, chunk_size=2)
+
+    tokens = jnp.asarray([TOKENS, TARGETS])
+    with jax.checking_leaks(), jax.debug_key_reuse(True):
+        each = eqx.filter_vmap(eqx.filter_grad(loss), in_axes=(None, 0))(table, tokens)
+        whole = eqx.filter_jit(eqx.filter_grad(lambda t: loss(t, tokens[0]) + loss(t, tokens[1])))
+        assert_close(whole(table).embeddings, jnp.sum(each.embeddings, 0))
+        made = EmbeddingTable.from_config(5, {"embedding": 4}, key=jax.random.key(0))
+        grown = resize_vocabulary((table, make_table("last")), 9, key=jax.random.key(1))
+    assert len(np.unique(made.embeddings)) == 20
+    assert len(np.unique(grown[0].embeddings[7:])) == 8
 
 
 @pytest.mark.parametrize(
