@@ -455,6 +455,12 @@ def test_a_smaller_chunk_takes_less_memory():
     assert memory == sorted(set(memory))
 
 
+def test_chunks_of_one_token_take_the_memory_of_no_more_tokens_than_there_are():
+    N, D = 1000, 64
+    one = jax.grad(functools.partial(cross_entropy, chunk_size=1), 1)
+    assert temporaries(one, *sizes(N, D, 32)) < 4 * N * D * 4
+
+
 def test_a_tied_step_allocates_one_gradient_of_the_table():
     N, D, V = 512, 64, 16384
 
