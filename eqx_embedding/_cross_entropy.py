@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ._sharding import Split, sum_over, varying_axes
+from ._tokens import nan_where
 
 
 class Plan(NamedTuple):
@@ -146,7 +147,9 @@ def _chunk(options, x, table, bias, weights, targets, offset, d_table, d_bias):
     # Differences to the maximum come first, so that large logits keep their precision.
     log_total = jnp.log(total)
     lse = maximum + log_total
-    losses = log_total - (1 - smoothing) * (target_z - maximum) + options.z_loss * lse**2
+    losses = log_total - (1 - smoothing) * (target_z - maximum)
+    if options.z_loss > 0:  # else 0 times the square of a large number
+        losses = losses + options.z_loss * lse**2
     if smoothing > 0:
         losses = losses - smoothing * (sum_z / options.vocab_size - maximum)
     if d_table is None:
@@ -163,7 +166,8 @@ def _chunk(options, x, table, bias, weights, targets, offset, d_table, d_bias):
         if smoothing > 0:
             d_z = d_z - row(smoothing / options.vocab_size * weights)
         if cap is not None:
-            d_z = d_z * (1 - (z_tile / cap) ** 2)
+            # where the logit is -inf, the derivative of this would be NaN
+            d_z = d_z * (1 - (without_padding(z_tile, start, 0) / cap) ** 2)
         d_z = without_padding(d_z, start, 0)
         if bias is not None:
             d_b = tile(d_bias, start, size) + jnp.sum(d_z, axis=1)
@@ -196,11 +200,12 @@ def _device_chunks(options, differentiate, hidden, table, bias, weights, targets
     C = -(-N // count)
     if count > 1:
         C = -(-C // 16) * 16  # whole vectors, whatever N is
+        count = -(-N // C)
     # A token of weight zero must not poison the others, whatever its vector and its target are; a
     # target out of range must, at any other weight.
     alive = weights != 0
     in_range = (targets >= 0) & (targets < options.vocab_size)
-    weights = jnp.where(alive & ~in_range, jnp.nan, weights)
+    weights = nan_where(alive & ~in_range, weights)
     tokens = hidden, weights, jnp.where(alive & in_range, targets, 0), alive
     # Chunk i has every count-th token, so that tokens which are split over devices stay there.
     tokens = [

@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray
 
 from ._cross_entropy import make_plan, Options, weighted_cross_entropy
+from ._numbers import as_float_dtype, as_int, as_real, Real, Whole
 from ._sharding import explicit_axes, find_split, Rules, without_padding
 from ._table import EmbeddingTable
-from ._tokens import tokens_in_range
+from ._tokens import as_array, tokens_in_range
 
 
 @final
@@ -42,7 +43,7 @@ class EmbeddingDecode(eqx.Module):
 
     table: EmbeddingTable
     bias: Float[Array, " vocab_size"] | None = None
-    soft_cap: float | int | None = eqx.field(static=True, default=None)
+    soft_cap: float | int | None = eqx.field(static=True, converter=as_real, default=None)
     logits_dtype: DTypeLike | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
@@ -54,10 +55,8 @@ class EmbeddingDecode(eqx.Module):
             )
         if self.soft_cap is not None and not 0 < self.soft_cap < math.inf:
             raise ValueError(f"soft_cap must be positive and finite, got {self.soft_cap}.")
-        if self.logits_dtype is not None and not jnp.issubdtype(self.logits_dtype, jnp.floating):
-            raise ValueError(
-                f"logits are floats, got logits_dtype={jnp.dtype(self.logits_dtype).name}."
-            )
+        if self.logits_dtype is not None:
+            as_float_dtype("logits", "logits_dtype", self.logits_dtype)
 
     def __call__(
         self,
@@ -130,10 +129,10 @@ class EmbeddingDecode(eqx.Module):
         | Integer[ArrayLike, "..."]
         | Float[ArrayLike, "..."]
         | None = None,
-        label_smoothing: float | int = 0.0,
-        z_loss: float | int = 0.0,
+        label_smoothing: Real = 0.0,
+        z_loss: Real = 0.0,
         reduction: str = "mean",
-        chunk_size: int | None = None,
+        chunk_size: Whole | None = None,
         rules: Rules | None = None,
     ) -> Float[Array, "..."]:
         """The cross-entropy of the targets, as if from the logits, which never all exist at once.
@@ -185,7 +184,7 @@ class EmbeddingDecode(eqx.Module):
 
         A `ValueError` for shapes that do not fit, for options out of their range, and for rules
         that do not fit the mesh, or sizes that it does not divide. A
-        `TypeError` for targets that are not integers.
+        `TypeError` for targets that are not integers, or weights that are not real.
         """
         table, axis = self.table, self.table._vocabulary_position()
         batch = hidden.shape[: self._check_hidden(hidden)]
@@ -219,10 +218,10 @@ class EmbeddingDecode(eqx.Module):
                     f"{table.vocabulary_axis!r}, it can have padding rows or a bias, not both."
                 )
             bias = jnp.pad(bias, (0, table.padding_rows))
-        targets, in_range = tokens_in_range(targets, vocab_size)
+        targets, in_range = tokens_in_range("targets", targets, vocab_size)
         xp = jnp if isinstance(targets, Array) else np
         targets = jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32))
-        weights = jnp.ones(batch, wide) if weights is None else jnp.asarray(weights).astype(wide)
+        weights = jnp.ones(batch, wide) if weights is None else _as_weights(weights, wide)
         if reduction == "mean":
             # not by their sum, which is also zero for 1 and -1
             some, total = jnp.sum(weights != 0), jnp.sum(weights)
@@ -238,7 +237,7 @@ class EmbeddingDecode(eqx.Module):
             z_loss=float(z_loss),
             soft_cap=None if self.soft_cap is None else float(self.soft_cap),
             reduce=reduction != "none",
-            plan=plan if chunk_size is None else plan._replace(chunk_size=chunk_size),
+            plan=plan if chunk_size is None else plan._replace(chunk_size=as_int(chunk_size)),
         )
         bias = None if bias is None else split.place(bias.astype(wide), [split.vocabulary])
         loss: Array = weighted_cross_entropy(
@@ -269,3 +268,11 @@ class EmbeddingDecode(eqx.Module):
                 f"shape {hidden.shape}."
             )
         return batch_axes
+
+
+def _as_weights(weights: ArrayLike, dtype: DTypeLike) -> Float[Array, "..."]:
+    weights = as_array("weights", weights)
+    kinds = (jnp.bool_, jnp.integer, jnp.floating)
+    if not any(jnp.issubdtype(weights.dtype, kind) for kind in kinds):
+        raise TypeError(f"weights must be bool, integer or floating, got {weights.dtype.name}.")
+    return jnp.asarray(weights.astype(dtype))  # a large integer is narrowed after that

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
 from ._sharding import explicit_axes, find_split, Rules
 from ._table import EmbeddingTable
-from ._tokens import tokens_in_range
+from ._tokens import nan_where, tokens_in_range
 
 
 OutOfRange = Literal["nan", "raise", "clip"]
@@ -85,8 +85,9 @@ class EmbeddingLookup(eqx.Module):
 
         - `tokens`: integers of any shape `*batch`, signed or unsigned: a JAX array, a numpy array
             or a Python int. Host data is checked before JAX narrows it to 32 bits, so a 64-bit id
-            out of range stays out of range. (Give it to this call and not to a jitted function,
-            for JAX narrows the arguments of those before any code of theirs runs.)
+            out of range stays out of range. (Give it to this call and not to a function under
+            `jax.jit`, `jax.vmap` or `jax.lax.scan`: JAX narrows their arguments before any code of
+            theirs runs.)
         - `rules`: needed only inside a `jax.shard_map` over mesh axes that split the vocabulary:
             which ones, such as `{"vocabulary": "model"}`. Defaults to `None`. See
             [`eqx_embedding.EmbeddingTable.partition_spec`][].
@@ -100,18 +101,23 @@ class EmbeddingLookup(eqx.Module):
         **Raises:**
 
         A `RuntimeError` under `out_of_range="raise"`, naming the vocabulary and its size. A
-        `TypeError` for tokens that are not integers. A `ValueError` for a stacked table, or for
-        rules that do not fit the mesh.
+        `TypeError` for tokens that are not integers. A `ValueError` for a stacked table, for
+        rules that do not fit the mesh, or under `"nan"` for a table of float4, which has no NaN.
         """
         del key
         table, axis = self.table, self.table._vocabulary_position()
         embeddings = table.embeddings
+        if self.out_of_range == "nan" and not np.isnan(np.asarray(np.nan, embeddings.dtype)):
+            raise ValueError(
+                f"{embeddings.dtype.name} has no NaN for a token out of range: say "
+                'out_of_range="raise" or "clip".'
+            )
         of_device = tokens if isinstance(tokens, jax.Array) else None
         split = find_split(embeddings, (table.vocabulary_axis, axis), of_device, 0, rules)
         mesh_axes = split.manual_vocabulary
         num_rows = embeddings.shape[axis] * split.size(mesh_axes)
         vocab_size = num_rows - table.padding_rows
-        tokens, in_range = tokens_in_range(tokens, vocab_size)
+        tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
         xp = jnp if isinstance(tokens, jax.Array) else np
         if self.out_of_range == "clip":
             rows = xp.where(tokens < 0, 0, xp.where(in_range, tokens, vocab_size - 1))
@@ -129,7 +135,7 @@ class EmbeddingLookup(eqx.Module):
             here = rows - start.astype(rows.dtype)
             vectors = lax.psum(_take(embeddings, here, axis, 0.0, sharding), mesh_axes)
             missing = jnp.expand_dims(rows == num_rows, range(rows.ndim, vectors.ndim))
-            vectors = jnp.where(missing, jnp.asarray(jnp.nan, vectors.dtype), vectors)
+            vectors = nan_where(missing, vectors)
         else:
             vectors = _take(embeddings, rows, axis, jnp.nan, sharding)
         if self.out_of_range == "raise":

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from ._sharding import Axes, explicit_axes, find_mesh, Split
+from ._tokens import as_array
 from ._vocabulary import map_vocabulary, Place
 
 
@@ -62,7 +63,7 @@ def partition_rows(
 
     A `ValueError` for rows that repeat, are out of range (below 0, or not below the number of
     tokens without padding) or none at all, and if no table is of this vocabulary, or none with an
-    array.
+    array. A `TypeError` for traced rows.
     """
     others, static = eqx.partition(model, filter_spec)
     marked = map_vocabulary(_Mark, model, vocabulary_axis)
@@ -156,7 +157,16 @@ def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
 
 
 def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: int) -> np.ndarray:
-    index = np.arange(vocab_size)[rows] if isinstance(rows, slice) else np.asarray(rows)
+    if isinstance(rows, slice):
+        index = np.arange(vocab_size)[rows]
+    else:
+        try:
+            index = np.asarray(as_array("rows", rows))
+        except jax.errors.TracerArrayConversionError:
+            raise TypeError(
+                "rows must be known when partition_rows is called, not traced: split the model "
+                "outside of `jax.jit`, and give it both parts."
+            ) from None
     if index.dtype == bool and index.shape == (vocab_size,):
         index = np.flatnonzero(index)
     if index.ndim != 1 or index.size == 0 or not np.issubdtype(index.dtype, np.integer):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from ._numbers import as_float_dtype
 from ._table import EmbeddingTable
 
 
@@ -31,6 +32,7 @@ INPUT_EMBEDDINGS = (
 )
 
 METADATA = "eqx_embedding"
+# The dtypes of embeddings, and their names in a file.
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 DEFAULT_NAMES = ("vocabulary", "embedding")
 
@@ -115,9 +117,7 @@ def load_safetensors(
             )
         array = file.get_tensor(name)
 
-    wanted = array.dtype if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(wanted, jnp.floating):
-        raise ValueError(f"embeddings are floats, got dtype={wanted.name}.")
+    wanted = as_float_dtype("embeddings", "dtype", array.dtype if dtype is None else dtype)
     if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             f"{about} would be float64, which JAX has in its 64-bit mode only: give "

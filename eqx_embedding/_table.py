@@ -5,10 +5,13 @@ from typing import final
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import variance_scaling
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._numbers import as_float_dtype, as_int, Whole
 
 
 def _fan_out_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -20,7 +23,7 @@ def _fan_out_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Arr
     return draw(key, shape, dtype)
 
 
-def _named_sizes(names: Iterable[str], sizes: Iterable[int]) -> str:
+def _named_sizes(names: Iterable[str], sizes: Iterable[object]) -> str:
     return ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
 
 
@@ -59,7 +62,7 @@ class EmbeddingTable(eqx.Module):
     embeddings: Float[Array, "..."]
     axis_names: tuple[str, ...] = eqx.field(static=True)
     vocabulary_axis: str = eqx.field(static=True, default="vocabulary")
-    padding_rows: int = eqx.field(static=True, default=0)
+    padding_rows: int = eqx.field(static=True, converter=as_int, default=0)
 
     def __check_init__(self):
         shape, names = self.embeddings.shape, self.axis_names
@@ -88,13 +91,13 @@ class EmbeddingTable(eqx.Module):
     @classmethod
     def from_config(
         cls,
-        vocab_size: int,
-        embedding_axes: Mapping[str, int],
+        vocab_size: Whole,
+        embedding_axes: Mapping[str, Whole],
         vocabulary_axis: str = "vocabulary",
-        initializer: Callable[..., Array] = _fan_out_normal,
+        initializer: Callable[..., Array | np.ndarray] = _fan_out_normal,
         dtype: DTypeLike | None = None,
         *,
-        pad_to_multiple_of: int = 1,
+        pad_to_multiple_of: Whole = 1,
         key: PRNGKeyArray,
     ) -> "EmbeddingTable":
         """Makes a table with random embeddings.
@@ -136,22 +139,25 @@ class EmbeddingTable(eqx.Module):
                 f"the vocabulary axis {vocabulary_axis!r} is also an embedding axis: {sizes}. "
                 "Give one of them another name."
             )
-        if min(vocab_size, *embedding_axes.values(), pad_to_multiple_of) < 1:
+        numbers = vocab_size, *embedding_axes.values(), pad_to_multiple_of
+        # the type checks look at one size of `embedding_axes` only
+        if not all(isinstance(number, Whole) and number >= 1 for number in numbers):
             raise ValueError(
-                f"every size must be at least 1, got {sizes}, pad_to_multiple_of="
+                f"every size must be an integer of at least 1, got {sizes}, pad_to_multiple_of="
                 f"{pad_to_multiple_of}."
             )
-        dtype = jnp.result_type(float) if dtype is None else dtype
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"embeddings are floats, got dtype={jnp.dtype(dtype).name}.")
-        shape = (vocab_size, *embedding_axes.values())
-        embeddings = initializer(key, shape, dtype)
+        *shape, multiple = map(as_int, numbers)
+        shape = tuple(shape)
+        dtype = as_float_dtype(
+            "embeddings", "dtype", jnp.result_type(float) if dtype is None else dtype
+        )
+        embeddings = jnp.asarray(initializer(key, shape, dtype), dtype)
         if embeddings.shape != shape:
             raise ValueError(
                 f"the initializer returned an array of shape {embeddings.shape}, expected {shape} "
                 f"({sizes})."
             )
-        padding_rows = -vocab_size % pad_to_multiple_of
+        padding_rows = -shape[0] % multiple
         if padding_rows > 0:
             embeddings = jnp.pad(embeddings, [(0, padding_rows)] + [(0, 0)] * len(embedding_axes))
         return cls(embeddings, (vocabulary_axis, *embedding_axes), vocabulary_axis, padding_rows)

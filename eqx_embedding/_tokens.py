@@ -1,13 +1,24 @@
 """Which tokens are in range, said before JAX narrows them to 32 bits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+
+def as_array(name: str, array: Any) -> Array | np.ndarray:
+    """Host data as a numpy array, which nothing has narrowed yet; an array of JAX as it is."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} are a masked array, whose mask would be lost: fill it, by `.filled(...)`."
+        )
+    return array if isinstance(array, jax.Array) else np.asarray(array)
 
 
 def tokens_in_range(
-    tokens: ArrayLike, vocab_size: int
+    name: str, tokens: ArrayLike, vocab_size: int
 ) -> tuple[Array | np.ndarray, Array | np.ndarray]:
     """Integer tokens of at least 32 bits, and which of them satisfy `0 <= token < vocab_size`.
 
@@ -16,11 +27,21 @@ def tokens_in_range(
     """
     if isinstance(tokens, int) and not isinstance(tokens, bool):
         tokens = np.int64(min(max(tokens, -1), vocab_size))  # a Python int has no size
-    tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    tokens = as_array(name, tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"tokens must be integers, got {tokens.dtype.name}.")
+        raise TypeError(f"{name} must be integers, got {tokens.dtype.name}.")
     if tokens.dtype.itemsize < 4:  # the size of the vocabulary need not fit an int8
         tokens = tokens.astype(np.int32)
     in_range = (tokens >= 0) & (tokens < vocab_size)
     # numpy compares an array without axes to a scalar that is no array
     return tokens, in_range if isinstance(in_range, jax.Array) else np.asarray(in_range)
+
+
+def nan_where(condition: Bool[Array, "..."], array: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`array`, with NaN under the condition.
+
+    No NaN is made elsewhere: `jax_debug_nans`, which looks for the first, would take a constant
+    for the fault that it is after.
+    """
+    nan = jnp.sqrt(jnp.where(condition, -1.0, 1.0).astype(array.dtype))
+    return jnp.where(condition, nan, array)

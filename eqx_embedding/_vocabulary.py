@@ -14,17 +14,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._decode import EmbeddingDecode
+from ._numbers import as_int, Whole
 from ._sharding import as_axes, Split
 from ._table import EmbeddingTable
 
 
 def resize_vocabulary(
     tree: PyTree,
-    vocab_size: int,
+    vocab_size: Whole,
     vocabulary_axis: str = "vocabulary",
     *,
     key: PRNGKeyArray | None = None,
-    pad_to_multiple_of: int = 1,
+    pad_to_multiple_of: Whole = 1,
 ) -> PyTree:
     """Grows or shrinks every table of a vocabulary, and every decode bias with it.
 
@@ -74,7 +75,8 @@ def resize_vocabulary(
             f"vocab_size and pad_to_multiple_of must be at least 1, got {vocab_size} and "
             f"{pad_to_multiple_of}."
         )
-    padding_rows = -vocab_size % pad_to_multiple_of
+    size = as_int(vocab_size)
+    padding_rows = -size % as_int(pad_to_multiple_of)
     resized: dict[tuple[int, int, bool], Any] = {}  # one array in two fields stays one array
 
     def resize(array: Any, place: Place) -> Any:
@@ -82,7 +84,7 @@ def resize_vocabulary(
         if which not in resized:
             draw = None if key is None else jax.random.fold_in(key, place.table)
             padding = 0 if place.bias else padding_rows
-            resized[which] = _resize(array, place, vocab_size, padding, draw)
+            resized[which] = _resize(array, place, size, padding, draw)
         return resized[which]
 
     return map_vocabulary(resize, tree, vocabulary_axis, padding_rows)

@@ -1,5 +1,6 @@
 import contextlib
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +10,19 @@ from .helpers import Keys
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+# Property tests draw the same examples each time. `--hypothesis-profile=full` draws many more.
+for name, examples in {"quick": 16, "full": 230}.items():
+    hypothesis.settings.register_profile(
+        name,
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile("quick")
 
 
 @pytest.fixture

@@ -112,6 +112,50 @@ def decode_gradient_reference(table: EmbeddingTable, hidden, cotangent, bias=Non
     )
 
 
+def token_losses_reference(layer, hidden, targets, label_smoothing=0.0, z_loss=0.0):
+    """The loss of each token, and their derivatives with respect to its logits."""
+    z = decode_reference(layer.table, hidden, layer.bias, layer.soft_cap)
+    targets, e, K = np.asarray(targets), label_smoothing, z.shape[-1]
+    maximum = z.max(-1, keepdims=True)
+    lse = maximum + np.log(np.exp(z - maximum).sum(-1, keepdims=True))
+    wanted = (1 - e) * (targets[..., None] == np.arange(K)) + e / K
+    chosen = np.multiply(wanted, z, out=np.zeros(z.shape), where=wanted != 0)  # a logit may be -inf
+    losses = lse[..., 0] - chosen.sum(-1) + z_loss * lse[..., 0] ** 2
+    return losses, (1 + 2 * z_loss * lse) * np.exp(z - lse) - wanted
+
+
+def cross_entropy_reference(
+    layer,
+    hidden,
+    targets,
+    weights=None,
+    cotangent: np.ndarray | float = 1.0,
+    *,
+    reduction="mean",
+    label_smoothing=0.0,
+    z_loss=0.0,
+):
+    """The loss, and the gradients of `sum(cotangent * loss)` with respect to hidden, embeddings,
+    bias and weights."""
+    w = np.ones(np.shape(targets)) if weights is None else float64(weights)
+    hidden = float64(hidden)
+    alive = w.reshape(w.shape + (1,) * (hidden.ndim - w.ndim)) != 0
+    hidden = np.where(alive, hidden, 0)
+    losses, d_logits = token_losses_reference(layer, hidden, targets, label_smoothing, z_loss)
+    losses = np.where(w != 0, losses, 0)
+    value, for_weights, scale = w * losses, losses, w
+    if reduction != "none":
+        value = value.sum()
+    if reduction == "mean":
+        total = w.sum() if np.any(w != 0) else 1.0
+        value, scale = value / total, scale / total
+        for_weights = (losses - value) / total * np.any(w != 0)
+    gradients = decode_gradient_reference(
+        layer.table, hidden, (scale * cotangent)[..., None] * d_logits, layer.bias, layer.soft_cap
+    )
+    return value, *gradients, for_weights * cotangent
+
+
 def assert_close(actual, expected, rtol: float = 1e-5, atol: float = 1e-6):
     np.testing.assert_allclose(float64(actual), float64(expected), rtol, atol)
 

@@ -14,13 +14,15 @@ from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
 from .helpers import (
     assert_close,
+    cross_entropy_reference,
     decode_gradient_reference,
-    decode_reference,
     float64,
     LAYOUTS,
+    lookup_reference,
     make_array,
     make_table,
     rounding,
+    token_losses_reference,
     VOCAB_SIZE,
 )
 
@@ -42,17 +44,6 @@ def make_hidden(layer, batch=BATCH, dtype="float32"):
 def flat_layer(vocab_size, size, dtype="float32"):
     rows = make_array((vocab_size, size), "float32", seed=4) / size**0.5
     return EmbeddingDecode(EmbeddingTable(rows.astype(dtype), ("vocabulary", "embedding")))
-
-
-def reference(layer, hidden, targets, weights=None, label_smoothing=0.0, z_loss=0.0):
-    """The loss of each token in float64, and their derivatives with respect to its logits."""
-    z = decode_reference(layer.table, hidden, layer.bias, layer.soft_cap)
-    targets, e, K = np.asarray(targets), label_smoothing, z.shape[-1]
-    maximum = z.max(-1, keepdims=True)
-    lse = maximum + np.log(np.exp(z - maximum).sum(-1, keepdims=True))
-    wanted = (1 - e) * (targets[..., None] == np.arange(K)) + e / K
-    losses = lse[..., 0] - (wanted * z).sum(-1) + z_loss * lse[..., 0] ** 2
-    return losses, (1 + 2 * z_loss * lse) * np.exp(z - lse) - wanted
 
 
 def value_and_gradients(layer, hidden, targets, weights=None, cotangent=None, **options):
@@ -82,7 +73,6 @@ def test_values_and_gradients_are_those_of_float64(layout):
         layer = make_layer(layout, with_bias=weighted, soft_cap=soft_cap)
         hidden = make_hidden(layer)
         weights = jnp.asarray(WEIGHTS) if weighted else None
-        w = WEIGHTS.astype(np.float64) if weighted else np.ones(BATCH)
         cotangent = make_array(BATCH, seed=3) if reduction == "none" else None
         value, *gradients = value_and_gradients(
             layer,
@@ -95,23 +85,17 @@ def test_values_and_gradients_are_those_of_float64(layout):
             reduction=reduction,
             chunk_size=3 if z_loss else None,
         )
-        losses, d_logits = reference(layer, hidden, TARGETS, None, smoothing, z_loss)
-        expected, for_weights = w * losses, losses
-        scale = w if cotangent is None else w * float64(cotangent)
-        if reduction == "none":
-            for_weights = losses * float64(cotangent)
-        else:
-            expected = expected.sum()
-        for_weights = np.where(w == 0, 0, for_weights)
-        if reduction == "mean":
-            expected, scale = expected / w.sum(), scale / w.sum()
-            for_weights = (for_weights - expected) / w.sum()
-        cotangents = scale[..., None] * d_logits
-        for_operands = decode_gradient_reference(
-            layer.table, hidden, cotangents, layer.bias, soft_cap
+        expected, *wanted = cross_entropy_reference(
+            layer,
+            hidden,
+            TARGETS,
+            weights,
+            1.0 if cotangent is None else float64(cotangent),
+            label_smoothing=smoothing,
+            z_loss=z_loss,
+            reduction=reduction,
         )
         assert_close(value, expected)
-        wanted = for_operands[0], for_operands[1], for_operands[2], for_weights
         for actual, other in zip(gradients, wanted, strict=True):
             if actual is not None:
                 assert_close(actual, other)
@@ -135,7 +119,7 @@ def test_the_error_is_no_larger_than_that_of_optax_from_logits(vocab_size, dtype
     ours = value_and_gradients(layer, hidden, targets, chunk_size=8)[:3]
     value, (layer_gradient, hidden_gradient) = plain((layer, hidden))
     theirs = value, hidden_gradient, layer_gradient.table.embeddings
-    losses, d_logits = reference(layer, hidden, targets)
+    losses, d_logits = token_losses_reference(layer, hidden, targets)
     exact = (
         losses.mean(),
         *decode_gradient_reference(layer.table, hidden, d_logits / len(losses))[:2],
@@ -180,7 +164,7 @@ def test_weights_may_be_of_any_real_dtype(weights_dtype):
     hidden = make_hidden(layer)
     weights = np.asarray([[1, 0, 1, 1, 0], [0, 1, 1, 1, 1]], weights_dtype)
     loss = layer.cross_entropy(hidden, TARGETS, weights=weights)
-    losses, _ = reference(layer, hidden, TARGETS)
+    losses, _ = token_losses_reference(layer, hidden, TARGETS)
     assert_close(loss, losses[weights != 0].mean())
 
 
@@ -244,7 +228,7 @@ def test_large_logits_overflow_nothing():
     hidden = 1e4 * make_array((33, 4), seed=2)
     targets = np.arange(33)
     value, for_hidden, for_embeddings, *_ = value_and_gradients(layer, hidden, targets)
-    losses, d_logits = reference(layer, hidden, targets)
+    losses, d_logits = token_losses_reference(layer, hidden, targets)
     exact = decode_gradient_reference(layer.table, hidden, d_logits / 33)
     assert_close(value, losses.mean())
     assert_close(for_hidden, exact[0], atol=1e-4)
@@ -292,7 +276,7 @@ def test_hidden_may_have_any_batch_shape(batch, reduction):
     assert for_hidden.shape == hidden.shape
     if reduction == "none":
         assert value.shape == batch
-        assert_close(value, reference(layer, hidden, targets)[0])
+        assert_close(value, token_losses_reference(layer, hidden, targets)[0])
     elif hidden.size == 0:
         assert value == 0
 
@@ -315,7 +299,7 @@ def test_the_loss_has_float32_at_least_and_gradients_the_dtypes_of_their_operand
         value, for_hidden, embeddings, *_ = value_and_gradients(layer, hidden, TARGETS)
     assert value.dtype == expected
     assert (for_hidden.dtype, embeddings.dtype) == (hidden_dtype, table_dtype)
-    losses, d_logits = reference(layer, hidden, TARGETS)
+    losses, d_logits = token_losses_reference(layer, hidden, TARGETS)
     exact = decode_gradient_reference(layer.table, hidden, d_logits / losses.size)
     assert_close(value, losses.mean())
     for actual, wanted in zip((for_hidden, embeddings), exact[:2], strict=True):
@@ -330,6 +314,47 @@ def test_the_gradient_of_a_bfloat16_table_counts_past_256():
         EmbeddingDecode(table), hidden, targets, reduction="sum", chunk_size=64
     )
     assert embeddings.tolist() == [[-2048], [2048]]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_half_precision_gradient_of_100_000_tokens_is_the_exact_one_rounded_once(dtype):
+    layer = make_layer("first", dtype)
+    hidden = make_array((100_000, 4), dtype, seed=2)
+    targets = np.full(100_000, 3)
+    value, _, embeddings, *_ = value_and_gradients(layer, hidden, targets)
+    expected, _, wanted, *_ = cross_entropy_reference(layer, hidden, targets)
+    assert_close(value, expected)
+    assert embeddings.dtype == dtype
+    assert_close(embeddings, wanted, rtol=0.5 * rounding(dtype) + 2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_tied_gradient_of_100_000_repeats_loses_no_more_than_its_roundings(dtype):
+    rows = (float64(make_table("first").embeddings) / 4).astype(jnp.dtype(dtype))
+    table = EmbeddingTable(jnp.asarray(rows), ("vocabulary", "embedding"), padding_rows=2)
+    tokens = np.full(100_000, 3)
+    targets = np.random.default_rng(0).integers(0, 3, 100_000)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(table):
+        hidden = EmbeddingLookup(table)(tokens)
+        return EmbeddingDecode(table).cross_entropy(hidden, targets, reduction="sum")
+
+    value, gradient = loss(table)
+    hidden = lookup_reference(table, tokens)
+    expected, for_hidden, for_decode, *_ = cross_entropy_reference(
+        EmbeddingDecode(table), hidden, targets, reduction="sum"
+    )
+    for_lookup = np.zeros_like(for_decode)
+    for_lookup[3] = for_hidden.sum(0)
+    assert_close(value, expected)
+    # The vectors' gradients are rounded each, then the sums of both uses, and the sum of these.
+    roundings = np.abs(for_hidden).sum(0) + np.abs(for_lookup) + np.abs(for_decode)
+    roundings = roundings + np.abs(for_lookup + for_decode)
+    error = np.abs(float64(gradient.embeddings) - for_lookup - for_decode)
+    assert np.all(error <= 0.5 * rounding(dtype) * roundings + 1e-5 * roundings.max())
+    assert np.abs(for_lookup[3]).min() > 4096, "where half precision would have stopped counting"
 
 
 # Transformations
@@ -428,6 +453,12 @@ def test_a_smaller_chunk_takes_less_memory():
         for chunk_size in (64, 128, 256)
     ]
     assert memory == sorted(set(memory))
+
+
+def test_chunks_of_one_token_take_the_memory_of_no_more_tokens_than_there_are():
+    N, D = 1000, 64
+    one = jax.grad(functools.partial(cross_entropy, chunk_size=1), 1)
+    assert temporaries(one, *sizes(N, D, 32)) < 4 * N * D * 4
 
 
 def test_a_tied_step_allocates_one_gradient_of_the_table():

@@ -3,8 +3,6 @@
 import enum
 
 import equinox as eqx
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +19,6 @@ from .helpers import (
     make_array,
     make_table,
     rounding,
-    run_python,
     VOCAB_SIZE,
 )
 
@@ -110,6 +107,22 @@ def test_a_half_precision_gradient_counts_4096_repeats_of_a_token(dtype):
     np.testing.assert_array_equal(gradient.astype("float32"), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_gradient_of_100_000_repeats_is_the_exact_sum_rounded_once(dtype):
+    table = make_table("first", dtype)
+    tokens = jnp.full(100_000, 3)
+    # multiples of an eighth, which float32 adds exactly
+    cotangent = np.random.default_rng(0).integers(-2, 8, (100_000, 4)) / 8
+    gradient = grad_of_total(
+        table.embeddings, table, tokens, jnp.asarray(cotangent, "float32"), "nan"
+    )
+    expected = np.zeros((9, 4))
+    expected[3] = cotangent.sum(0)
+    assert np.all(expected[3] > 20_000)
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient, expected.astype(dtype))
+
+
 # Raising
 
 
@@ -131,20 +144,6 @@ def test_raise_checks_host_tokens_inside_jit():
     lookup = EmbeddingLookup(make_table("first"), "raise")
     with pytest.raises(RuntimeError, match="the vocabulary 'vocabulary' has 7 tokens"):
         eqx.filter_jit(lambda: lookup(np.asarray([3, 2**32 + 3])))()
-
-
-def test_raise_honours_eqx_on_error():
-    code = """
-import json
-import equinox as eqx
-import jax.numpy as jnp
-from eqx_embedding import EmbeddingLookup, EmbeddingTable
-
-table = EmbeddingTable(jnp.ones((5, 2)), ("vocabulary", "embedding"))
-vectors = eqx.filter_jit(EmbeddingLookup(table, "raise"))(jnp.asarray([1, 5]))
-print(json.dumps(jnp.isnan(vectors).tolist()))
-"""
-    assert run_python(code, EQX_ON_ERROR="nan") == [[True, True], [True, True]]
 
 
 # Tokens of any integer dtype
@@ -212,20 +211,6 @@ def test_a_python_int_that_no_dtype_holds_is_out_of_range(token):
     assert np.all(np.isnan(EmbeddingLookup(table)(token)))
     end = table.embeddings[6 if token > 0 else 0]
     np.testing.assert_array_equal(EmbeddingLookup(table, "clip")(token), end)
-
-
-@hypothesis.settings(deadline=None, max_examples=40)
-@hypothesis.given(
-    st.lists(
-        st.one_of(st.integers(-3, 12), st.integers(-(2**63), 2**63 - 1)), min_size=6, max_size=6
-    )
-)
-def test_any_host_ids_are_looked_up_as_the_reference_says(ids):
-    table = make_table("last")
-    for out_of_range in ("nan", "clip"):
-        vectors = EmbeddingLookup(table, out_of_range)(np.asarray(ids, np.int64))
-        expected = lookup_reference(table, ids, clip=out_of_range == "clip")
-        np.testing.assert_array_equal(vectors, expected)
 
 
 class Special(enum.IntEnum):

@@ -443,6 +443,15 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_table_that_could_not_be_loaded_is_not_saved(path):
+    save_safetensors(make_table("first"), path)
+    for dtype in ("float8_e4m3fn", "float4_e2m1fn"):
+        table = EmbeddingTable(jnp.ones((5, 3), dtype), NAMES)
+        with pytest.raises(ValueError, match=f"this table is of {dtype}, and `load_safetensors`"):
+            save_safetensors(table, path)
+    assert eqx.tree_equal(load_safetensors(path), make_table("first"))
+
+
 def test_a_file_name_alone_is_of_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_safetensors(make_table("first"), "x.safetensors")

@@ -69,6 +69,19 @@ def test_an_initializer_is_called_once_with_key_shape_and_dtype_by_position(getk
     assert calls == [(key, (5, 2), jnp.float32)]
 
 
+def test_an_initializer_may_return_an_array_of_numpy_of_another_dtype():
+    array = np.arange(10.0).reshape(5, 2)
+    table = EmbeddingTable.from_config(
+        5,
+        {"embedding": 2},
+        initializer=lambda *_: array,
+        dtype=jnp.bfloat16,
+        key=jax.random.key(0),
+    )
+    assert table.embeddings.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(table.embeddings, array.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("multiple, padding_rows", [(1, 0), (2, 1), (7, 0), (8, 1), (128, 121)])
 def test_padding_fills_up_to_a_multiple_and_does_not_change_what_is_drawn(multiple, padding_rows):
     key = jax.random.key(0)

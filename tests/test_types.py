@@ -13,10 +13,17 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
+from eqx_embedding import (
+    EmbeddingDecode, EmbeddingLookup, EmbeddingTable, combine_rows, load_safetensors,
+    partition_rows, resize_vocabulary, save_safetensors,
+)
 
 key = jax.random.key(0)
 table = EmbeddingTable(jnp.ones((5, 3)), ("vocabulary", "embedding"))
+make, decode, hidden = EmbeddingTable.from_config, EmbeddingDecode(table), jnp.ones((2, 3))
+loss, targets = decode.cross_entropy, np.asarray([0, 1])
+trained, frozen = partition_rows(table, [1])
+nowhere = "/no/such/directory/x"
 calls = {
     "out_of_range": lambda: EmbeddingLookup(table, "wrap"),
     "float tokens": lambda: EmbeddingLookup(table)(jnp.asarray([1.0])),
@@ -34,6 +41,66 @@ calls = {
     "list of names": lambda: EmbeddingTable(jnp.ones((5, 3)), ["vocabulary", "embedding"]),
     "float size": lambda: EmbeddingTable.from_config(5.0, {"embedding": 3}, key=key),
     "a layer of what": lambda: EmbeddingLookup(jnp.ones((5, 3))),
+    "text as size": lambda: make(5, {"embedding": "3"}, key=key),
+    "float as second size": lambda: make(5, {"heads": 3, "features": 2.5}, key=key),
+    "pairs of axes": lambda: make(5, [("embedding", 3)], key=key),
+    "number as axis": lambda: make(5, {"embedding": 3}, 0, key=key),
+    "text as initializer": lambda: make(5, {"embedding": 3}, initializer="normal", key=key),
+    "number as dtype": lambda: make(5, {"embedding": 3}, dtype=3, key=key),
+    "no such dtype": lambda: make(5, {"embedding": 3}, dtype="float33", key=key),
+    "float to pad to": lambda: make(5, {"embedding": 3}, pad_to_multiple_of=2.0, key=key),
+    "number as key": lambda: make(5, {"embedding": 3}, key=0),
+    "numpy table": lambda: EmbeddingTable(np.ones((5, 3), "float32"), ("vocabulary", "embedding")),
+    "name of one": lambda: EmbeddingTable(jnp.ones(5), "vocabulary"),
+    "float of padding": lambda: EmbeddingTable(jnp.ones(5), ("vocabulary",), padding_rows=1.0),
+    "pairs of rules": lambda: table.partition_spec([("vocabulary", "model")]),
+    "list of tokens": lambda: EmbeddingLookup(table)([0, 1]),
+    "no tokens": lambda: EmbeddingLookup(table)(None),
+    "complex tokens": lambda: EmbeddingLookup(table)(jnp.ones(2, "complex64")),
+    "objects as tokens": lambda: EmbeddingLookup(table)(np.asarray([0, 1], object)),
+    "lookup rules": lambda: EmbeddingLookup(table)(targets, rules="model"),
+    "lookup key": lambda: EmbeddingLookup(table)(targets, key=0),
+    "a decode of what": lambda: EmbeddingDecode(hidden),
+    "integer bias": lambda: EmbeddingDecode(table, jnp.ones(5, "int32")),
+    "array as soft cap": lambda: EmbeddingDecode(table, soft_cap=jnp.ones(())),
+    "no logits dtype": lambda: EmbeddingDecode(table, logits_dtype="float33"),
+    "number as logits dtype": lambda: EmbeddingDecode(table, logits_dtype=3),
+    "numpy hidden": lambda: decode(np.ones((2, 3), "float32")),
+    "complex hidden": lambda: decode(hidden.astype("complex64")),
+    "decode rules": lambda: decode(hidden, rules="model"),
+    "bool hidden of a loss": lambda: loss(hidden > 0, targets),
+    "short hidden of a loss": lambda: loss(hidden[:, :2], targets),
+    "float targets": lambda: loss(hidden, jnp.ones(2)),
+    "numpy float as target": lambda: loss(hidden[0], np.float32(1)),
+    "list of targets": lambda: loss(hidden, [0, 1]),
+    "targets of another rank": lambda: loss(hidden, targets[:, None]),
+    "targets of another size": lambda: loss(hidden, np.asarray([0, 1, 2])),
+    "weights of another rank": lambda: loss(hidden, targets, weights=np.ones((2, 1))),
+    "one weight": lambda: loss(hidden, targets, weights=1.0),
+    "list of weights": lambda: loss(hidden, targets, weights=[1, 0]),
+    "complex weights": lambda: loss(hidden, targets, weights=np.ones(2, "complex64")),
+    "complex weight": lambda: loss(hidden[0], 1, weights=np.complex64(1)),
+    "text as smoothing": lambda: loss(hidden, targets, label_smoothing="0.1"),
+    "no z-loss": lambda: loss(hidden, targets, z_loss=None),
+    "no reduction": lambda: loss(hidden, targets, reduction=None),
+    "other reduction": lambda: loss(hidden, targets, reduction="average"),
+    "float chunk": lambda: loss(hidden, targets, chunk_size=2.0),
+    "loss rules": lambda: loss(hidden, targets, rules=3),
+    "float vocabulary": lambda: resize_vocabulary(table, 7.0),
+    "number as vocabulary axis": lambda: resize_vocabulary(table, 7, 3),
+    "number as key of a resize": lambda: resize_vocabulary(table, 7, key=0),
+    "float to pad a resize to": lambda: resize_vocabulary(table, 7, pad_to_multiple_of=4.0),
+    "text as rows": lambda: partition_rows(table, "all"),
+    "float rows": lambda: partition_rows(table, [0.5]),
+    "traced rows": lambda: jax.jit(lambda rows: partition_rows(table, rows))(targets),
+    "frozen of another kind": lambda: combine_rows(trained, table),
+    "number as path": lambda: load_safetensors(3),
+    "number as name": lambda: load_safetensors(nowhere, 3),
+    "name of one axis": lambda: load_safetensors(nowhere, axis_names="vocabulary"),
+    "number as dtype of a file": lambda: load_safetensors(nowhere, dtype=3),
+    "an array to save": lambda: save_safetensors(table.embeddings, nowhere),
+    "number as path to save to": lambda: save_safetensors(table, 3),
+    "number as name to save by": lambda: save_safetensors(table, nowhere, 3),
 }
 
 
@@ -131,12 +198,60 @@ def unchecked():
         ("list of names", "axis_names", r"\['vocabulary', 'embedding'\]"),
         ("float size", "vocab_size", "5.0"),
         ("a layer of what", "table", r"f32\[5,3\]"),
+        ("text as size", "embedding_axes", "{'embedding': '3'}"),
+        ("pairs of axes", "embedding_axes", r"\[\('embedding', 3\)\]"),
+        ("number as axis", "vocabulary_axis", "0"),
+        ("text as initializer", "initializer", "'normal'"),
+        ("number as dtype", "dtype", "3"),
+        ("float to pad to", "pad_to_multiple_of", "2.0"),
+        ("number as key", "key", "0"),
+        ("numpy table", "embeddings", r"f32\[5,3\]\(numpy\)"),
+        ("name of one", "axis_names", "'vocabulary'"),
+        ("float of padding", "padding_rows", "1.0"),
+        ("pairs of rules", "rules", r"\[\('vocabulary', 'model'\)\]"),
+        ("list of tokens", "tokens", r"\[0, 1\]"),
+        ("no tokens", "tokens", "None"),
+        ("complex tokens", "tokens", r"c64\[2\]"),
+        ("objects as tokens", "tokens", r"object\[2\]\(numpy\)"),
+        ("lookup rules", "rules", "'model'"),
+        ("lookup key", "key", "0"),
+        ("a decode of what", "table", r"f32\[2,3\]"),
+        ("integer bias", "bias", r"i32\[5\]"),
+        ("array as soft cap", "soft_cap", r"f32\[\]"),
+        ("number as logits dtype", "logits_dtype", "3"),
+        ("numpy hidden", "hidden", r"f32\[2,3\]\(numpy\)"),
+        ("complex hidden", "hidden", r"c64\[2,3\]"),
+        ("decode rules", "rules", "'model'"),
+        ("bool hidden of a loss", "hidden", r"bool\[2,3\]"),
+        ("float targets", "targets", r"f32\[2\]"),
+        ("list of targets", "targets", r"\[0, 1\]"),
+        ("list of weights", "weights", r"\[1, 0\]"),
+        ("complex weights", "weights", r"c64\[2\]\(numpy\)"),
+        ("text as smoothing", "label_smoothing", "'0.1'"),
+        ("no z-loss", "z_loss", "None"),
+        ("no reduction", "reduction", "None"),
+        ("float chunk", "chunk_size", "2.0"),
+        ("loss rules", "rules", "3"),
+        ("float vocabulary", "vocab_size", "7.0"),
+        ("number as vocabulary axis", "vocabulary_axis", "3"),
+        ("number as key of a resize", "key", "0"),
+        ("float to pad a resize to", "pad_to_multiple_of", "4.0"),
+        ("text as rows", "rows", "'all'"),
+        ("float rows", "rows", r"\[0.5\]"),
+        ("frozen of another kind", "frozen", "EmbeddingTable"),
+        ("number as path", "path", "3"),
+        ("number as name", "name", "3"),
+        ("name of one axis", "axis_names", "'vocabulary'"),
+        ("number as dtype of a file", "dtype", "3"),
+        ("an array to save", "table", r"f32\[5,3\]"),
+        ("number as path to save to", "path", "3"),
+        ("number as name to save by", "name", "3"),
     ],
 )
 def test_checks_are_on_by_default_and_name_the_parameter_and_what_was_given(
     checked, call, parameter, given
 ):
-    pattern = rf"^TypeCheckError: .*\n.*parameter '{parameter}'\.\nActual value: {given}\n"
+    pattern = rf"^TypeCheckError: .*\n.*parameter '{parameter}'\.\nActual value: {given}"
     assert re.match(pattern, checked[call])
 
 
@@ -149,6 +264,67 @@ def test_errors_of_our_own_are_the_same_with_and_without_checks(checked, uncheck
         "shape (2, 5)."
     )
     assert checked["bias"].startswith("ValueError: the bias must have shape (5,)")
+
+
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (
+            "float as second size",
+            "ValueError: every size must be an integer of at least 1, got vocabulary=5, heads=3, "
+            "features=2.5, pad_to_multiple_of=1.",
+        ),
+        (
+            "no such dtype",
+            "ValueError: embeddings are floats, got dtype='float33', which is no dtype.",
+        ),
+        (
+            "no logits dtype",
+            "ValueError: logits are floats, got logits_dtype='float33', which is no dtype.",
+        ),
+        ("numpy float as target", "TypeError: targets must be integers, got float32."),
+        (
+            "short hidden of a loss",
+            "ValueError: hidden must end with the embedding axes (embedding=3) of the table, got "
+            "the shape (2, 2).",
+        ),
+        (
+            "targets of another rank",
+            "ValueError: targets must have the shape (2,) of hidden without its embedding axes, "
+            "got (2, 1).",
+        ),
+        (
+            "targets of another size",
+            "ValueError: targets must have the shape (2,) of hidden without its embedding axes, "
+            "got (3,).",
+        ),
+        (
+            "weights of another rank",
+            "ValueError: weights must have the shape (2,) of hidden without its embedding axes, "
+            "got (2, 1).",
+        ),
+        (
+            "one weight",
+            "ValueError: weights must have the shape (2,) of hidden without its embedding axes, "
+            "got ().",
+        ),
+        (
+            "complex weight",
+            "TypeError: weights must be bool, integer or floating, got complex64.",
+        ),
+        (
+            "other reduction",
+            'ValueError: reduction must be "mean", "sum" or "none", got \'average\'.',
+        ),
+        (
+            "traced rows",
+            "TypeError: rows must be known when partition_rows is called, not traced: split the "
+            "model outside of `jax.jit`, and give it both parts.",
+        ),
+    ],
+)
+def test_what_no_annotation_can_say_is_an_error_of_our_own(checked, unchecked, call, expected):
+    assert checked[call] == unchecked[call] == expected
 
 
 def test_wrong_tokens_and_policies_are_clear_errors_without_checks(unchecked):
