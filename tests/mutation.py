@@ -123,7 +123,8 @@ def run_in_fork(folder: Path, arguments: list[str], devices: int, seconds: float
 
 def suites_of(room: str) -> list[tuple[list[str], int]]:
     """The arguments of pytest and the number of devices, of each run for a room."""
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header"]
+    imported = "ignore::pytest.PytestAssertRewriteWarning"  # modules from before the fork
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", imported]
     files = [f"tests/test_{name}.py" for name in SINGLE[room].split()]
     suites = [(options + files, 1)] if files else []
     if room in SPLIT:
