@@ -332,6 +332,24 @@ def test_the_gradient_of_a_bfloat16_table_counts_past_256():
     assert embeddings.tolist() == [[-2048], [2048]]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_plan_for_an_accelerator_gives_the_same_numbers(dtype, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    layer, hidden = flat_layer(50257, 4, dtype), make_array((64, 4), dtype, seed=2)
+    targets = np.arange(64)
+    value, for_hidden, embeddings, *_ = value_and_gradients(layer, hidden, targets)
+    losses, d_logits = reference(layer, hidden, targets)
+    exact = decode_gradient_reference(layer.table, hidden, d_logits / 64)
+    assert_close(value, losses.mean())
+    # Each probability is below what float16 resolves: the factors must be wider, in which the
+    # sum is; those of bfloat16 are rounded, each on its own.
+    factors = rounding(dtype) if dtype == "bfloat16" else 8 * rounding("float32")
+    for actual, wanted in zip((for_hidden, embeddings), exact[:2], strict=True):
+        smallest = float(jnp.finfo(actual.dtype).smallest_subnormal)
+        atol = 0.5 * smallest + factors * np.abs(wanted).max()
+        assert_close(actual, wanted, 0.6 * rounding(dtype) + 20 * rounding("float32"), atol)
+
+
 # Transformations
 
 
@@ -428,6 +446,16 @@ def test_a_smaller_chunk_takes_less_memory():
         for chunk_size in (64, 128, 256)
     ]
     assert memory == sorted(set(memory))
+
+
+def test_on_an_accelerator_a_chunk_is_4096_tokens_unless_you_say(monkeypatch):
+    N, D, V = 3 * 4096, 8, 512
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for chunk_size in None, 2048:
+        gradient = jax.grad(functools.partial(cross_entropy, chunk_size=chunk_size))
+        logits = (chunk_size or 4096) * V * 4
+        operands = (N * D + V * D + 8 * N) * 4
+        assert logits <= temporaries(gradient, *sizes(N, D, V)) < logits + operands
 
 
 def test_a_tied_step_allocates_one_gradient_of_the_table():
