@@ -1,7 +1,7 @@
 """Which changes to the package no test notices. What survives is listed in MUTATION.md.
 
     pip install -e ".[tests]" cosmic-ray
-    python -m tests.mutation _rows [_lookup ...] [--out mutants.jsonl]
+    python -m tests.mutation _rows [_lookup ...] [--out mutants.jsonl] [--devices]
 
 The changes are those of cosmic-ray. Each is made in a copy of the last commit, where the tests of
 its room run until one of them fails. Python and JAX start once: a mutant is a fork. A mutant that
@@ -36,9 +36,9 @@ SINGLE = {
     "_safetensors": "safetensors",
     "_beartype": "types",
     "__init__": "types",
-    "_sharding": "",
+    "_sharding": "lookup decode",
 }
-# These are also held against the tests on eight devices.
+# With --devices, these are also held against the tests on eight devices, which take minutes.
 SPLIT = ("_sharding", "_lookup", "_decode", "_cross_entropy")
 
 # One replacement for each operator, the nearest one; every keyword, decorator and number.
@@ -123,13 +123,13 @@ def run_in_fork(folder: Path, arguments: list[str], devices: int, seconds: float
         time.sleep(0.02)
 
 
-def suites_of(room: str) -> list[tuple[list[str], int]]:
+def suites_of(room: str, devices: bool) -> list[tuple[list[str], int]]:
     """The arguments of pytest and the number of devices, of each run for a room."""
     imported = "ignore::pytest.PytestAssertRewriteWarning"  # modules from before the fork
     options = ["-x", "-q", "-p", "no:cacheprovider", "-W", imported]
     files = [f"tests/test_{name}.py" for name in SINGLE[room].split()]
-    suites = [(options + files, 1)] if files else []
-    if room in SPLIT:
+    suites = [(options + files, 1)]
+    if devices and room in SPLIT:
         suites.append((options + ["tests/devices"], 8))
     return suites
 
@@ -138,6 +138,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("rooms", nargs="+", choices=list(SINGLE))
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
+    parser.add_argument("--devices", action="store_true", help="also run tests/devices")
     settings = parser.parse_args(arguments)
     os.environ |= {
         "PYTHONDONTWRITEBYTECODE": "1",  # a mutant of the same second and size would be taken for
@@ -159,7 +160,7 @@ def main(arguments=None):
         for name in "jax equinox jaxtyping beartype numpy hypothesis optax penzai.pz".split():
             importlib.import_module(name)  # a backend would not survive the fork, imports do
         for room in settings.rooms:
-            suites = suites_of(room)
+            suites = suites_of(room, settings.devices)
             times = []
             for suite in suites:
                 start = time.monotonic()
