@@ -261,6 +261,16 @@ def test_metadata_that_do_not_fit_the_tensor_are_refused(noted, path):
         load_safetensors(path)
 
 
+def test_metadata_of_one_tensor_say_nothing_of_another(path):
+    noted = {"name": "x", "axes": {"bytes": 4, "d": 6}, "vocabulary_axis": "bytes"}
+    noted["padding_rows"] = 1
+    tensors = {name: np.ones((4, 6), np.float32) for name in "xy"}
+    save(path, tensors, {"eqx_embedding": json.dumps(noted)})
+    x, y = (load_safetensors(path, name) for name in "xy")
+    assert (x.axis_names, x.padding_rows) == (("bytes", "d"), 1)
+    assert (y.axis_names, y.padding_rows) == (NAMES, 0)
+
+
 # Reading and writing
 
 
