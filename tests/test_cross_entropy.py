@@ -179,7 +179,7 @@ def test_weights_may_be_of_any_real_dtype(weights_dtype):
     layer = make_layer()
     hidden = make_hidden(layer)
     weights = np.asarray([[1, 0, 1, 1, 0], [0, 1, 1, 1, 1]], weights_dtype)
-    loss = layer.cross_entropy(hidden, TARGETS, weights=weights)
+    loss = layer.cross_entropy(hidden=hidden, targets=TARGETS, weights=weights)
     losses, _ = reference(layer, hidden, TARGETS)
     assert_close(loss, losses[weights != 0].mean())
 

@@ -250,7 +250,9 @@ def test_an_option_that_makes_no_logits_is_an_error(options, message):
 def test_a_key_is_accepted_and_ignored(getkey):
     layer = make_layer("first")
     hidden = make_hidden(layer, (3,))
-    np.testing.assert_array_equal(layer(hidden, key=getkey()), layer(hidden))
+    np.testing.assert_array_equal(layer(hidden=hidden, key=getkey()), layer(hidden))
+    with pytest.raises(TypeError, match="positional"):
+        layer(hidden, None)  # pyright: ignore[reportCallIssue]
 
 
 def test_forward_mode_agrees_with_reverse_mode():

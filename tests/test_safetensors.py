@@ -36,7 +36,7 @@ def test_a_table_that_was_saved_comes_back_bit_for_bit(layout, dtype, path):
     back = load_safetensors(path)
     assert back.embeddings.dtype == dtype
     assert eqx.tree_equal(back, table)
-    assert eqx.tree_equal(load_safetensors(str(path), "embeddings"), table)
+    assert eqx.tree_equal(load_safetensors(path=str(path), name="embeddings"), table)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
