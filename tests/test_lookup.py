@@ -262,6 +262,12 @@ def test_a_key_is_accepted_and_ignored(getkey):
 # Transformations
 
 
+def test_the_embeddings_are_all_that_transformations_see():
+    table = make_table("first")
+    [leaf] = jax.tree.leaves(EmbeddingLookup(table, "clip"))
+    assert leaf is table.embeddings
+
+
 @pytest.mark.parametrize("out_of_range", ["nan", "clip"])
 def test_forward_mode_moves_the_vectors_as_their_rows_move(out_of_range):
     table, direction = make_table("middle"), make_table("middle", seed=1)
