@@ -486,6 +486,7 @@ def test_a_tied_step_allocates_one_gradient_of_the_table():
         (dict(label_smoothing=-0.1), "label_smoothing"),
         (dict(z_loss=-1e-4), "z_loss"),
         (dict(z_loss=float("nan")), "z_loss"),
+        (dict(z_loss=float("inf")), "z_loss"),
         (dict(chunk_size=0), "chunk_size"),
         (dict(weights=np.ones(5)), r"weights must have the shape \(2, 5\)"),
     ],
@@ -495,6 +496,13 @@ def test_bad_options_are_refused(options, message):
     layer = make_layer()
     with pytest.raises(ValueError, match=message):
         layer.cross_entropy(make_hidden(layer), TARGETS, **options)
+
+
+def test_a_chunk_may_be_a_single_token():
+    layer = make_layer()
+    hidden = make_hidden(layer)
+    loss = layer.cross_entropy(hidden, TARGETS, chunk_size=1)
+    assert_close(loss, reference(layer, hidden, TARGETS)[0].mean())
 
 
 def test_shapes_that_do_not_fit_are_refused():
