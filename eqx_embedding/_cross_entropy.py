@@ -83,8 +83,7 @@ def _loop(count, body, carry):
 def _over_tiles(size, tile_size, body, carry):
     """`carry = body(start, length, carry)` for tiles of `size` rows; the last may be shorter."""
     count, rest = divmod(size, tile_size)
-    if count > 0:
-        carry = _loop(count, lambda i, carry: body(i * tile_size, tile_size, carry), carry)
+    carry = _loop(count, lambda i, carry: body(i * tile_size, tile_size, carry), carry)
     return body(size - rest, rest, carry) if rest > 0 else carry
 
 

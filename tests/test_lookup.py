@@ -238,11 +238,19 @@ def test_an_empty_batch_gives_an_empty_batch(shape, kind):
 
 def test_a_key_is_accepted_and_ignored(getkey):
     table = make_table("first")
-    vectors = EmbeddingLookup(table)(jnp.asarray([1, 2]), key=getkey())
+    vectors = EmbeddingLookup(table)(tokens=jnp.asarray([1, 2]), key=getkey())
     np.testing.assert_array_equal(vectors, table.embeddings[1:3])
+    with pytest.raises(TypeError, match="positional"):
+        EmbeddingLookup(table)(jnp.asarray([1, 2]), None)  # pyright: ignore[reportCallIssue]
 
 
 # Transformations
+
+
+def test_the_embeddings_are_all_that_transformations_see():
+    table = make_table("first")
+    [leaf] = jax.tree.leaves(EmbeddingLookup(table, "clip"))
+    assert leaf is table.embeddings
 
 
 @pytest.mark.parametrize("out_of_range", ["nan", "clip"])

@@ -49,7 +49,11 @@ def code(cell: str) -> str:
     return found[1]
 
 
-pytestmark = pytest.mark.usefixtures("jax_defaults")
+pytestmark = [
+    pytest.mark.usefixtures("jax_defaults"),
+    # treescope 0.1.10 touches every public name of numpy, and numpy 2.5 has deprecated one of them
+    pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning"),
+]
 
 
 def run_block(number: int) -> dict:

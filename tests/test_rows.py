@@ -243,7 +243,9 @@ def test_other_rows_of_the_same_number_compile_nothing_anew():
         return combine_rows(trained, frozen)
 
     for rows in [1, 2], [6, 0]:
-        assert eqx.tree_equal(combine(*partition_rows(table, rows)), table)
+        trained, frozen = partition_rows(table, rows)
+        assert all(map(eqx.is_array, jax.tree.leaves(frozen)))
+        assert eqx.tree_equal(combine(trained, frozen), table)
     assert len(compiled) == 1
 
 
@@ -254,6 +256,8 @@ def test_other_rows_of_the_same_number_compile_nothing_anew():
         ([0, 7], r"7 tokens, so rows must be at least 0 and below 7, got \[7\]"),
         ([-1], r"got \[-1\]"),
         ([2**40], r"got \[1099511627776\]"),
+        (range(20), r"got \[7, 8, 9, 10, 11\]\.$"),
+        (2 * [0, 1, 2, 3, 4, 5], r"must be different, got \[0, 1, 2, 3, 4\] again"),
         ([], "at least one integer"),
         (slice(3, 3), "at least one integer"),
         (np.zeros(7, bool), "at least one integer"),
@@ -266,6 +270,12 @@ def test_other_rows_of_the_same_number_compile_nothing_anew():
 def test_rows_that_make_no_sense_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         partition_rows(make_table("first"), rows)
+
+
+def test_a_model_without_its_arrays_has_no_rows_to_train():
+    skeleton = eqx.filter(make_table("first"), lambda leaf: False)
+    with pytest.raises(ValueError, match="has 0 tokens, so rows must be at least 0 and below 0"):
+        partition_rows(skeleton, [0])
 
 
 def test_a_vocabulary_that_is_not_there_and_parts_of_two_models_are_refused():

@@ -105,19 +105,21 @@ def test_new_rows_and_biases_have_mean_and_covariance_of_the_old_ones(vocabulary
     assert sample_error(rows, float64(old).mean(0), np.cov(float64(old), rowvar=False)) < 4.5
 
 
-def test_with_fewer_rows_than_features_new_rows_stay_in_the_space_of_the_old_ones():
-    old = correlated(4, 6)
+@pytest.mark.parametrize("V", [2, 4])
+def test_with_fewer_rows_than_features_new_rows_stay_in_the_space_of_the_old_ones(V):
+    old = correlated(V, 6)
     table = EmbeddingTable(jnp.asarray(old), NAMES)
-    new = raw_rows(resize_vocabulary(table, 10004, key=jax.random.key(0)))[4:]
+    new = raw_rows(resize_vocabulary(table, 10004, key=jax.random.key(0)))[V:]
     _, sizes, directions = np.linalg.svd(float64(old) - float64(old).mean(0))
-    assert sizes[3] < 1e-5 * sizes[0]
+    assert sizes[V - 1] < 1e-5 * sizes[0]
     along = (float64(new) - float64(old).mean(0)) @ directions.T
-    assert_close(along[:, 3:], 0, atol=1e-4)
-    assert sample_error(along[:, :3], np.zeros(3), np.diag(sizes[:3] ** 2 / 3)) < 4.5
+    assert_close(along[:, V - 1 :], 0, atol=1e-4)
+    covariance = np.diag(sizes[: V - 1] ** 2 / (V - 1))
+    assert sample_error(along[:, : V - 1], np.zeros(V - 1), covariance) < 4.5
 
 
-def test_new_rows_beside_a_single_one_are_like_it(getkey):
-    table = EmbeddingTable(make_array((1, 3)), NAMES)
+def test_new_rows_beside_a_single_one_are_like_it(dtype, getkey):
+    table = EmbeddingTable(make_array((1, 3), dtype), NAMES)
     new = resize_vocabulary(table, 4, key=getkey())
     np.testing.assert_array_equal(new.embeddings, np.repeat(table.embeddings, 4, axis=0))
 
@@ -127,6 +129,7 @@ def test_what_is_drawn_for_a_token_does_not_depend_on_how_many_are_new_or_on_pad
     many = raw_rows(resize_vocabulary(table, 300, key=key))
     few = raw_rows(resize_vocabulary(table, 9, key=key, pad_to_multiple_of=16))
     assert_close(few[:9], many[:9])
+    assert_close(raw_rows(resize_vocabulary(table, 8, key=key)), many[:8])  # one alone, too
     assert len(np.unique(many.reshape(300, -1), axis=0)) == 300
 
 
@@ -287,15 +290,24 @@ def test_a_table_shared_by_eqx_nn_shared_is_resized_once_and_the_bias_with_it(ge
     lookup = EmbeddingLookup(make_table("first"))
     decode = EmbeddingDecode(make_table("first"), jnp.arange(7.0))
     shared = eqx.nn.Shared((lookup, decode), where=lambda s: s[1].table, get=lambda s: s[0].table)
-    new = resize_vocabulary(shared, 10, key=getkey())
+    key = getkey()
+    new = resize_vocabulary(shared, 10, key=key)
     new_lookup, new_decode = new()
     assert new_lookup.table.embeddings is new_decode.table.embeddings
+    assert eqx.tree_equal(new_decode, resize_vocabulary(decode, 10, key=key))
     assert new_decode(jnp.ones((2, 4))).shape == (2, 10)
     assert len(jax.tree.leaves(eqx.filter(new, eqx.is_array))) == 2
     moments = optax.adam(1e-3).init(eqx.filter(shared, eqx.is_array))
     moments = resize_vocabulary(moments, 10)
     expected = optax.adam(1e-3).init(eqx.filter(new, eqx.is_array))
     assert eqx.tree_equal(moments, expected)
+
+
+def test_a_decode_whose_table_is_elsewhere_and_that_has_no_bias_stays():
+    table = make_table("first")
+    decode = eqx.tree_at(lambda decode: decode.table, EmbeddingDecode(table, soft_cap=3.0), None)
+    resized, new = resize_vocabulary((decode, table), 10)
+    assert resized is decode and new.vocab_size == 10
 
 
 @pytest.mark.parametrize(
@@ -401,6 +413,14 @@ def test_what_is_no_array_in_the_place_of_a_table_stays(getkey):
 
 
 # What is refused
+
+
+def test_the_key_has_a_name_and_the_others_may_have_theirs(getkey):
+    table = make_table("first")
+    named = resize_vocabulary(tree=table, vocab_size=8, vocabulary_axis="vocabulary")
+    assert eqx.tree_equal(named, resize_vocabulary(table, 8))
+    with pytest.raises(TypeError, match="positional"):
+        resize_vocabulary(table, 8, "vocabulary", getkey())  # pyright: ignore[reportCallIssue]
 
 
 def state_of(optimizer, params: Any) -> Any:

@@ -424,6 +424,8 @@ def test_bad_rules_are_refused_before_anything_is_compiled():
             loss(RULES)
         with pytest.raises(ValueError, match="'vocabulary' of size 95 .* `pad_to_multiple_of`"):
             loss({"vocabulary": "model"}, make_table(95))
+        # a lookup needs no batch that the mesh divides
+        assert EmbeddingLookup(table)(tokens, rules=RULES).shape == (6, T, D)
 
 
 def test_a_split_that_a_shard_map_does_not_show_is_refused():

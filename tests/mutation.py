@@ -1,0 +1,195 @@
+"""Which changes to the package no test notices. What survives is listed in MUTATION.md.
+
+    pip install -e ".[tests]" cosmic-ray
+    python -m tests.mutation _rows [_lookup ...] [--out mutants.jsonl] [--devices]
+
+The changes are those of cosmic-ray. Each is made in a copy of the last commit, where the tests of
+its room run until one of them fails. Python and JAX start once: a mutant is a fork. A mutant that
+`--out` has already is not run again.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+# The tests of each room, those that fail first first.
+SINGLE = {
+    "_tokens": "lookup types",
+    "_lookup": "lookup tying",
+    "_table": "table lookup decode",
+    "_decode": "decode cross_entropy",
+    "_cross_entropy": "cross_entropy",
+    "_vocabulary": "vocabulary rows",
+    "_rows": "rows",
+    "_safetensors": "safetensors",
+    "_beartype": "types",
+    "__init__": "types",
+    "_sharding": "lookup decode",
+}
+# With --devices, these are also held against the tests on eight devices, which take minutes.
+SPLIT = ("_sharding", "_lookup", "_decode", "_cross_entropy")
+
+# One replacement for each operator, the nearest one; every keyword, decorator and number.
+OPERATORS = """
+    ReplaceBinaryOperator_Add_Sub ReplaceBinaryOperator_Sub_Add ReplaceBinaryOperator_Mul_Div
+    ReplaceBinaryOperator_Div_Mul ReplaceBinaryOperator_FloorDiv_Mul ReplaceBinaryOperator_Mod_Add
+    ReplaceBinaryOperator_Pow_Mul ReplaceBinaryOperator_BitAnd_BitOr
+    ReplaceComparisonOperator_Eq_NotEq ReplaceComparisonOperator_NotEq_Eq
+    ReplaceComparisonOperator_Lt_LtE ReplaceComparisonOperator_LtE_Lt
+    ReplaceComparisonOperator_Gt_GtE ReplaceComparisonOperator_GtE_Gt
+    ReplaceComparisonOperator_Is_IsNot ReplaceComparisonOperator_IsNot_Is
+    ReplaceUnaryOperator_Delete_USub ReplaceUnaryOperator_Delete_Not
+    ReplaceUnaryOperator_Delete_Invert ReplaceTrueWithFalse ReplaceFalseWithTrue
+    ReplaceAndWithOr ReplaceOrWithAnd AddNot NumberReplacer ExceptionReplacer RemoveDecorator
+    ZeroIterationForLoop
+""".split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    room: str
+    operator: str
+    occurrence: int
+    line: int
+    before: str
+    after: str
+
+    @property
+    def key(self) -> tuple:
+        return self.room, self.operator, self.occurrence, self.before, self.after
+
+
+def mutants_of(room: str, source: str) -> dict[Mutant, str]:
+    """Each mutant of a module, and its source."""
+    mutating = importlib.import_module("cosmic_ray.mutating")
+    plugins = importlib.import_module("cosmic_ray.plugins")
+    lines, found = source.splitlines(), {}
+    for name in OPERATORS:
+        operator, occurrence = plugins.get_operator(f"core/{name}")(), 0
+        while (mutated := mutating.mutate_code(source, operator, occurrence)) is not None:
+            changed = [
+                (i, one, other)
+                for i, (one, other) in enumerate(zip(lines, mutated.splitlines()), 1)
+                if one != other
+            ]
+            # every number has two replacements, one more and one less: the first is enough
+            if changed and not (name == "NumberReplacer" and occurrence % 2 == 1):
+                line, one, other = changed[0]
+                mutant = Mutant(room, name, occurrence, line, one.strip(), other.strip())
+                found[mutant] = mutated
+            occurrence += 1
+    return found
+
+
+def run_in_fork(folder: Path, arguments: list[str], devices: int, seconds: float) -> str:
+    """How pytest ends: `passed`, `failed` or `timeout`."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.chdir(folder)
+        output = os.open(folder / ".output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if devices > 1:
+            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        sys.path.insert(0, str(folder))
+        sys.modules.pop("tests", None)  # the one that we are in
+        try:
+            code = int(importlib.import_module("pytest").main(arguments))
+        except BaseException:
+            code = 3
+        os._exit(code)
+    deadline = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return "passed" if status == 0 else "failed"
+        if time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return "timeout"
+        time.sleep(0.02)
+
+
+def suites_of(room: str, devices: bool) -> list[tuple[list[str], int]]:
+    """The arguments of pytest and the number of devices, of each run for a room."""
+    imported = "ignore::pytest.PytestAssertRewriteWarning"  # modules from before the fork
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", imported]
+    files = [f"tests/test_{name}.py" for name in SINGLE[room].split()]
+    suites = [(options + files, 1)]
+    if devices and room in SPLIT:
+        suites.append((options + ["tests/devices"], 8))
+    return suites
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("rooms", nargs="+", choices=list(SINGLE))
+    parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
+    parser.add_argument("--devices", action="store_true", help="also run tests/devices")
+    settings = parser.parse_args(arguments)
+    os.environ |= {
+        "PYTHONDONTWRITEBYTECODE": "1",  # a mutant of the same second and size would be taken for
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    sys.dont_write_bytecode = True
+    settings.out.touch()
+    known = [json.loads(line) for line in settings.out.read_text("utf-8").splitlines()]
+    known = {Mutant(**line["mutant"]).key: line["outcome"] for line in known}
+    with tempfile.TemporaryDirectory() as folder, open(settings.out, "a", encoding="utf-8") as out:
+        folder = Path(folder)
+        archive = subprocess.run(["git", "archive", "HEAD"], check=True, capture_output=True)
+        subprocess.run(["tar", "-x", "-C", folder], check=True, input=archive.stdout)
+        os.environ |= {
+            "PYTHONPATH": str(folder),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / ".compiled"),
+        }
+        for name in "jax equinox jaxtyping beartype numpy hypothesis optax penzai.pz".split():
+            importlib.import_module(name)  # a backend would not survive the fork, imports do
+        for room in settings.rooms:
+            suites = suites_of(room, settings.devices)
+            times = []
+            for suite in suites:
+                start = time.monotonic()
+                if run_in_fork(folder, *suite, 3600) != "passed":
+                    raise SystemExit((folder / ".output").read_text("utf-8"))
+                times.append(time.monotonic() - start)
+            path = folder / "eqx_embedding" / f"{room}.py"
+            source = path.read_text("utf-8")
+            mutants, counts = mutants_of(room, source), Counter()
+            for mutant, mutated in tqdm(mutants.items(), desc=room, mininterval=30):
+                outcome = known.get(mutant.key)
+                if outcome is None:
+                    path.write_text(mutated, "utf-8")
+                    for suite, seconds in zip(suites, times):
+                        outcome = run_in_fork(folder, *suite, 60 + 3 * seconds)
+                        if outcome != "passed":
+                            break
+                    line = {"mutant": dataclasses.asdict(mutant), "outcome": outcome}
+                    print(json.dumps(line), file=out, flush=True)
+                counts[outcome] += 1
+                if outcome == "passed":
+                    tqdm.write(f"{room}.py:{mutant.line} {mutant.operator}")
+                    tqdm.write(f"  - {mutant.before}\n  + {mutant.after}")
+            path.write_text(source, "utf-8")
+            killed, survived = counts["failed"] + counts["timeout"], counts["passed"]
+            print(
+                f"{room}: {len(mutants)} mutants, {killed} killed, {survived} survived", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
