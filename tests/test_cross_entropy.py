@@ -163,13 +163,8 @@ def test_weights_may_be_of_any_real_dtype(weights_dtype):
     layer = make_layer()
     hidden = make_hidden(layer)
     weights = np.asarray([[1, 0, 1, 1, 0], [0, 1, 1, 1, 1]], weights_dtype)
-<<<<<<< HEAD
-    loss = layer.cross_entropy(hidden, TARGETS, weights=weights)
-    losses, _ = token_losses_reference(layer, hidden, TARGETS)
-=======
     loss = layer.cross_entropy(hidden=hidden, targets=TARGETS, weights=weights)
-    losses, _ = reference(layer, hidden, TARGETS)
->>>>>>> mutation
+    losses, _ = token_losses_reference(layer, hidden, TARGETS)
     assert_close(loss, losses[weights != 0].mean())
 
 
@@ -321,7 +316,6 @@ def test_the_gradient_of_a_bfloat16_table_counts_past_256():
     assert embeddings.tolist() == [[-2048], [2048]]
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_half_precision_gradient_of_100_000_tokens_is_the_exact_one_rounded_once(dtype):
     layer = make_layer("first", dtype)
@@ -361,7 +355,8 @@ def test_the_tied_gradient_of_100_000_repeats_loses_no_more_than_its_roundings(d
     error = np.abs(float64(gradient.embeddings) - for_lookup - for_decode)
     assert np.all(error <= 0.5 * rounding(dtype) * roundings + 1e-5 * roundings.max())
     assert np.abs(for_lookup[3]).min() > 4096, "where half precision would have stopped counting"
-=======
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_the_plan_for_an_accelerator_gives_the_same_numbers(dtype, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -378,7 +373,6 @@ def test_the_plan_for_an_accelerator_gives_the_same_numbers(dtype, monkeypatch):
         smallest = float(jnp.finfo(actual.dtype).smallest_subnormal)
         atol = 0.5 * smallest + factors * np.abs(wanted).max()
         assert_close(actual, wanted, 0.6 * rounding(dtype) + 20 * rounding("float32"), atol)
->>>>>>> mutation
 
 
 # Transformations
@@ -479,12 +473,12 @@ def test_a_smaller_chunk_takes_less_memory():
     assert memory == sorted(set(memory))
 
 
-<<<<<<< HEAD
 def test_chunks_of_one_token_take_the_memory_of_no_more_tokens_than_there_are():
     N, D = 1000, 64
     one = jax.grad(functools.partial(cross_entropy, chunk_size=1), 1)
     assert temporaries(one, *sizes(N, D, 32)) < 4 * N * D * 4
-=======
+
+
 def test_on_an_accelerator_a_chunk_is_4096_tokens_unless_you_say(monkeypatch):
     N, D, V = 3 * 4096, 8, 512
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -493,7 +487,6 @@ def test_on_an_accelerator_a_chunk_is_4096_tokens_unless_you_say(monkeypatch):
         logits = (chunk_size or 4096) * V * 4
         operands = (N * D + V * D + 8 * N) * 4
         assert logits <= temporaries(gradient, *sizes(N, D, V)) < logits + operands
->>>>>>> mutation
 
 
 def test_a_tied_step_allocates_one_gradient_of_the_table():
