@@ -363,7 +363,7 @@ def test_the_plan_for_an_accelerator_gives_the_same_numbers(dtype, monkeypatch):
     layer, hidden = flat_layer(50257, 4, dtype), make_array((64, 4), dtype, seed=2)
     targets = np.arange(64)
     value, for_hidden, embeddings, *_ = value_and_gradients(layer, hidden, targets)
-    losses, d_logits = reference(layer, hidden, targets)
+    losses, d_logits = token_losses_reference(layer, hidden, targets)
     exact = decode_gradient_reference(layer.table, hidden, d_logits / 64)
     assert_close(value, losses.mean())
     # Each probability is below what float16 resolves: the factors must be wider, in which the
@@ -533,7 +533,7 @@ def test_a_chunk_may_be_a_single_token():
     layer = make_layer()
     hidden = make_hidden(layer)
     loss = layer.cross_entropy(hidden, TARGETS, chunk_size=1)
-    assert_close(loss, reference(layer, hidden, TARGETS)[0].mean())
+    assert_close(loss, token_losses_reference(layer, hidden, TARGETS)[0].mean())
 
 
 def test_shapes_that_do_not_fit_are_refused():
