@@ -242,6 +242,14 @@ def test_a_table_may_be_split_in_any_way(setting, axes):
         assert_trees_close(function(table, hidden, targets), expected)
 
 
+def test_vectors_are_split_as_their_tokens_and_the_embedding_are():
+    mesh = make_mesh("explicit")
+    with jax.set_mesh(mesh):
+        table = place(mesh, make_table(V), None, "model")
+        vectors = EmbeddingLookup(table)(place(mesh, draw_tokens(V), "data"))
+    assert jax.typeof(vectors).sharding.spec == P("data", None, "model")
+
+
 def test_several_embedding_axes_around_the_vocabulary():
     array = random((2, V, 3))
     names = ("heads", "vocabulary", "features")
