@@ -272,12 +272,6 @@ def test_rows_that_make_no_sense_are_refused(rows, message):
         partition_rows(make_table("first"), rows)
 
 
-def test_a_model_without_its_arrays_has_no_rows_to_train():
-    skeleton = eqx.filter(make_table("first"), lambda leaf: False)
-    with pytest.raises(ValueError, match="has 0 tokens, so rows must be at least 0 and below 0"):
-        partition_rows(skeleton, [0])
-
-
 def test_a_vocabulary_that_is_not_there_and_parts_of_two_models_are_refused():
     with pytest.raises(ValueError, match="'bytes': this tree holds those of 'vocabulary'"):
         partition_rows(make_table("first"), [1], "bytes")
