@@ -19,7 +19,8 @@ class FrozenRows(eqx.Module):
 
     model: PyTree  # without the other leaves that are trained
     rows: Int[Array, " rows"]
-    axes: tuple[int | None, ...] = eqx.field(static=True)  # of the vocabulary, for each leaf
+    # Of the vocabulary, for each leaf; from the end, as `vmap` and `scan` take axes in front away
+    axes: tuple[int | None, ...] = eqx.field(static=True)
 
 
 def partition_rows(
@@ -62,8 +63,9 @@ def partition_rows(
     **Raises:**
 
     A `ValueError` for rows that repeat, are out of range (below 0, or not below the number of
-    tokens without padding) or none at all, and if no table is of this vocabulary, or none with an
-    array. A `TypeError` for traced rows.
+    tokens without padding) or none at all, and if no table is of this vocabulary, none has an
+    array, or the model is a skeleton, which takes `eqx.filter_eval_shape` around this call. A
+    `TypeError` for traced rows.
     """
     others, static = eqx.partition(model, filter_spec)
     marked = map_vocabulary(_Mark, model, vocabulary_axis)
@@ -78,7 +80,10 @@ def partition_rows(
     for i, place in enumerate(places):
         if place is not None:
             trained[i], frozen[i] = _take(leaves[i], index, place.axis), leaves[i]
-    axes = tuple(None if place is None else place.axis for place in places)
+    axes = tuple(
+        None if place is None else place.axis - len(leaf.shape)
+        for leaf, place in zip(leaves, places, strict=True)
+    )
     return structure.unflatten(trained), FrozenRows(
         structure.unflatten(frozen), jax.numpy.asarray(index), axes
     )
@@ -112,6 +117,7 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
     leaves = [x if y is None else y for x, y in zip(old, new)]
     for i, axis in enumerate(frozen.axes):
         if axis is not None:
+            axis += len(old[i].shape)
             _check_shape(np.shape(new[i]), old[i].shape, axis, len(frozen.rows))
             leaves[i] = _put(old[i], frozen.rows, axis, new[i].astype(old[i].dtype))
     return expected.unflatten(leaves)
@@ -133,7 +139,12 @@ def _check_shape(shape: tuple[int, ...], of_table: tuple[int, ...], axis: int, r
         )
 
 
-def _take(array: ArrayLike, rows: np.ndarray, axis: int) -> Array:
+def _take(array: ArrayLike | jax.ShapeDtypeStruct, rows: np.ndarray, axis: int) -> Array:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        raise ValueError(
+            "a skeleton has no rows to take. Those of both parts are "
+            "`eqx.filter_eval_shape(lambda model: partition_rows(model, rows), model)`."
+        )
     array = jax.numpy.asarray(array)
     spec = explicit_axes(array)
     spec[axis] = ()  # the rows are few: each device has all of them

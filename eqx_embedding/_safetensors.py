@@ -29,6 +29,7 @@ INPUT_EMBEDDINGS = (
     "shared.weight",  # T5
     "model.decoder.embed_tokens.weight",  # OPT
     "gpt_neox.embed_in.weight",  # GPT-NeoX, Pythia
+    "embed_in.weight",
 )
 
 METADATA = "eqx_embedding"
@@ -76,11 +77,12 @@ def load_safetensors(
     **Raises:**
 
     A `FileNotFoundError` if the file, the model in a directory, or a file that its index names is
-    missing. A `ValueError` if a file is not whole or not safetensors; for a name that is not there;
-    without a name if none or several of the known names are there; for an index that names a file
-    outside of the directory; for a tensor that is not of these dtypes or has another number of axes
-    than `axis_names`; for `axis_names` which disagree with those in the file; and for float64
-    outside of the 64-bit mode. An `ImportError` without the package safetensors.
+    missing; a `PermissionError` if it may not be read. A `ValueError` if a file is not whole or not
+    safetensors; for a name that is not there; without a name if none or several of the known names
+    are there; for an index that names a file outside of the directory; for a tensor that is not of
+    these dtypes or has another number of axes than `axis_names`; for `axis_names` which disagree
+    with those in the file; and for float64 outside of the 64-bit mode. An `ImportError` without the
+    package safetensors.
     """
     if not axis_names:
         raise ValueError("axis_names must have a name for the vocabulary at least, got ().")
@@ -109,11 +111,14 @@ def load_safetensors(
             raise ValueError(f"{about} is of {kind}: embeddings are {' or '.join(DTYPES)}.")
         ours = _layout(file.metadata(), name, shape, axis_names, about)
         if ours is None and len(shape) != len(axis_names):
+            advice = (
+                " Load it with two names, and give the embedding its axes: EmbeddingTable("
+                'table.embeddings.reshape(-1, heads, features), ("vocabulary", "heads", '
+                '"features")).'
+            )
             raise ValueError(
                 f"{about} has {len(shape)} axes, {shape}, but {len(axis_names)} are named: "
-                f"axis_names={axis_names}. For several embedding axes in one, load it with two "
-                "names, and reshape: EmbeddingTable(table.embeddings.reshape(-1, heads, features), "
-                '("vocabulary", "heads", "features")).'
+                f"axis_names={axis_names}." + (advice if 2 == len(shape) < len(axis_names) else "")
             )
         array = file.get_tensor(name)
 
@@ -217,6 +222,8 @@ def _open(path: Path) -> Any:
     library = _library()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
+    with open(path, "rb"):  # safetensors would say that a file which may not be read is not there
+        pass
     try:
         return library.safe_open(path, framework="numpy")
     except library.SafetensorError as error:
@@ -236,8 +243,8 @@ def _files_of_tensors(path: Path) -> dict[str, Path]:
     if not index.is_file():
         others = sorted(file.name for file in path.glob("*.safetensors") if file.is_file())
         raise FileNotFoundError(
-            f"the directory {path} has neither {single.name} nor {index.name}. "
-            + (f"Give one of its files: {', '.join(others)}." if others else "")
+            f"the directory {path} has neither {single.name} nor {index.name}."
+            + (f" Give one of its files: {', '.join(others)}." if others else "")
         )
     try:
         files = json.loads(index.read_text("utf-8"))["weight_map"]

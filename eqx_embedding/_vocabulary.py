@@ -39,9 +39,10 @@ def resize_vocabulary(
 
     With a key, new rows are drawn from the normal distribution with the mean and covariance of the
     old ones, as in [Hewitt, 2021](https://nlp.stanford.edu/~johnhew/vocab-expansion.html), and the
-    bias of a new token together with its row. What is drawn for a token does not depend on how many
-    tokens are new. Each table gets a draw of its own, unless two hold the same array. Without a
-    key, new rows are zero, which is what the state of an optimizer wants.
+    bias of a new token together with its row (with that of the first table of the vocabulary, if
+    `eqx.nn.Shared` has moved the bias's own away). What is drawn for a token does not depend on how
+    many tokens are new. Each table gets a draw of its own, unless two hold the same array. Without
+    a key, new rows are zero, which is what the state of an optimizer wants.
 
     Padding is made anew: rows of padding that become tokens are filled as other new rows are.
 
@@ -128,8 +129,8 @@ def map_vocabulary(
             array = function(array, Place(axis, stacked, vocab_size, False, number))
         padding = table.padding_rows if padding_rows is None else padding_rows
         # by way of a table that its checks accept, for what stands for an array may be no array
-        sizes = [padding + 1 if name == vocabulary_axis else 1 for name in names]
-        table = EmbeddingTable(jnp.zeros(sizes), names, vocabulary_axis, padding)
+        shape = [padding + 1 if name == vocabulary_axis else 1 for name in names]
+        table = EmbeddingTable(jnp.zeros(shape), names, vocabulary_axis, padding)
         return eqx.tree_at(lambda table: table.embeddings, table, array)
 
     def replace(path: Any, node: Any) -> Any:
@@ -139,7 +140,7 @@ def map_vocabulary(
             _vocabulary_of(path, node, sizes) != vocabulary_axis
         ):
             return node
-        table, number = node.table, 0
+        table, number = node.table, 0  # that of the first table, if its own is elsewhere
         bias: Any = node.bias
         if isinstance(table, EmbeddingTable):
             number = numbers.get(id(table.embeddings), len(numbers))
@@ -181,8 +182,8 @@ def _vocabularies(nodes: list[tuple[Any, Any]], vocabulary_axis: str) -> dict[st
                 raise ValueError(
                     f"{where} has an array of shape {shape} in the place of the embeddings with "
                     f"axis_names={table.axis_names}: it cannot be resized. If this is the state of "
-                    "an optimizer that does not keep one number for each parameter, as Adafactor, "
-                    "make a new state from the resized model."
+                    "an optimizer that does not keep one number for each parameter, such as "
+                    "Adafactor, make a new state from the resized model."
                 )
             found.setdefault(table.vocab_size, where)
         bias: Any = node.bias if isinstance(node, EmbeddingDecode) else None

@@ -62,6 +62,7 @@ MODELS = {
     "T5": ("T5ForConditionalGeneration", T5, "shared.weight"),
     "OPT": ("OPTForCausalLM", OPT, "model.decoder.embed_tokens.weight"),
     "GPT-NeoX": ("GPTNeoXForCausalLM", SIZES, "gpt_neox.embed_in.weight"),
+    "GPT-NeoX without head": ("GPTNeoXModel", SIZES, "embed_in.weight"),
 }
 
 

@@ -221,6 +221,20 @@ def test_another_vocabulary_of_the_model_and_stacked_tables_can_be_trained_by_ro
     assert eqx.tree_equal(combine_rows(trained, frozen), stacked)
 
 
+def test_the_two_parts_of_stacked_tables_are_combined_one_by_one_under_vmap_and_scan():
+    # so square that a mistaken axis would show in no shape
+    stacked = EmbeddingTable(make_array((3, 4, 4)), ("vocabulary", "embedding"))
+    trained, frozen = partition_rows(stacked, [3, 1, 0, 2])
+
+    def combine(_, parts):
+        rows, model = parts
+        return None, combine_rows(rows, eqx.tree_at(lambda f: f.model, frozen, model))
+
+    parts = trained, frozen.model
+    assert eqx.tree_equal(jax.lax.scan(combine, None, parts)[1], stacked)
+    assert eqx.tree_equal(eqx.filter_vmap(lambda parts: combine(None, parts)[1])(parts), stacked)
+
+
 def test_a_table_tied_by_eqx_nn_shared_stays_tied():
     table, bias = make_table("first"), make_array((VOCAB_SIZE,))
     layers = eqx.nn.Sequential([EmbeddingLookup(table), EmbeddingDecode(table, bias)])
@@ -286,3 +300,12 @@ def test_a_vocabulary_that_is_not_there_and_parts_of_two_models_are_refused():
         combine_rows(trained, frozen)
     with pytest.raises(ValueError, match="'vocabulary' hold no arrays"):
         partition_rows(eqx.filter(make_table("first"), False), [1])
+
+
+def test_a_skeleton_is_split_by_filter_eval_shape():
+    skeleton = eqx.filter_eval_shape(lambda: make_table("middle"))
+    with pytest.raises(ValueError, match="a skeleton has no rows .* `eqx.filter_eval_shape"):
+        partition_rows(skeleton, [1])
+    parts = eqx.filter_eval_shape(lambda model: partition_rows(model, [1, 5]), skeleton)
+    assert parts[0].embeddings.shape == (2, 2, 3)
+    assert eqx.tree_equal(eqx.filter_eval_shape(combine_rows, *parts), skeleton)

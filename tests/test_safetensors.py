@@ -169,7 +169,7 @@ def test_a_broken_index_is_refused(index, message, tmp_path):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file .*nothing.safetensors"):
         load_safetensors(tmp_path / "nothing.safetensors")
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor model.safetensors."):
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor .*index\.json\.$"):
         load_safetensors(tmp_path)
     (tmp_path / "model.safetensors").mkdir()
     save(tmp_path / "adapter.safetensors", {"x": np.ones((2, 2), np.float32)})
@@ -189,6 +189,29 @@ def test_files_are_read_through_symbolic_links_as_in_the_cache_of_hugging_face(t
     save_safetensors(make_table("first"), link)
     assert not link.is_symlink() and eqx.tree_equal(load_safetensors(link), make_table("first"))
     np.testing.assert_array_equal(load_safetensors(tmp_path / "blobs").embeddings, 1)
+
+
+def test_a_file_that_may_not_be_read_is_there_all_the_same(path):
+    save_safetensors(make_table("first"), path)
+    name, message = run_python(
+        f"""
+import json, os, shutil, tempfile
+from eqx_embedding import load_safetensors
+import safetensors.numpy
+with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    copy = shutil.copy({str(path)!r}, folder)
+    os.chmod(copy, 0)
+    if os.geteuid() == 0:  # who may read everything
+        os.seteuid(65534)
+    try:
+        load_safetensors(copy)
+    except OSError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+    os.seteuid(os.getuid())
+"""
+    )
+    assert name == "PermissionError" and path.name in message
 
 
 # Names
@@ -289,8 +312,10 @@ def test_a_tensor_of_another_rank_is_refused(shape, path):
 
 def test_several_embedding_axes_without_sizes_say_what_to_do(path):
     save(path, {"wte.weight": np.arange(24, dtype=np.float32).reshape(4, 6)})
-    with pytest.raises(ValueError, match="reshape: EmbeddingTable.table.embeddings.reshape"):
+    with pytest.raises(ValueError, match="EmbeddingTable.table.embeddings.reshape.-1, heads, feat"):
         load_safetensors(path, axis_names=("vocabulary", "heads", "features"))
+    with pytest.raises(ValueError, match=r"but 1 are named: axis_names=\('vocabulary',\)\.$"):
+        load_safetensors(path, axis_names=("vocabulary",))
 
 
 @pytest.mark.parametrize(
@@ -439,8 +464,6 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
     stacked = EmbeddingTable(make_array((2, 5, 3)), NAMES)
     with pytest.raises(ValueError, match="this table is stacked"):
         save_safetensors(stacked, tmp_path / "x")
-    with pytest.raises(ValueError, match="embeddings of float8_e4m3fn cannot be saved"):
-        save_safetensors(jax.tree.map(lambda x: x.astype("float8_e4m3fn"), table), tmp_path / "x")
     for other in jax.eval_shape(lambda: table), eqx.filter(table, False):
         with pytest.raises(ValueError, match="no embeddings to save: .* has (Shape|NoneType)"):
             save_safetensors(other, tmp_path / "x")
