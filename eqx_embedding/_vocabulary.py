@@ -185,6 +185,12 @@ def _vocabularies(nodes: list[tuple[Any, Any]], vocabulary_axis: str) -> dict[st
                     "an optimizer that does not keep one number for each parameter, such as "
                     "Adafactor, make a new state from the resized model."
                 )
+            if table.vocab_size < 1 and table.vocabulary_axis == vocabulary_axis:
+                raise ValueError(
+                    f"{where} has an array of shape {shape}, which is all padding by padding_rows="
+                    f"{table.padding_rows}. If these are the rows of partition_rows, or a state "
+                    "made from them, use combine_rows first, and make a new state."
+                )
             found.setdefault(table.vocab_size, where)
         bias: Any = node.bias if isinstance(node, EmbeddingDecode) else None
         if _is_array(bias):

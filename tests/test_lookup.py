@@ -11,7 +11,6 @@ import pytest
 from eqx_embedding import EmbeddingLookup, EmbeddingTable
 
 from .helpers import (
-    as_embeddings,
     assert_close,
     LAYOUTS,
     lookup_gradient_reference,
@@ -97,28 +96,17 @@ def test_the_gradient_has_the_dtype_of_the_table_and_is_rounded_once(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_half_precision_gradient_counts_4096_repeats_of_a_token(dtype):
-    table = make_table("last", dtype)
-    tokens = jnp.full(4096, 3)
-    gradient = grad_of_total(table.embeddings, table, tokens, jnp.ones((4096, 2, 3)), "nan")
-    assert gradient.dtype == dtype
-    expected = as_embeddings(table, np.zeros((VOCAB_SIZE, 2, 3)))
-    expected[..., 3] = 4096
-    np.testing.assert_array_equal(gradient.astype("float32"), expected)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_gradient_of_100_000_repeats_is_the_exact_sum_rounded_once(dtype):
-    table = make_table("first", dtype)
+    table = make_table("last", dtype)
     tokens = jnp.full(100_000, 3)
     # multiples of an eighth, which float32 adds exactly
-    cotangent = np.random.default_rng(0).integers(-2, 8, (100_000, 4)) / 8
+    cotangent = np.random.default_rng(0).integers(-2, 8, (100_000, 2, 3)) / 8
     gradient = grad_of_total(
         table.embeddings, table, tokens, jnp.asarray(cotangent, "float32"), "nan"
     )
-    expected = np.zeros((9, 4))
-    expected[3] = cotangent.sum(0)
-    assert np.all(expected[3] > 20_000)
+    expected = np.zeros((2, 3, 9))
+    expected[..., 3] = cotangent.sum(0)
+    assert np.all(expected[..., 3] > 20_000)
     assert gradient.dtype == dtype
     np.testing.assert_array_equal(gradient, expected.astype(dtype))
 

@@ -16,6 +16,7 @@ from eqx_embedding import (
     EmbeddingLookup,
     EmbeddingTable,
     partition_rows,
+    resize_vocabulary,
 )
 
 from .helpers import assert_close, LAYOUTS, make_array, make_table, VOCAB_SIZE
@@ -300,6 +301,17 @@ def test_a_vocabulary_that_is_not_there_and_parts_of_two_models_are_refused():
         combine_rows(trained, frozen)
     with pytest.raises(ValueError, match="'vocabulary' hold no arrays"):
         partition_rows(eqx.filter(make_table("first"), False), [1])
+
+
+def test_rows_without_their_table_are_no_vocabulary():
+    trained, _ = partition_rows(make_table("first"), [1, 2])
+    state: Any = optax.adam(1e-3).init(trained)
+    message = r"shape \(2, 4\), which is all padding by padding_rows=2.* use combine_rows first"
+    for tree in trained, state:
+        with pytest.raises(ValueError, match=message):
+            resize_vocabulary(tree, 9)
+        with pytest.raises(ValueError, match=message):
+            partition_rows(tree, [0])
 
 
 def test_a_skeleton_is_split_by_filter_eval_shape():
