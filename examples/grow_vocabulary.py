@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array, Float, install_import_hook, Integer, PyTree
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from eqx_embedding import combine_rows, partition_rows, resize_vocabulary
 CHECKED = ("checkpoints", "generate", "pictures", "text_data", "tokenizer", "toy_transformer")
 with install_import_hook(CHECKED, "beartype.beartype"):
     from checkpoints import Checkpoints, write_whole
+    from command_line import from_command_line
     from generate import load
     from pictures import growth_picture
     from text_data import cut_text, random_windows, read_text, Text, tokenize, Tokens, windows
@@ -218,4 +218,4 @@ def main(config: Config) -> list[tuple[int, float]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(from_command_line(Config, __doc__))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import equinox as eqx
 import generate
+import grow_vocabulary
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,7 +208,7 @@ def test_a_setting_out_of_range_is_refused_in_one_line(text, tmp_path, changes, 
         tiny(text, tmp_path, **changes)
 
 
-@pytest.mark.parametrize("script", [train_lm, generate])
+@pytest.mark.parametrize("script", [train_lm, generate, grow_vocabulary])
 def test_help_explains_each_option_and_shows_the_command(script):
     env = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
     path = EXAMPLES / f"{script.__name__}.py"
@@ -243,6 +244,7 @@ def test_scripts_run_from_any_folder_and_fail_in_one_line(finished_bpe, tmp_path
         (train_lm, ["--steps", "five"], "--steps: invalid literal for int"),
         (train_lm, ["--steps"], "'--steps'. Expected 1 value"),
         (generate, [], "--run PATH"),
+        (grow_vocabulary, ["--run=a", "--stepz=5"], "Unrecognized options: --stepz"),
     ],
 )
 def test_a_mistyped_command_is_refused_in_one_line(
