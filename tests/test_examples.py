@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoints
 import equinox as eqx
 import generate
 import grow_vocabulary
@@ -116,6 +118,25 @@ def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(finished, tm
     assert "300" not in before, "the run must not have ended before it was killed"
     resumed = train_lm.main(dataclasses.replace(config, resume=True))
     np.testing.assert_allclose(losses(resumed), losses(metrics), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "script, options, message",
+    [
+        (train_lm, [], "stopped. --resume goes on from the last checkpoint."),
+        (grow_vocabulary, ["--run=a"], "stopped. Nothing was written."),
+    ],
+)
+def test_ctrl_c_ends_a_script_with_one_line(script, options, message, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(checkpoints, "Checkpoints", interrupted)
+    monkeypatch.setattr(sys, "argv", [script.__file__, *options])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(script.__file__, run_name="__main__")
+    assert message in (error.value.code, capsys.readouterr().err.strip())
 
 
 def test_a_finished_run_resumes_for_longer(finished, tmp_path):
