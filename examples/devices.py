@@ -59,12 +59,12 @@ class Devices:
         if mesh is None:
             return tree
 
-        def place(node: PyTree) -> PyTree:
+        def put(node: PyTree) -> PyTree:
             table = isinstance(node, EmbeddingTable)
             spec = node.partition_spec(RULES) if table else PartitionSpec()
             return jax.device_put(node, NamedSharding(mesh, spec))
 
-        return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, EmbeddingTable))
+        return jax.tree.map(put, tree, is_leaf=lambda node: isinstance(node, EmbeddingTable))
 
     def batch(
         self, read: Callable[[slice], np.ndarray], shape: tuple[int, ...], axis: int = 0
