@@ -201,6 +201,8 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     if jax.device_count() < DEVICES:
         parser.error(f"this takes {DEVICES} devices, JAX has {jax.device_count()}")
+    if given.tokens % DEVICES or given.vocab_size % DEVICES or min(vars(given).values()) < 1:
+        parser.error(f"all sizes must be above 0, --tokens and --vocab-size multiples of {DEVICES}")
     s = Sizes(given.tokens, given.embedding, given.vocab_size, given.chunk_size)
 
     print(f"N {s.N:,}, D {s.D:,}, V {s.V:,}, C {s.C}: predicted and counted, for each device")

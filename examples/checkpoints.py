@@ -3,12 +3,16 @@
 import copy
 import functools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+
+
+TIMEOUT = 30  # seconds, for a folder to be seen by all who share it
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -40,7 +44,14 @@ class Checkpoints:
     def manager(self) -> ocp.CheckpointManager:
         # It makes the folder: so it waits until there is something to write.
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        return ocp.CheckpointManager(self.folder, options=options)
+        manager = ocp.CheckpointManager(self.folder, options=options)
+        # The first of several processes has made the folder. The others might see it later, or not.
+        until = time.monotonic() + TIMEOUT
+        while not self.folder.is_dir():
+            if time.monotonic() > until:
+                raise SystemExit(f"{self.out} is not the folder of process 0. All must share it.")
+            time.sleep(0.1)
+        return manager
 
     def save(self, step: int, about: dict[str, Any], **trees: PyTree) -> None:
         """Writes in the background, from copies. What goes into `about` is JSON."""
@@ -67,6 +78,8 @@ class Checkpoints:
     def _restore(self, **items: Any) -> Any:
         try:
             return self.manager.restore(self.last_step, args=ocp.args.Composite(**items))
+        except jax.errors.JaxRuntimeError:  # another process has ended
+            raise
         except Exception as error:  # orbax raises whatever its storage layers raise
             raise SystemExit(
                 f"the checkpoint {self.out}/checkpoints/{self.last_step} is broken "

@@ -59,12 +59,12 @@ class Devices:
         if mesh is None:
             return tree
 
-        def place(node: PyTree) -> PyTree:
+        def put(node: PyTree) -> PyTree:
             table = isinstance(node, EmbeddingTable)
             spec = node.partition_spec(RULES) if table else PartitionSpec()
             return jax.device_put(node, NamedSharding(mesh, spec))
 
-        return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, EmbeddingTable))
+        return jax.tree.map(put, tree, is_leaf=lambda node: isinstance(node, EmbeddingTable))
 
     def batch(
         self, read: Callable[[slice], np.ndarray], shape: tuple[int, ...], axis: int = 0
@@ -156,10 +156,12 @@ def _welcome(server: socket.socket, hello: dict[str, Any]) -> str:
                 guest = stack.enter_context(server.accept()[0])
                 guest.settimeout(TIMEOUT)
                 theirs = json.loads(guest.makefile().readline())
+                name = f"process {theirs['process_id']}"
             except TimeoutError:
                 answer = f"{1 + len(guests)} of {count} processes came within {TIMEOUT} s."
                 break
-            name = f"process {theirs['process_id']}"
+            except (OSError, ValueError, LookupError, TypeError):
+                continue  # this was none of the processes, or has ended
             guests.append(guest)
             differences = [
                 f"{key} is {theirs.get(key)} there and {hello[key]} here"
@@ -172,7 +174,8 @@ def _welcome(server: socket.socket, hello: dict[str, Any]) -> str:
                 answer = f"there are two of {name}."
             names.add(name)
         for guest in guests:
-            guest.sendall(f"{json.dumps(answer)}\n".encode())
+            with contextlib.suppress(OSError):  # it has ended
+                guest.sendall(f"{json.dumps(answer)}\n".encode())
     return answer
 
 
@@ -205,12 +208,14 @@ def together(
         if isinstance(error, SystemExit):
             message = f"{name}: {error}"
         elif isinstance(error, jax.errors.JaxRuntimeError):
+            cause = str(error).partition("\n")[0]
             message = (
-                f"{name} stops, for another one has ended or is out of reach. Start all of them "
-                "again, with --resume."
+                f"{name} stops. Most likely another one has ended or is out of reach: then start "
+                f"all of them again, with --resume. JAX says: {cause}"
             )
         else:
-            traceback.print_exc()
+            if not isinstance(error, KeyboardInterrupt):
+                traceback.print_exc()
             message = f"{name} stops."
         # Python's own way out would wait for the others.
         print(message, file=sys.stderr, flush=True)

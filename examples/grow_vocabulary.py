@@ -9,6 +9,7 @@ Writes growth.png and a checkpoint for generate.py to --out.
 
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array, Float, install_import_hook, Integer, PyTree
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from eqx_embedding import combine_rows, partition_rows, resize_vocabulary
 CHECKED = ("checkpoints", "generate", "pictures", "text_data", "tokenizer", "toy_transformer")
 with install_import_hook(CHECKED, "beartype.beartype"):
     from checkpoints import Checkpoints, write_whole
+    from command_line import from_command_line
     from generate import load
     from pictures import growth_picture
     from text_data import cut_text, random_windows, read_text, Text, tokenize, Tokens, windows
@@ -205,7 +206,9 @@ def main(config: Config) -> list[tuple[int, float]]:
         reports, before, old_rows, untrained, trained_rows, counts, tokenizer.pieces
     )
     params, _ = eqx.partition(model, eqx.is_inexact_array)
-    out.save(config.steps, about | {"tokenizer": tokenizer.json}, model=params)
+    about["identity"]["tokenizer"] = tokenizer.name  # so that train_lm.py does not --resume here
+    about["tokenizer"] = tokenizer.json
+    out.save(config.steps, about, model=params)
     out.finish()
     write_whole(config.out / "growth.png", picture)
     print(f"\nheld-out bits per byte of {text.name}:")
@@ -218,4 +221,7 @@ def main(config: Config) -> list[tuple[int, float]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    try:
+        main(from_command_line(Config, __doc__))
+    except KeyboardInterrupt:
+        sys.exit("stopped. Nothing was written.")

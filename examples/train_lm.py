@@ -1,10 +1,12 @@
-"""Trains a small language model on text, with one table tied between its input and its output.
+r"""Trains a small language model on text, with one table tied between its input and its output.
 
     python examples/train_lm.py
     python examples/train_lm.py --text FILE --out runs/mine
     python examples/train_lm.py --text FILE --out runs/mine --resume
     python examples/train_lm.py --tokenizer bpe --out runs/bpe
     python examples/train_lm.py --mesh.data 2 --mesh.model 2
+    python examples/train_lm.py --mesh.data 2 \
+        --coordinator HOST:PORT --num-processes 2 --process-id 0
 
 Writes checkpoints, metrics.jsonl, loss.png, embedding.png and sample.txt to --out.
 """
@@ -13,6 +15,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -49,8 +52,8 @@ class Config:
     resume: bool = False
     """Go on from the last checkpoint in --out."""
     tokenizer: str = "bytes"
-    """What a token is. bytes: a byte. bpe: what byte pair encoding finds in the training text. Or
-    the path of a byte-level tokenizer.json, such as that of GPT-2."""
+    """What a token is. bytes: a byte. bpe: what byte pair encoding finds in the training text.
+    Or the path of a byte-level tokenizer.json, such as that of GPT-2."""
     vocab_size: int = 4096
     """How many different tokens --tokenizer bpe makes at most, the 256 bytes included."""
 
@@ -214,6 +217,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     given = config.given_tokenizer()
     identity = config.identity(text, given)
     shared = {name: getattr(config, name) for name in ("steps", "report_every", "resume", "mesh")}
+    shared["out"] = config.out.absolute()
     processes = config.coordinator, config.num_processes, config.process_id
     with together(*processes, identity | shared):
         devices = find_devices(config.mesh, config.num_processes)
@@ -347,4 +351,8 @@ def write_results(
 
 
 if __name__ == "__main__":
-    main(from_command_line(Config, __doc__))
+    try:
+        main(from_command_line(Config, __doc__))
+    except KeyboardInterrupt:
+        print("\nstopped. --resume goes on from the last checkpoint.", file=sys.stderr, flush=True)
+        os._exit(1)  # Python's own exit would complain of a checkpoint that is being written

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoints
 import equinox as eqx
 import generate
+import grow_vocabulary
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +120,25 @@ def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(finished, tm
     np.testing.assert_allclose(losses(resumed), losses(metrics), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "script, options, message",
+    [
+        (train_lm, [], "stopped. --resume goes on from the last checkpoint."),
+        (grow_vocabulary, ["--run=a"], "stopped. Nothing was written."),
+    ],
+)
+def test_ctrl_c_ends_a_script_with_one_line(script, options, message, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(checkpoints, "Checkpoints", interrupted)
+    monkeypatch.setattr(sys, "argv", [script.__file__, *options])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(script.__file__, run_name="__main__")
+    assert message in (error.value.code, capsys.readouterr().err.strip())
+
+
 def test_a_finished_run_resumes_for_longer(finished, tmp_path):
     config, metrics = finished
     config = dataclasses.replace(config, out=tmp_path / "longer", steps=301, resume=True)
@@ -207,7 +229,7 @@ def test_a_setting_out_of_range_is_refused_in_one_line(text, tmp_path, changes, 
         tiny(text, tmp_path, **changes)
 
 
-@pytest.mark.parametrize("script", [train_lm, generate])
+@pytest.mark.parametrize("script", [train_lm, generate, grow_vocabulary])
 def test_help_explains_each_option_and_shows_the_command(script):
     env = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
     path = EXAMPLES / f"{script.__name__}.py"
@@ -243,6 +265,7 @@ def test_scripts_run_from_any_folder_and_fail_in_one_line(finished_bpe, tmp_path
         (train_lm, ["--steps", "five"], "--steps: invalid literal for int"),
         (train_lm, ["--steps"], "'--steps'. Expected 1 value"),
         (generate, [], "--run PATH"),
+        (grow_vocabulary, ["--run=a", "--stepz=5"], "Unrecognized options: --stepz"),
     ],
 )
 def test_a_mistyped_command_is_refused_in_one_line(

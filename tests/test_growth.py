@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import train_lm
+from checkpoints import Checkpoints
 from grow_vocabulary import Config, frequent_strings
 from text_data import read_text
 from tokenizer import add_tokens, train_bpe
@@ -125,6 +126,24 @@ def test_a_run_is_not_overwritten_and_settings_out_of_range_are_refused(grown):
         grow_vocabulary.main(grown[0])
     with pytest.raises(SystemExit, match="--new-tokens must be above 0, got 0"):
         dataclasses.replace(grown[0], new_tokens=0)
+
+
+def test_training_does_not_go_on_from_a_grown_model(grown):
+    config, _ = grown
+    about = Checkpoints(config.run, exists=True).about()["identity"]
+    sizes = ("sequence_length", "num_layers", "num_heads", "embedding_size")
+    training = train_lm.Config(
+        **{name: about[name] for name in sizes},
+        text=config.old_text,
+        out=config.out,
+        tokenizer="bpe",
+        vocab_size=280,
+        batch_size=4,
+        learning_rate=1e-2,
+        resume=True,
+    )
+    with pytest.raises(SystemExit, match="cannot resume: .*: tokenizer is bpe of 280 tokens here"):
+        train_lm.main(training)
 
 
 def test_it_runs_from_any_folder_and_help_explains_each_option(run, tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import checkpoints
 import devices
 import jax
 import numpy as np
@@ -51,6 +52,17 @@ def train_over_a_mesh(config, *options):
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+def connected(port):
+    """A connection to whatever will soon listen at `port`."""
+    until = time.monotonic() + TIMEOUT
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), TIMEOUT)
+        except ConnectionRefusedError:
+            assert time.monotonic() < until
+            time.sleep(0.01)
 
 
 def start_two(config, *options):
@@ -125,7 +137,7 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(text, tmp_p
     processes[1].kill()
     _, errors = finish(processes[0])
     assert processes[0].returncode not in (0, None)
-    assert "another one has ended" in errors and "--resume" in errors
+    assert "another one has ended or is out of reach" in errors and "--resume" in errors
     finish(processes[1])
 
     names = [path.name for path in (config.out / "checkpoints").iterdir()]
@@ -161,6 +173,52 @@ def test_processes_that_do_not_fit_are_refused_before_jax_starts(monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"cannot listen on port {port}: "):
             devices.meet(f"127.0.0.1:{port}", 2, 0, same)
+
+
+def test_a_folder_that_is_not_shared_is_noticed(monkeypatch, tmp_path):
+    # what a process other than the first does: it leaves it to the first to make the folder
+    monkeypatch.setattr(checkpoints.ocp, "CheckpointManager", lambda *_, **__: None)
+    monkeypatch.setattr(checkpoints, "TIMEOUT", 0.2)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="is not the folder of process 0. All must share it."):
+        checkpoints.Checkpoints(out, exists=False).save(0, {})
+
+
+def test_whoever_else_knocks_is_not_taken_for_a_process():
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(devices.meet, f"127.0.0.1:{port}", 2, 0, {})
+        for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"\xff\n"):
+            with connected(port) as stranger:
+                stranger.sendall(words)
+        devices.meet(f"127.0.0.1:{port}", 2, 1, {})
+        assert first.result(timeout=TIMEOUT) is None
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (SystemExit("the text is empty."), "process 1 of 2: the text is empty.\n"),
+        (KeyboardInterrupt(), "process 1 of 2 stops.\n"),
+        (
+            jax.errors.JaxRuntimeError("no route\nto it"),
+            "process 1 of 2 stops. Most likely another one has ended or is out of reach: then "
+            "start all of them again, with --resume. JAX says: no route\n",
+        ),
+    ],
+)
+def test_a_process_ends_with_one_line(error, message, monkeypatch, capsys):
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(devices, "meet", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(devices.os, "_exit", end)
+    with pytest.raises(SystemExit, match="1"):
+        with devices.together("127.0.0.1:1", 2, 1, {}):
+            raise error
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,13 @@ def test_what_is_moved_and_computed_is_as_predicted(layout, d, m):
     assert 0.7 < counted.held / predicted.held < 1.7
 
 
+@pytest.mark.parametrize("options", [["--tokens=4095"], ["--vocab-size=9"], ["--chunk-size=0"]])
+def test_sizes_that_eight_devices_cannot_share_are_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        growing.main(options)
+    assert "--tokens and --vocab-size multiples of 8" in capsys.readouterr().err
+
+
 def test_the_table_of_predictions_is_printed(capsys):
     growing.main(["--tokens", "512", "--embedding", "16", "--vocab-size", "1024"])
     lines = capsys.readouterr().out.splitlines()
