@@ -33,8 +33,8 @@ TIMEOUT = 30  # seconds, for processes to find each other and to notice that one
 class MeshSize:
     """How many devices split what."""
 
-    data: int = 1
-    """The sequences of a batch are split over so many devices."""
+    data: int = 0
+    """The sequences of a batch are split over so many devices. 0: one of each process."""
     model: int = 1
     """The vocabulary is split over so many devices."""
 

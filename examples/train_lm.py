@@ -1,12 +1,11 @@
-r"""Trains a small language model on text, with one table tied between its input and its output.
+"""Trains a small language model on text, with one table tied between its input and its output.
 
     python examples/train_lm.py
     python examples/train_lm.py --text FILE --out runs/mine
     python examples/train_lm.py --text FILE --out runs/mine --resume
     python examples/train_lm.py --tokenizer bpe --out runs/bpe
     python examples/train_lm.py --mesh.data 2 --mesh.model 2
-    python examples/train_lm.py --mesh.data 2 \
-        --coordinator HOST:PORT --num-processes 2 --process-id 0
+    python examples/train_lm.py --coordinator HOST:PORT --num-processes 2 --process-id 0
 
 Writes checkpoints, metrics.jsonl, loss.png, embedding.png and sample.txt to --out.
 """
@@ -111,7 +110,7 @@ class Config:
             self.embedding_size > 0 and self.embedding_size % self.num_heads == 0,
             f"a multiple of --num-heads {self.num_heads}",
         )
-        data, model, processes = self.mesh.data, self.mesh.model, self.num_processes
+        data, model, processes = self.mesh_size.data, self.mesh.model, self.num_processes
         self._check("mesh", data > 0 and model > 0, "above 0 in both parts")
         self._check("batch_size", self.batch_size % data == 0, f"a multiple of --mesh.data {data}")
         multiple = f"of a model that divides {ROWS_MULTIPLE}, as the rows of the table do"
@@ -122,7 +121,7 @@ class Config:
             "process_id", 0 <= self.process_id < processes, f"at least 0, below {processes}"
         )
         whole = f"as many devices as --num-processes {processes} can have equal parts of"
-        self._check("mesh", self.mesh.devices % processes == 0, whole)
+        self._check("mesh", self.mesh_size.devices % processes == 0, whole)
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")
             is_port = port.isdecimal() and 0 < int(port) < 2**16
@@ -132,6 +131,10 @@ class Config:
         if not holds:
             option = name.replace("_", "-")
             raise SystemExit(f"--{option} must be {requirement}, got {getattr(self, name)}.")
+
+    @property
+    def mesh_size(self) -> MeshSize:
+        return dataclasses.replace(self.mesh, data=self.mesh.data or self.num_processes)
 
     def given_tokenizer(self) -> Tokenizer | None:
         """The one that --tokenizer names, or None if it is to be trained."""
@@ -216,11 +219,13 @@ def main(config: Config) -> list[dict[str, Any]]:
     text = read_text(config.text)
     given = config.given_tokenizer()
     identity = config.identity(text, given)
-    shared = {name: getattr(config, name) for name in ("steps", "report_every", "resume", "mesh")}
+    shared = {
+        name: getattr(config, name) for name in ("steps", "report_every", "resume", "mesh_size")
+    }
     shared["out"] = config.out.absolute()
     processes = config.coordinator, config.num_processes, config.process_id
     with together(*processes, identity | shared):
-        devices = find_devices(config.mesh, config.num_processes)
+        devices = find_devices(config.mesh_size, config.num_processes)
         checkpoints = Checkpoints(config.out, config.resume)
         metrics = []
         if config.resume:
@@ -275,7 +280,7 @@ def train(
     else:
         checkpoints.save(start, about, model=params, optimizer=opt_state)
 
-    count = -(-32 // config.mesh.data) * config.mesh.data
+    count = -(-32 // config.mesh_size.data) * config.mesh_size.data
     held_out_batches = jax.tree.map(
         lambda array: devices.batch(lambda part: array[:, part], array.shape, axis=1),
         windows(held_out.values, config.sequence_length, batch_size=count),

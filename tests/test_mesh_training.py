@@ -224,7 +224,7 @@ def test_a_process_ends_with_one_line(error, message, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"mesh": MeshSize(0, 1)}, "--mesh must be above 0 in both parts, got"),
+        ({"mesh": MeshSize(-1, 1)}, "--mesh must be above 0 in both parts, got"),
         ({"mesh": MeshSize(3, 1)}, "--batch-size must be a multiple of --mesh.data 3, got 4."),
         ({"mesh": MeshSize(1, 3)}, "--mesh must be of a model that divides 64"),
         ({"num_processes": 2}, "--num-processes must be above 1 if there is a --coordinator"),
@@ -235,7 +235,7 @@ def test_a_process_ends_with_one_line(error, message, monkeypatch, capsys):
             "--coordinator must be HOST:PORT, got here.",
         ),
         (
-            {"coordinator": "here:1", "num_processes": 2},
+            {"coordinator": "here:1", "num_processes": 2, "mesh": MeshSize(1, 1)},
             "--mesh must be as many devices as --num-processes 2 can have equal parts of, got",
         ),
     ],
@@ -244,6 +244,15 @@ def test_a_mesh_that_cannot_be_is_refused_in_one_line(changes, message, text, tm
     with pytest.raises(SystemExit) as error:
         tiny(text, tmp_path / "out", **changes)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_each_process_has_one_device_unless_you_say(text, tmp_path):
+    processes = {"coordinator": "here:1", "num_processes": 2}
+    assert tiny(text, tmp_path / "out").mesh_size == MeshSize(1, 1)
+    assert tiny(text, tmp_path / "out", **processes).mesh_size == MeshSize(2, 1)
+    assert tiny(text, tmp_path / "out", **processes, mesh=MeshSize(model=4)).mesh_size == MeshSize(
+        2, 4
+    )
 
 
 def test_too_few_devices_are_refused_before_anything_is_written(text, tmp_path, jax_defaults):
