@@ -168,6 +168,25 @@ def test_weights_may_be_of_any_real_dtype(weights_dtype):
     assert_close(loss, losses[weights != 0].mean())
 
 
+def test_the_mean_of_a_single_token_is_its_loss_whatever_its_weight():
+    layer = make_layer()
+    hidden, weights = make_hidden(layer), np.zeros(BATCH, np.float32)
+    weights[1, 2] = 2.5
+    losses, _ = token_losses_reference(layer, hidden, TARGETS)
+    assert_close(layer.cross_entropy(hidden, TARGETS, weights=weights), losses[1, 2])
+
+
+def test_a_single_row_of_padding_has_no_part_beside_a_bias_and_a_cap_below_one():
+    embeddings = make_array((VOCAB_SIZE + 1, 4)).at[-1].set(jnp.nan)
+    table = EmbeddingTable(embeddings, ("vocabulary", "embedding"), padding_rows=1)
+    layer = EmbeddingDecode(table, make_array((VOCAB_SIZE,), seed=1), soft_cap=0.5)
+    hidden = make_hidden(layer)
+    losses, _ = token_losses_reference(layer, hidden, TARGETS)
+    value, *gradients = value_and_gradients(layer, hidden, TARGETS, jnp.ones(BATCH))
+    assert_close(value, losses.mean())
+    assert all(jnp.all(jnp.isfinite(gradient)) for gradient in gradients)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_token_of_weight_zero_poisons_nothing(reduction, poison):
