@@ -145,7 +145,11 @@ def test_a_lookup_and_its_gradient_are_those_of_numpy(drawn, wrap, out_of_range,
     clip = out_of_range == "clip"
     np.testing.assert_array_equal(float64(vectors), lookup_reference(table, tokens, clip))
     expected = lookup_gradient_reference(table, tokens, cotangent, clip)
-    assert_rounded(gradient, expected, dtype, slack=20)
+    # JAX adds the gradients of the parts of a scan in the dtype of the table, and rounds each time.
+    steps = WRAPS[wrap]
+    parts = int(np.prod(BATCH[: outer_axes(steps)])) if "scan" in steps else 0
+    total = np.max(lookup_gradient_reference(table, tokens, np.abs(cotangent), clip))
+    assert_rounded(gradient, expected, dtype, slack=20, more=parts * rounding(dtype) * total)
 
 
 HOST_IDS = (
