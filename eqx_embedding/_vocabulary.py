@@ -1,7 +1,6 @@
 """Growing and shrinking the vocabulary of every table in a PyTree."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -259,7 +258,7 @@ def _sharding_for(array: Any, place: Place, rows: int) -> NamedSharding | None:
         return None
     spec = [*sharding.spec] + [None] * (len(array.shape) - len(sharding.spec))
     axes = as_axes(spec[place.axis])
-    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    parts = Split(sharding.mesh.abstract_mesh).size(axes)
     if rows % parts != 0:
         if not place.bias:
             raise ValueError(

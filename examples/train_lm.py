@@ -244,7 +244,8 @@ def main(config: Config) -> list[dict[str, Any]]:
             length = 1 / parts[0].per_byte
             print(f"{len(tokenizer.pieces):,} different tokens, of {length:.2f} bytes on average")
         with devices.use():
-            model = train(config, devices, checkpoints, about, parts, reference)
+            vocab_size = len(tokenizer.pieces)
+            model = train(config, devices, checkpoints, about, vocab_size, parts, reference)
         if config.process_id == 0:
             write_results(config, model, tokenizer, *parts)
         others = ", ".join(f"{name} {value:.2f}" for name, value in reference.items())
@@ -258,13 +259,14 @@ def train(
     devices: Devices,
     checkpoints: Checkpoints,
     about: dict[str, Any],
+    vocab_size: int,
     parts: tuple[Tokens, Tokens],
     reference: dict[str, float],
 ) -> Transformer:
     """Trains from the last checkpoint on, and adds its reports to the metrics in `about`."""
     (train, held_out), metrics = parts, about["metrics"]
     model = Transformer(
-        vocab_size=len(Tokenizer(about["tokenizer"]).pieces),
+        vocab_size=vocab_size,
         sequence_length=config.sequence_length,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
