@@ -113,17 +113,10 @@ def frequent_strings(
     return pieces[first_new:]
 
 
-@eqx.filter_jit
-def mean_loss(batches: tuple[Array, Array, Array], model: Transformer) -> Float[Array, ""]:
-    """The mean loss in nats per token over all `batches` of inputs, targets and weights."""
-    sums = jax.lax.map(lambda batch: model.loss(*batch) * batch[2].sum(), batches)
-    return sums.sum() / batches[2].sum()
-
-
 def bits_per_byte(model: Transformer, text: Tokens) -> float:
     """The same for all tokenizers: bits for the whole text, divided by its bytes."""
     batches = windows(text.values, model.positions.vocab_size, batch_size=32)
-    loss = mean_loss(jax.tree.map(jnp.asarray, batches), model)
+    loss = model.mean_loss(*map(jnp.asarray, batches))
     return float(loss) / math.log(2) * text.per_byte
 
 

@@ -70,7 +70,7 @@ def tokenize(text: Text, tokenizer: Tokenizer, sequence_length: int) -> tuple[To
         if len(values) < sequence_length + 1:
             raise SystemExit(
                 f"{text.name} is too short: its {part} has {len(values)} tokens, and one sequence "
-                f"needs {sequence_length + 1}. Give a longer --text or a shorter --sequence-length."
+                f"needs {sequence_length + 1}. Give a longer --text, or shorter sequences."
             )
         predicted = len(data) - len(tokenizer.decode(values[:1]))
         parts.append(Tokens(values, (len(values) - 1) / predicted))

@@ -168,6 +168,18 @@ class Transformer(eqx.Module):
         hidden = eqx.filter_vmap(self.hidden)(inputs)
         return EmbeddingDecode(self.tokens).cross_entropy(hidden, targets, weights=weights)
 
+    @eqx.filter_jit
+    def mean_loss(
+        self,
+        inputs: Integer[Array, "batches batch sequence"],
+        targets: Integer[Array, "batches batch sequence"],
+        weights: Float[Array, "batches batch sequence"],
+    ) -> Float[Array, ""]:
+        """The mean loss over several batches, one after the other: that of a whole text."""
+        batches = inputs, targets, weights
+        sums = jax.lax.map(lambda batch: self.loss(*batch) * batch[2].sum(), batches)
+        return sums.sum() / weights.sum()
+
     def sample(
         self,
         prompt: Integer[np.ndarray, " prompt"],

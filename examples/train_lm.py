@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import operator
 import os
 import sys
 import time
@@ -101,8 +102,9 @@ class Config:
         for name in ("weight_decay", "sample_length", "temperature", "seed"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         positive = ("steps", "batch_size", "sequence_length", "num_layers", "num_heads")
-        for name in (*positive, "learning_rate", "clip_norm", "report_every"):
-            self._check(name, getattr(self, name) > 0, "above 0")
+        positive += ("learning_rate", "clip_norm", "report_every", "mesh.model", "num_processes")
+        for name in positive:
+            self._check(name, operator.attrgetter(name)(self) > 0, "above 0")
         self._check("vocab_size", self.vocab_size >= 256, "at least 256, the number of bytes")
         self._check("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
         self._check(
@@ -110,18 +112,20 @@ class Config:
             self.embedding_size > 0 and self.embedding_size % self.num_heads == 0,
             f"a multiple of --num-heads {self.num_heads}",
         )
+        self._check("mesh.data", self.mesh.data >= 0, "at least 0")
         data, model, processes = self.mesh_size.data, self.mesh.model, self.num_processes
-        self._check("mesh", data > 0 and model > 0, "above 0 in both parts")
         self._check("batch_size", self.batch_size % data == 0, f"a multiple of --mesh.data {data}")
-        multiple = f"of a model that divides {ROWS_MULTIPLE}, as the rows of the table do"
-        self._check("mesh", ROWS_MULTIPLE % model == 0, multiple)
+        divisor = f"a divisor of {ROWS_MULTIPLE}, as the table has a multiple of that many rows"
+        self._check("mesh.model", ROWS_MULTIPLE % model == 0, divisor)
         of_several = "above 1 if there is a --coordinator, and 1 if there is none"
         self._check("num_processes", (processes > 1) == (self.coordinator is not None), of_several)
         self._check(
             "process_id", 0 <= self.process_id < processes, f"at least 0, below {processes}"
         )
-        whole = f"as many devices as --num-processes {processes} can have equal parts of"
-        self._check("mesh", self.mesh_size.devices % processes == 0, whole)
+        shares = (
+            f"such that times --mesh.model {model} it is a multiple of --num-processes {processes}"
+        )
+        self._check("mesh.data", self.mesh_size.devices % processes == 0, shares)
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")
             is_port = port.isdecimal() and 0 < int(port) < 2**16
@@ -129,8 +133,8 @@ class Config:
 
     def _check(self, name: str, holds: bool, requirement: str) -> None:
         if not holds:
-            option = name.replace("_", "-")
-            raise SystemExit(f"--{option} must be {requirement}, got {getattr(self, name)}.")
+            option, value = name.replace("_", "-"), operator.attrgetter(name)(self)
+            raise SystemExit(f"--{option} must be {requirement}, got {value}.")
 
     @property
     def mesh_size(self) -> MeshSize:
@@ -196,16 +200,6 @@ def make_step(optimizer: optax.GradientTransformation, static: PyTree) -> Callab
         return value, eqx.apply_updates(params, updates), opt_state
 
     return step
-
-
-@eqx.filter_jit
-def held_out_loss(
-    batches: tuple[Array, Array, Array], params: PyTree, static: PyTree
-) -> Float[Array, ""]:
-    """The mean loss in nats per token over all `batches` of inputs, targets and weights."""
-    model = eqx.combine(params, static)
-    sums = jax.lax.map(lambda batch: model.loss(*batch) * batch[2].sum(), batches)
-    return sums.sum() / batches[2].sum()
 
 
 def as_line(report: dict[str, Any]) -> str:
@@ -314,7 +308,7 @@ def train(
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
         if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
             train_loss = sum(losses) / len(losses)
-            val_loss = float(held_out_loss(held_out_batches, params, static))
+            val_loss = float(eqx.combine(params, static).mean_loss(*held_out_batches))
             metrics.append(
                 {
                     "step": step + 1,

@@ -224,9 +224,11 @@ def test_a_process_ends_with_one_line(error, message, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"mesh": MeshSize(-1, 1)}, "--mesh must be above 0 in both parts, got"),
+        ({"mesh": MeshSize(-1, 1)}, "--mesh.data must be at least 0, got -1."),
+        ({"mesh": MeshSize(1, 0)}, "--mesh.model must be above 0, got 0."),
+        ({"num_processes": 0}, "--num-processes must be above 0, got 0."),
         ({"mesh": MeshSize(3, 1)}, "--batch-size must be a multiple of --mesh.data 3, got 4."),
-        ({"mesh": MeshSize(1, 3)}, "--mesh must be of a model that divides 64"),
+        ({"mesh": MeshSize(1, 3)}, "--mesh.model must be a divisor of 64, as "),
         ({"num_processes": 2}, "--num-processes must be above 1 if there is a --coordinator"),
         ({"coordinator": "here:1"}, "--num-processes must be above 1 if there is a --coordinator"),
         ({"process_id": 1}, "--process-id must be at least 0, below 1, got 1."),
@@ -236,7 +238,7 @@ def test_a_process_ends_with_one_line(error, message, monkeypatch, capsys):
         ),
         (
             {"coordinator": "here:1", "num_processes": 2, "mesh": MeshSize(1, 1)},
-            "--mesh must be as many devices as --num-processes 2 can have equal parts of, got",
+            "--mesh.data must be such that times --mesh.model 1 it is a multiple of --num-processes 2",
         ),
     ],
 )
