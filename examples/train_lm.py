@@ -122,9 +122,7 @@ class Config:
         self._check(
             "process_id", 0 <= self.process_id < processes, f"at least 0, below {processes}"
         )
-        shares = (
-            f"such that times --mesh.model {model} it is a multiple of --num-processes {processes}"
-        )
+        shares = f"a multiple of --num-processes {processes} when times --mesh.model {model}"
         self._check("mesh.data", self.mesh_size.devices % processes == 0, shares)
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")

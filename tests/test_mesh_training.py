@@ -238,7 +238,7 @@ def test_a_process_ends_with_one_line(error, message, monkeypatch, capsys):
         ),
         (
             {"coordinator": "here:1", "num_processes": 2, "mesh": MeshSize(1, 1)},
-            "--mesh.data must be such that times --mesh.model 1 it is a multiple of --num-processes 2",
+            "--mesh.data must be a multiple of --num-processes 2 when times --mesh.model 1, got 1.",
         ),
     ],
 )
