@@ -282,6 +282,29 @@ def test_padding_rows_have_no_part_whatever_they_hold():
         assert not np.any(embeddings[-2:])
 
 
+@pytest.mark.parametrize("highest", ["first", "last"])
+def test_a_vocabulary_of_several_tiles_is_one_vocabulary(highest):
+    """Also without gradients, where the statistics are kept up to date from tile to tile."""
+    axes = ("vocabulary", "embedding")
+    table = EmbeddingTable(make_array((2600, 4)).at[-3:].set(jnp.nan), axes, padding_rows=3)
+    same = EmbeddingTable(table.embeddings[:-3], axes)
+    bias = np.linspace(-4, 4, 2597, dtype=np.float32)[:: 1 if highest == "last" else -1]
+    bias = jnp.asarray(bias.copy())
+    targets = np.asarray([0, 1, 1023, 1024, 1025, 2047, 2048, 2596])
+    hidden, weights = make_array((8, 4), seed=2), jnp.linspace(0.5, 2, 8)
+    options = dict(label_smoothing=0.1, z_loss=0.01)
+    layer = EmbeddingDecode(table, bias, 5.0)
+    expected, *wanted = cross_entropy_reference(
+        EmbeddingDecode(same, bias, 5.0), hidden, targets, weights, **options
+    )
+    assert_close(layer.cross_entropy(hidden, targets, weights=weights, **options), expected)
+    value, *gradients = value_and_gradients(layer, hidden, targets, weights, **options)
+    assert_close(value, expected)
+    wanted[1] = np.concatenate([wanted[1], np.zeros((3, 4))])
+    for actual, other in zip(gradients, wanted, strict=True):
+        assert_close(actual, other)
+
+
 @pytest.mark.parametrize("batch", [(), (0,), (2, 0), (1, 2, 3)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_hidden_may_have_any_batch_shape(batch, reduction):
