@@ -13,8 +13,5 @@ def beartype(function):
 
         return beartype.beartype(function)
 
-    @functools.wraps(function)
-    def check(*args, **kwargs):
-        return checked()(*args, **kwargs)
-
-    return check
+    # without the name of `function`: jaxtyping checks by it, and shows nothing of it
+    return lambda *args, **kwargs: checked()(*args, **kwargs)
