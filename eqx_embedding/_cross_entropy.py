@@ -87,16 +87,61 @@ def _over_tiles(size, tile_size, body, carry):
     return body(size - rest, rest, carry) if rest > 0 else carry
 
 
+class _Statistics(NamedTuple):
+    """What the loss of a token needs of its logits z; each of shape (C,)."""
+
+    maximum: Array  # of z
+    total: Array  # the sum of exp(z - maximum)
+    below: Array  # the sum of z - maximum without padding; 0 without label smoothing
+    target_z: Array
+
+    @property
+    def lse(self):
+        return self.maximum + jnp.log(self.total)
+
+
+def _of_all_devices(options, statistics, num_tokens):
+    """The statistics of all rows, of those of the rows of one device, `num_tokens` and padding."""
+    axes = options.split.all_vocabulary
+    if not axes:
+        return statistics
+    maximum, total, below, target_z = statistics
+    highest = lax.pmax(maximum, axes)
+    parts = [total * jnp.exp(maximum - highest), target_z]
+    if options.label_smoothing > 0:
+        parts.append(_lowered(below, num_tokens, maximum, highest))
+    total, target_z, *smoothed = lax.psum(jnp.stack(parts), axes)
+    return _Statistics(highest, total, smoothed[0] if smoothed else below, target_z)
+
+
+def _lowered(below, count, maximum, higher):
+    """The sum of z - higher, of the sum of z - maximum over `count` logits."""
+    return below + jnp.where(count > 0, count * (maximum - higher), 0.0)
+
+
+def _losses(options, statistics):
+    maximum, total, below, target_z = statistics
+    smoothing = options.label_smoothing
+    # Differences to the maximum come first, so that large logits keep their precision.
+    losses = jnp.log(total) - (1 - smoothing) * (target_z - maximum)
+    if options.z_loss > 0:  # else 0 times the square of a large number
+        losses = losses + options.z_loss * statistics.lse**2
+    if smoothing > 0:
+        losses = losses - smoothing * below / options.vocab_size
+    return losses
+
+
 def _chunk(options, x, table, bias, weights, targets, offset, d_table, d_bias):
-    """The losses of C tokens. If there is a `d_table`, also the gradients of their weighted sum:
-    that of `x`, and those of the table and the bias, added to `d_table` and `d_bias`. The rows of
-    the table are those from `offset` on."""
+    """The losses of C tokens and, if there is a `d_table`, the gradients of their weighted sum.
+
+    `x` is (C, D), `weights` and `targets` are (C,). `table` is (V, D) and `bias` (V,) or `None`:
+    the rows from `offset` on. Returns the losses, (C,); the gradient of `x`, (C, D); and `d_table`
+    and `d_bias`, like `table` and `bias`, with the gradients of these added.
+    """
     (C, D), V, wide, T = x.shape, len(table), weights.dtype, options.plan.tile_size
     smoothing, cap, dtype = options.label_smoothing, options.soft_cap, options.plan.dtype
-    axes, varying = options.split.all_vocabulary, varying_axes(x, table)
+    varying = varying_axes(x, table)
     dot = functools.partial(lax.dot_general, preferred_element_type=wide)
-    column = functools.partial(jnp.expand_dims, axis=1)
-    row = functools.partial(jnp.expand_dims, axis=0)
     targets = targets - offset
 
     def tile(array, start, size):
@@ -109,61 +154,51 @@ def _chunk(options, x, table, bias, weights, targets, offset, d_table, d_bias):
         rows = offset + start + lax.broadcasted_iota(np.int32, array.shape, 0)
         return jnp.where(rows < options.vocab_size, array, jnp.asarray(fill, array.dtype))
 
+    def tokens_before(row):
+        return jnp.clip(options.vocab_size - offset, 0, row).astype(wide)
+
     def logits(start, size):
         # The vocabulary comes first, so that a tile of them is contiguous.
         z = dot(tile(table, start, size), x, (((1,), (1,)), ((), ())))
-        z = z if bias is None else z + column(tile(bias, start, size))
+        z = z if bias is None else z + tile(bias, start, size)[:, None]
         z = z if cap is None else cap * jnp.tanh(z / cap)
         return without_padding(z, start, -jnp.inf)
 
-    def add_statistics(z, start, carry):
-        maximum, total, sum_z, target_z = carry
+    def add_statistics(z, start, statistics):
+        maximum, total, below, target_z = statistics
         higher = jnp.maximum(maximum, jnp.max(z, axis=0))
-        total = total * jnp.exp(maximum - higher) + jnp.sum(jnp.exp(z - row(higher)), axis=0)
+        total = total * jnp.exp(maximum - higher) + jnp.sum(jnp.exp(z - higher[None]), axis=0)
         if smoothing > 0:
-            sum_z = sum_z + jnp.sum(without_padding(z, start, 0), axis=0)
+            below = _lowered(below, tokens_before(start), maximum, higher)
+            below = below + jnp.sum(without_padding(z - higher[None], start, 0), axis=0)
         here = (targets >= start) & (targets < start + len(z))
-        found = jnp.take_along_axis(z, row(jnp.where(here, targets - start, 0)), axis=0)[0]
-        return higher, total, sum_z, jnp.where(here, found, target_z)
+        found = jnp.take_along_axis(z, jnp.where(here, targets - start, 0)[None], axis=0)[0]
+        return _Statistics(higher, total, below, jnp.where(here, found, target_z))
 
-    def tile_statistics(start, size, carry):
-        return add_statistics(logits(start, size), start, carry)
+    def tile_statistics(start, size, statistics):
+        return add_statistics(logits(start, size), start, statistics)
 
     zeros = _varying(jnp.zeros(C, wide), varying)
     lowest = zeros + jnp.finfo(wide).min  # -inf would give NaN for a tile of -inf
-    carry = (lowest, zeros, zeros, zeros)
-    z = None if d_table is None else logits(0, V)
-    if z is None:
-        carry = _over_tiles(V, T, tile_statistics, carry)
-    else:
-        carry = add_statistics(z, 0, carry)
-    maximum, total, sum_z, target_z = carry
-    if axes:
-        highest = lax.pmax(maximum, axes)
-        parts = [total * jnp.exp(maximum - highest), target_z] + [sum_z] * (smoothing > 0)
-        total, target_z, *rest = lax.psum(jnp.stack(parts), axes)
-        maximum, sum_z = highest, rest[0] if rest else sum_z
-    # Differences to the maximum come first, so that large logits keep their precision.
-    log_total = jnp.log(total)
-    lse = maximum + log_total
-    losses = log_total - (1 - smoothing) * (target_z - maximum)
-    if options.z_loss > 0:  # else 0 times the square of a large number
-        losses = losses + options.z_loss * lse**2
-    if smoothing > 0:
-        losses = losses - smoothing * (sum_z / options.vocab_size - maximum)
+    statistics = _Statistics(lowest, zeros, zeros, zeros)
     if d_table is None:
-        return losses, None, None, None
+        statistics = _over_tiles(V, T, tile_statistics, statistics)
+        statistics = _of_all_devices(options, statistics, tokens_before(V))
+        return _losses(options, statistics), None, None, None
 
-    scale = weights * (1 + 2 * options.z_loss * lse) / total
+    z = logits(0, V)
+    statistics = add_statistics(z, 0, statistics)
+    statistics = _of_all_devices(options, statistics, tokens_before(V))
+    scale = weights * (1 + 2 * options.z_loss * statistics.lse) / statistics.total
 
     def tile_gradients(start, size, carry):
         d_x, d_table, d_bias = carry
         z_tile = tile(z, start, size)
-        d_z = row(scale) * jnp.exp(z_tile - row(maximum))
-        is_target = column(start + jnp.arange(size, dtype=np.int32)) == row(targets)
-        d_z = d_z - jnp.where(is_target, row((1 - smoothing) * weights), 0.0)
+        d_z = scale[None] * jnp.exp(z_tile - statistics.maximum[None])
+        is_target = (start + jnp.arange(size, dtype=np.int32))[:, None] == targets[None]
+        d_z = d_z - jnp.where(is_target, (1 - smoothing) * weights[None], 0.0)
         if smoothing > 0:
-            d_z = d_z - row(smoothing / options.vocab_size * weights)
+            d_z = d_z - smoothing / options.vocab_size * weights[None]
         if cap is not None:
             # where the logit is -inf, the derivative of this would be NaN
             d_z = d_z * (1 - (without_padding(z_tile, start, 0) / cap) ** 2)
@@ -181,7 +216,7 @@ def _chunk(options, x, table, bias, weights, targets, offset, d_table, d_bias):
         return d_x, lax.dynamic_update_slice_in_dim(d_table, d_t, start, 0), d_bias
 
     carry = (_varying(jnp.zeros((C, D), wide), varying), d_table, d_bias)
-    return losses, *_over_tiles(V, T, tile_gradients, carry)
+    return _losses(options, statistics), *_over_tiles(V, T, tile_gradients, carry)
 
 
 def _device_chunks(options, differentiate, hidden, table, bias, weights, targets):
@@ -200,12 +235,11 @@ def _device_chunks(options, differentiate, hidden, table, bias, weights, targets
     if count > 1:
         C = -(-C // 16) * 16  # whole vectors, whatever N is
         count = -(-N // C)
-    # A token of weight zero must not poison the others, whatever its vector and its target are; a
-    # target out of range must, at any other weight.
-    alive = weights != 0
-    in_range = (targets >= 0) & (targets < options.vocab_size)
-    weights = nan_where(alive & ~in_range, weights)
-    tokens = hidden, weights, jnp.where(alive & in_range, targets, 0), alive
+    # A token without a target must not poison the others, whatever its vector is; a target out of
+    # range must, at any weight.
+    alive = targets >= 0
+    weights = nan_where(targets >= options.vocab_size, weights)
+    tokens = hidden, weights, targets, alive
     # Chunk i has every count-th token, so that tokens which are split over devices stay there.
     tokens = [
         jnp.pad(a, [(0, C * count - N)] + [(0, 0)] * (a.ndim - 1)).reshape(C, count, *a.shape[1:])
@@ -263,7 +297,8 @@ def weighted_cross_entropy(
     targets: Int[Array, " *batch"],
 ) -> Float[Array, "..."]:
     """The weight of each token times its loss; summed, if the options say so. `hidden` is `*batch`
-    followed by the axes that follow V in `table`."""
+    followed by the axes that follow V in `table`. A target of -1 stands for none, one of at least
+    the size of the vocabulary is out of range."""
     losses, _ = _chunks(options, False, hidden, table, bias, weights, targets)
     return _weigh(options, losses, weights)
 
@@ -274,34 +309,39 @@ def _weigh(options, losses, weights):
 
 
 @jax.tree_util.register_static
-class _Type(NamedTuple):
-    """What a gradient must know of its operand."""
+class _Operand(NamedTuple):
+    """What its gradient must know of an operand."""
 
     dtype: DTypeLike
     varying: frozenset[str]
 
-    def of(self, gradient):
-        """The gradient, summed over the devices that share the operand."""
+    def as_gradient(self, gradient):
+        """The gradient in the operand's dtype, summed over the devices that share the operand."""
         return sum_over(varying_axes(gradient) - self.varying, gradient).astype(self.dtype)
 
 
 def _forward(options, *operands):
     losses, gradients = _chunks(options, options.reduce, *operands)
-    types = [None if a is None else _Type(a.dtype, varying_axes(a)) for a in operands[:4]]
-    residuals = losses, gradients if options.reduce else operands, types
+    kinds = [None if a is None else _Operand(a.dtype, varying_axes(a)) for a in operands[:4]]
+    residuals = losses, gradients if options.reduce else operands, kinds
     return _weigh(options, losses, weights=operands[3]), residuals
 
 
 def _backward(options, residuals, cotangent):
-    losses, gradients, types = residuals
+    losses, saved, kinds = residuals
     if options.reduce:
-        gradients = jax.tree.map(lambda d: cotangent * d, gradients)
+        gradients = jax.tree.map(lambda d: cotangent * d, saved)
     else:
-        hidden, table, bias, weights, targets = gradients
+        hidden, table, bias, weights, targets = saved
         weights = weights * cotangent
+        # a loss that a caller leaves out must not poison the others either
+        targets = jnp.where(weights == 0, -1, targets)
         _, gradients = _chunks(options, True, hidden, table, bias, weights, targets)
     gradients = *gradients, cotangent * losses
-    return *(None if t is None else t.of(d) for t, d in zip(types, gradients, strict=True)), None
+    return *(
+        None if kind is None else kind.as_gradient(gradient)
+        for kind, gradient in zip(kinds, gradients, strict=True)
+    ), None
 
 
 weighted_cross_entropy.defvjp(_forward, _backward)

@@ -11,10 +11,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray
 
 from ._cross_entropy import make_plan, Options, weighted_cross_entropy
-from ._numbers import as_float_dtype, as_int, as_real, Real, Whole
-from ._sharding import explicit_axes, find_split, Rules, without_padding
-from ._table import EmbeddingTable
+from ._numbers import as_float_dtype, as_int, as_real, at_least_float32, Real, Whole
+from ._sharding import explicit_axes, find_split, remaining, without_padding
+from ._table import EmbeddingTable, Rules
 from ._tokens import as_array, tokens_in_range
+
+
+# Beside a soft cap or a z-loss above this, float32 would lose the logits.
+LARGEST = 1e30
 
 
 @final
@@ -37,7 +41,7 @@ class EmbeddingDecode(eqx.Module):
 
     **Raises:**
 
-    A `ValueError` for a bias of another shape, a soft cap that is not positive and finite, or a
+    A `ValueError` for a bias of another shape, a soft cap that is not positive or above 1e30, or a
     `logits_dtype` that is not floating.
     """
 
@@ -47,14 +51,13 @@ class EmbeddingDecode(eqx.Module):
     logits_dtype: DTypeLike | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        if self.bias is not None and self.bias.shape != (self.table.vocab_size,):
+        if self.bias is not None:
+            self._check_bias(self.bias, self.table.vocab_size)
+        if self.soft_cap is not None and not 0 < self.soft_cap <= LARGEST:
             raise ValueError(
-                f"the bias must have shape ({self.table.vocab_size},), one number for each token "
-                f"of the vocabulary {self.table.vocabulary_axis!r} without its padding rows, got "
-                f"{self.bias.shape}."
+                f"soft_cap must be positive and at most {LARGEST}, got {self.soft_cap}. None is no "
+                "cap at all."
             )
-        if self.soft_cap is not None and not 0 < self.soft_cap < math.inf:
-            raise ValueError(f"soft_cap must be positive and finite, got {self.soft_cap}.")
         if self.logits_dtype is not None:
             as_float_dtype("logits", "logits_dtype", self.logits_dtype)
 
@@ -83,20 +86,20 @@ class EmbeddingDecode(eqx.Module):
         stacked table, or for rules that do not fit the mesh.
         """
         del key
+        table, (rows, axis) = self.table, self.table._in_use()
         batch_axes = self._check_hidden(hidden)
-        table, axis = self.table, self.table._vocabulary_position()
         dtype, wide, product_dtype = self._dtypes(hidden)
-        rows, name = table.embeddings, table.vocabulary_axis
-        split = find_split(rows, (name, axis), hidden, 0, rules)
+        split = find_split(table, hidden, 0, rules)
+        vocab_size = split.vocab_size(table)
         part_of_padded = table.padding_rows > 0 and bool(split.all_vocabulary)
         # Before the product, so that not even a NaN in a padding row reaches the gradients.
         if part_of_padded:
-            rows = without_padding(rows, axis, split, table.padding_rows)
+            rows = without_padding(rows, axis, split, vocab_size)
         else:
             rows = lax.slice_in_dim(rows, 0, table.vocab_size, axis=axis)
         embedding_positions = [i for i in range(rows.ndim) if i != axis]
         batch = explicit_axes(hidden)[:batch_axes]
-        columns = tuple(a for a in explicit_axes(rows)[axis] if a not in sum(batch, ()))
+        columns = remaining(explicit_axes(rows)[axis], batch)
         logits = lax.dot_general(
             hidden.astype(product_dtype),
             rows.astype(product_dtype),
@@ -110,10 +113,10 @@ class EmbeddingDecode(eqx.Module):
                     logits, split.manual_vocabulary, axis=batch_axes, tiled=True, to="invarying"
                 )
             logits = split.place(logits, [*batch, ()])
-            num_tokens = logits.shape[-1] - table.padding_rows
-            logits = lax.slice_in_dim(logits, 0, num_tokens, axis=batch_axes)
+            logits = lax.slice_in_dim(logits, 0, vocab_size, axis=batch_axes)
             columns = ()
         if self.bias is not None:
+            self._check_bias(self.bias, logits.shape[-1])
             bias = split.place(self.bias.astype(wide), [columns])
             logits = logits + jnp.expand_dims(bias, range(batch_axes))
         if self.soft_cap is not None:
@@ -186,7 +189,7 @@ class EmbeddingDecode(eqx.Module):
         that do not fit the mesh, or sizes that it does not divide. A
         `TypeError` for targets that are not integers, or weights that are not real.
         """
-        table, axis = self.table, self.table._vocabulary_position()
+        table, (embeddings, axis) = self.table, self.table._in_use()
         batch = hidden.shape[: self._check_hidden(hidden)]
         for name, array in ("targets", targets), ("weights", weights):
             if array is not None and np.shape(array) != batch:
@@ -194,23 +197,22 @@ class EmbeddingDecode(eqx.Module):
                     f"{name} must have the shape {batch} of hidden without its embedding axes, "
                     f"got {np.shape(array)}."
                 )
+        label_smoothing, z_loss = as_real(label_smoothing), as_real(z_loss)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
-        if not 0 <= z_loss < math.inf:
-            raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}.")
+        if not 0 <= z_loss <= LARGEST:
+            raise ValueError(f"z_loss must be at least 0 and at most {LARGEST}, got {z_loss}.")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
 
         _, wide, dtype = self._dtypes(hidden)
-        split = find_split(
-            table.embeddings, (table.vocabulary_axis, axis), hidden, len(batch), rules
-        )
-        rows = jnp.moveaxis(table.embeddings, axis, 0).astype(dtype)
-        num_rows = len(rows) * split.size(split.manual_vocabulary)
-        vocab_size = num_rows - table.padding_rows
-        bias = self.bias
+        split = find_split(table, hidden, len(batch), rules)
+        rows = jnp.moveaxis(embeddings, axis, 0).astype(dtype)
+        vocab_size, bias = split.vocab_size(table), self.bias
+        if bias is not None:
+            self._check_bias(bias, len(rows) - table.padding_rows)
         if bias is not None and table.padding_rows > 0:
             if split.manual_vocabulary:
                 raise ValueError(
@@ -221,12 +223,16 @@ class EmbeddingDecode(eqx.Module):
         targets, in_range = tokens_in_range("targets", targets, vocab_size)
         xp = jnp if isinstance(targets, Array) else np
         targets = jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32))
-        weights = jnp.ones(batch, wide) if weights is None else _as_weights(weights, wide)
+        weights = _real_array("weights", jnp.ones(batch, wide) if weights is None else weights)
+        alive = jnp.asarray(weights != 0)  # before anything narrows or scales them
+        if reduction == "mean":
+            weights = _scaled(weights, wide, split.manual_batch)
+        weights = jnp.asarray(weights.astype(wide))  # a large integer is narrowed after that
         if reduction == "mean":
             # not by their sum, which is also zero for 1 and -1
-            some, total = jnp.sum(weights != 0), jnp.sum(weights)
-            some, total = lax.psum((some, total), split.manual_batch)
+            some, total = lax.psum((jnp.sum(alive), jnp.sum(weights)), split.manual_batch)
             weights = weights / jnp.where(some > 0, total, 1.0)
+        targets = jnp.where(alive, targets, -1)
         local_rows = len(rows) // split.size(split.vocabulary)
         plan = make_plan(local_rows, math.prod(rows.shape[1:]), dtype, wide, tiles=split.known)
         options = Options(
@@ -254,11 +260,20 @@ class EmbeddingDecode(eqx.Module):
         """The promotion of all operands; the dtype to compute in; that of the products' factors."""
         operands = [hidden, self.table.embeddings] + ([] if self.bias is None else [self.bias])
         dtype = jnp.result_type(*operands)
-        wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
-        return dtype, wide, jnp.result_type(*operands[:2])
+        return dtype, at_least_float32(dtype), jnp.result_type(*operands[:2])
+
+    def _check_bias(self, bias: Array, vocab_size: int) -> None:
+        if bias.shape != (vocab_size,):
+            raise ValueError(
+                f"the bias must have shape ({vocab_size},), one number for each token of the "
+                f"vocabulary {self.table.vocabulary_axis!r} without its padding rows, got "
+                f"{bias.shape}."
+            )
 
     def _check_hidden(self, hidden: Float[Array, "..."]) -> int:
         """The number of batch axes of `hidden`."""
+        if not jnp.issubdtype(hidden.dtype, jnp.floating):
+            raise TypeError(f"hidden must be floating, got {hidden.dtype.name}.")
         sizes = tuple(self.table.embedding_axes.values())
         batch_axes = hidden.ndim - len(sizes)
         if batch_axes < 0 or hidden.shape[batch_axes:] != sizes:
@@ -270,9 +285,25 @@ class EmbeddingDecode(eqx.Module):
         return batch_axes
 
 
-def _as_weights(weights: ArrayLike, dtype: DTypeLike) -> Float[Array, "..."]:
-    weights = as_array("weights", weights)
+def _real_array(name: str, array: ArrayLike) -> Array | np.ndarray:
+    array = as_array(name, array)
     kinds = (jnp.bool_, jnp.integer, jnp.floating)
-    if not any(jnp.issubdtype(weights.dtype, kind) for kind in kinds):
-        raise TypeError(f"weights must be bool, integer or floating, got {weights.dtype.name}.")
-    return jnp.asarray(weights.astype(dtype))  # a large integer is narrowed after that
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise TypeError(f"{name} must be bool, integer or floating, got {array.dtype.name}.")
+    return array
+
+
+def _scaled(
+    weights: Array | np.ndarray, dtype: DTypeLike, mesh_axes: tuple[str, ...]
+) -> Array | np.ndarray:
+    """Weights of the same mean of which the largest is 1, so that no sum of them overflows."""
+    of_host = isinstance(weights, np.ndarray)
+    xp = np if of_host else jnp
+    weights = weights.astype(np.float64 if of_host else dtype)
+    largest = xp.max(xp.abs(weights), initial=0)
+    if not of_host:
+        largest = lax.stop_gradient(largest)
+        largest = lax.pmax(largest, mesh_axes) if mesh_axes else largest
+    # in two steps, for the reciprocal of the largest may be too small for XLA
+    factor = 1 / xp.sqrt(xp.where((largest > 0) & (largest < math.inf), largest, 1.0))
+    return weights * factor * factor

@@ -11,8 +11,9 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
-from ._sharding import explicit_axes, find_split, Rules
-from ._table import EmbeddingTable
+from ._numbers import at_least_float32
+from ._sharding import explicit_axes, find_split, remaining
+from ._table import EmbeddingTable, Rules
 from ._tokens import nan_where, tokens_in_range
 
 
@@ -39,8 +40,8 @@ def _take_jvp(axis, fill_value, out_sharding, primals, tangents):
     table, rows = primals
     # The gradient is the transpose of this line: a scatter-add, in float32 at least, for bfloat16
     # stops counting the repeats of a token at 256, and float16 at 2048.
-    wide = jnp.float32 if jnp.finfo(table.dtype).bits < 32 else table.dtype
-    tangent = _take(tangents[0].astype(wide), rows, axis, 0.0, out_sharding)
+    wide = tangents[0].astype(at_least_float32(table.dtype))
+    tangent = _take(wide, rows, axis, 0.0, out_sharding)
     return _take(table, rows, axis, fill_value, out_sharding), tangent.astype(table.dtype)
 
 
@@ -105,18 +106,16 @@ class EmbeddingLookup(eqx.Module):
         rules that do not fit the mesh, or under `"nan"` for a table of float4, which has no NaN.
         """
         del key
-        table, axis = self.table, self.table._vocabulary_position()
-        embeddings = table.embeddings
+        table, (embeddings, axis) = self.table, self.table._in_use()
         if self.out_of_range == "nan" and not np.isnan(np.asarray(np.nan, embeddings.dtype)):
             raise ValueError(
                 f"{embeddings.dtype.name} has no NaN for a token out of range: say "
                 'out_of_range="raise" or "clip".'
             )
         of_device = tokens if isinstance(tokens, jax.Array) else None
-        split = find_split(embeddings, (table.vocabulary_axis, axis), of_device, 0, rules)
-        mesh_axes = split.manual_vocabulary
-        num_rows = embeddings.shape[axis] * split.size(mesh_axes)
-        vocab_size = num_rows - table.padding_rows
+        split = find_split(table, of_device, 0, rules)
+        vocab_size, mesh_axes = split.vocab_size(table), split.manual_vocabulary
+        num_rows = vocab_size + table.padding_rows
         tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
         xp = jnp if isinstance(tokens, jax.Array) else np
         if self.out_of_range == "clip":
@@ -126,9 +125,7 @@ class EmbeddingLookup(eqx.Module):
         rows = jnp.asarray(rows)
         # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
         batch = explicit_axes(rows)
-        others = [
-            tuple(a for a in axes if a not in sum(batch, ())) for axes in explicit_axes(embeddings)
-        ]
+        others = [remaining(axes, batch) for axes in explicit_axes(embeddings)]
         sharding = split.sharding([*others[:axis], *batch, *others[axis + 1 :]])
         if mesh_axes:  # each device has some of the rows
             start = lax.axis_index(mesh_axes) * embeddings.shape[axis]

@@ -4,6 +4,7 @@ A numpy number would have a dtype, which takes part in JAX's promotion, and no p
 """
 
 import operator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +19,13 @@ def as_int(number: Whole) -> int:
     return operator.index(number)
 
 
-def as_real(number: Real | None) -> float | int | None:
+def as_real(number: Real | None) -> Any:
     return number.item() if isinstance(number, np.generic) else number
+
+
+def at_least_float32(dtype: DTypeLike) -> np.dtype:
+    """The dtype to compute and to sum in: float32 for anything narrower."""
+    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
 def as_float_dtype(what: str, name: str, dtype: DTypeLike) -> np.dtype:

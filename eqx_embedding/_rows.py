@@ -19,8 +19,9 @@ class FrozenRows(eqx.Module):
 
     model: PyTree  # without the other leaves that are trained
     rows: Int[Array, " rows"]
-    # Of the vocabulary, for each leaf; from the end, as `vmap` and `scan` take axes in front away
-    axes: tuple[int | None, ...] = eqx.field(static=True)
+    # For each leaf of the vocabulary its number of rows, and their axis, which is counted from the
+    # end, as `vmap` and `scan` take axes in front away
+    axes: tuple[tuple[int, int] | None, ...] = eqx.field(static=True)
 
 
 def partition_rows(
@@ -55,7 +56,8 @@ def partition_rows(
     **Returns:**
 
     `(trained, frozen)`. `trained` is like the model, with an array of `rows`, in their order, for
-    each array of the vocabulary, and with `None` for what is not trained. `frozen` is the rest, a
+    each array of the vocabulary, and with `None` for what is not trained: no model yet, for its
+    tables count from the first of those rows. `frozen` is the rest, a
     PyTree with the whole old table, and knows the rows. Both go through `eqx.filter_jit`; other
     rows, of the same number, compile nothing anew. Where a mesh splits the vocabulary of a table,
     each device has all of the trained rows.
@@ -81,7 +83,7 @@ def partition_rows(
         if place is not None:
             trained[i], frozen[i] = _take(leaves[i], index, place.axis), leaves[i]
     axes = tuple(
-        None if place is None else place.axis - len(leaf.shape)
+        None if place is None else (leaf.shape[place.axis], place.axis - len(leaf.shape))
         for leaf, place in zip(leaves, places, strict=True)
     )
     return structure.unflatten(trained), FrozenRows(
@@ -106,17 +108,25 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
 
     **Raises:**
 
-    A `ValueError` if the two do not come from one call of [`eqx_embedding.partition_rows`][].
+    A `ValueError` if the two do not fit each other: they must be the results of one call of
+    [`eqx_embedding.partition_rows`][], and neither resized since. (Those of two calls for as many
+    rows do fit each other, and the rows of `frozen` hold: store both parts in a checkpoint.)
     """
     (new, structure), (old, expected) = _flatten(trained), _flatten(frozen.model)
     if structure != expected:
         raise ValueError(
-            "trained and frozen must be the two results of one call of partition_rows, got the "
-            f"structures {structure} and {expected}."
+            "trained and frozen must be the two results of one call of partition_rows, neither "
+            "resized since, but their structures differ."
         )
     leaves = [x if y is None else y for x, y in zip(old, new)]
-    for i, axis in enumerate(frozen.axes):
-        if axis is not None:
+    for i, place in enumerate(frozen.axes):
+        if place is not None:
+            size, axis = place
+            if old[i].shape[axis] != size:
+                raise ValueError(
+                    f"frozen has a table of {old[i].shape[axis]} rows, which had {size} when "
+                    "partition_rows made it: combine the two parts before you resize the model."
+                )
             axis += len(old[i].shape)
             _check_shape(np.shape(new[i]), old[i].shape, axis, len(frozen.rows))
             leaves[i] = _put(old[i], frozen.rows, axis, new[i].astype(old[i].dtype))

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from ._numbers import as_float_dtype
 from ._table import EmbeddingTable
+from ._tokens import as_array
 
 
 # What the usual architectures call their input embeddings.
@@ -109,8 +110,8 @@ def load_safetensors(
         shape, kind = tuple(stored.get_shape()), stored.get_dtype()
         if kind not in DTYPES.values():
             raise ValueError(f"{about} is of {kind}: embeddings are {' or '.join(DTYPES)}.")
-        ours = _layout(file.metadata(), name, shape, axis_names, about)
-        if ours is None and len(shape) != len(axis_names):
+        layout = _layout(file.metadata(), name, shape, axis_names, about)
+        if layout is None and len(shape) != len(axis_names):
             advice = (
                 " Load it with two names, and give the embedding its axes: EmbeddingTable("
                 'table.embeddings.reshape(-1, heads, features), ("vocabulary", "heads", '
@@ -128,10 +129,10 @@ def load_safetensors(
             f"{about} would be float64, which JAX has in its 64-bit mode only: give "
             "dtype=jnp.float32, or jax.config.update('jax_enable_x64', True)."
         )
-    if ours is None:
+    if layout is None:
         vocabulary_axis = "vocabulary" if "vocabulary" in axis_names else axis_names[0]
         return EmbeddingTable(jnp.asarray(array, wanted), axis_names, vocabulary_axis)
-    sizes, vocabulary_axis, padding_rows = ours
+    sizes, vocabulary_axis, padding_rows = layout
     axis = list(sizes).index(vocabulary_axis)
     rest = [size for name, size in sizes.items() if name != vocabulary_axis]
     array = np.moveaxis(array.reshape(-1, *rest), 0, axis)
@@ -149,7 +150,7 @@ def save_safetensors(
 
     The new file is written and synchronised to disk in a temporary folder beside the old one, then
     put in its place. A process that is killed meanwhile leaves the old file as it was and that
-    folder, `<file name>.<random>.partial`, which may be deleted.
+    folder, `<50 letters of the file name>.<random>.partial`, which may be deleted.
 
     **Arguments:**
 
@@ -178,24 +179,19 @@ def save_safetensors(
             f"embeddings of {table.embeddings.dtype.name} cannot be saved: convert them to "
             f"{' or '.join(DTYPES)}."
         )
-    if len(table.embeddings.shape) > len(table.axis_names):
-        raise ValueError(
-            f"this table is stacked: its embeddings have shape {table.embeddings.shape}, and "
-            f"axis_names={table.axis_names}. Save one of its tables at a time."
-        )
+    axis = table._vocabulary_position("Save one of its tables at a time.")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: give the name of a file in it.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} to.")
-    axis = table.axis_names.index(table.vocabulary_axis)
-    rows = np.moveaxis(np.asarray(table.embeddings), axis, 0)
+    rows = np.moveaxis(np.asarray(as_array("embeddings", table.embeddings)), axis, 0)
     about = {
         "name": name,
         "axes": dict(zip(table.axis_names, table.embeddings.shape)),
         "vocabulary_axis": table.vocabulary_axis,
         "padding_rows": table.padding_rows,
     }
-    with tempfile.TemporaryDirectory(".partial", path.name + ".", path.parent) as folder:
+    with tempfile.TemporaryDirectory(".partial", path.name[:50] + ".", path.parent) as folder:
         new, blank = Path(folder, "new"), Path(folder, "blank")
         # safetensors writes what lies in memory, whatever the strides say
         tensor = np.ascontiguousarray(rows.reshape(len(rows), -1))
@@ -293,12 +289,12 @@ def _layout(
     try:
         noted = json.loads(metadata[METADATA])
         axes, vocabulary_axis = dict(noted["axes"]), noted["vocabulary_axis"]
-        rows = axes[vocabulary_axis]
-        fits = shape == (rows, math.prod(axes.values()) // rows)
+        rows, padding_rows = axes[vocabulary_axis], noted["padding_rows"]
+        whole = {type(number) for number in (*axes.values(), padding_rows)} == {int}
+        fits = whole and rows > 0 and shape == (rows, math.prod(axes.values()) // rows)
         if noted["name"] != name:
             return None
-        padding_rows = int(noted["padding_rows"])
-    except (ValueError, TypeError, KeyError, ZeroDivisionError):
+    except (ValueError, TypeError, KeyError):
         fits, axes, vocabulary_axis, padding_rows = False, {}, "", 0
     if not fits:
         raise ValueError(

@@ -6,7 +6,7 @@ around us, an array is only the part of one device. Of the last two, `rules` say
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,10 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from ._table import EmbeddingTable, Rules
+
 
 Axes = tuple[str, ...]
-Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
 class Split(NamedTuple):
@@ -43,6 +44,17 @@ class Split(NamedTuple):
     def size(self, axes: Axes) -> int:
         """How many parts the axes make."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def vocab_size(self, table: EmbeddingTable) -> int:
+        """The number of tokens of the whole table of which this device may have a part."""
+        rows = table.vocab_size + table.padding_rows
+        size = rows * self.size(self.manual_vocabulary) - table.padding_rows
+        if size < 1:
+            raise ValueError(
+                f"this table has {rows} rows, {table.padding_rows} of them padding, and none for a "
+                "token. If these are rows of `partition_rows`, use `combine_rows` first."
+            )
+        return size
 
     def sharding(self, axes: Sequence[Axes]) -> NamedSharding | None:
         """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""
@@ -85,13 +97,12 @@ def _spec(axes: Iterable[Axes]) -> PartitionSpec:
     return PartitionSpec(*(entry or None for entry in axes))
 
 
-def without_padding(table: Array, axis: int, split: Split, padding_rows: int) -> Array:
-    """A table, or the part of it that this device has, with zeros for its padding rows."""
-    num_rows, mesh_axes = table.shape[axis], split.manual_vocabulary
-    start = lax.axis_index(mesh_axes) * num_rows if mesh_axes else 0
-    rows = lax.broadcasted_iota(np.int32, table.shape, axis) + start
-    real = rows < num_rows * split.size(mesh_axes) - padding_rows
-    return jnp.where(real, table, jnp.zeros((), table.dtype))
+def without_padding(embeddings: Array, axis: int, split: Split, vocab_size: int) -> Array:
+    """Embeddings, or the part of them that this device has, with zeros for the padding rows."""
+    mesh_axes = split.manual_vocabulary
+    start = lax.axis_index(mesh_axes) * embeddings.shape[axis] if mesh_axes else 0
+    rows = lax.broadcasted_iota(np.int32, embeddings.shape, axis) + start
+    return jnp.where(rows < vocab_size, embeddings, jnp.zeros((), embeddings.dtype))
 
 
 def as_axes(entry: str | tuple[str, ...] | None) -> Axes:
@@ -113,6 +124,11 @@ def explicit_axes(array: Array) -> list[Axes]:
     return [as_axes(entry) for entry in spec + (None,) * (array.ndim - len(spec))]
 
 
+def remaining(axes: Axes, taken: Sequence[Axes]) -> Axes:
+    """The mesh axes without those that split another axis of the same array: none splits two."""
+    return tuple(axis for axis in axes if all(axis not in others for others in taken))
+
+
 def varying_axes(*arrays: Array | None) -> frozenset[str]:
     """The manual mesh axes along which any of the arrays differs."""
     types = (jax.typeof(array).manual_axis_type for array in arrays if array is not None)
@@ -126,15 +142,13 @@ def sum_over(axes: Iterable[str], array: Array) -> Array:
 
 
 def find_split(
-    table: Array,
-    vocabulary: tuple[str, int],
-    batched: Array | None,
-    batch_axes: int,
-    rules: Rules | None,
+    table: EmbeddingTable, batched: Array | None, batch_axes: int, rules: Rules | None
 ) -> Split:
-    """**Arguments:**
+    """Which mesh axes split the vocabulary of a table, and a batch of tokens that it is used on.
 
-    - `table`: the embeddings; `vocabulary`: the name and the index of its vocabulary axis.
+    **Arguments:**
+
+    - `table`: not a stacked one.
     - `batched`: tokens or hidden vectors, of which the first `batch_axes` axes may be split;
         `None` for tokens of the host.
     - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and the
@@ -144,10 +158,10 @@ def find_split(
 
     A `ValueError` for rules that do not fit the mesh or the arrays.
     """
-    name, position = vocabulary
+    (embeddings, position), name = table._in_use(), table.vocabulary_axis
     rules = {} if rules is None else rules
     ruled = {key: as_axes(rules.get(key)) for key in ("batch", name)}
-    mesh = find_mesh(table, batched)
+    mesh = find_mesh(embeddings, batched)
     types = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     for key, axes in ruled.items():
         if unknown := [axis for axis in axes if axis not in types]:
@@ -166,24 +180,22 @@ def find_split(
     # Rules for explicit axes are not needed: types know better.
     if batch:
         batch[0] += of_type(AxisType.Auto, "batch")
-    taken = sum(batch, ())
     # An axis that splits the batch, too, cannot stay with the vocabulary: the table is gathered.
-    rows = explicit_axes(table)[position] + of_type(AxisType.Auto, name)
-    rows = tuple(axis for axis in rows if axis not in taken)
-    hidden = [axis for axis, kind in types.items() if kind == AxisType.Auto]
+    rows = remaining(explicit_axes(embeddings)[position] + of_type(AxisType.Auto, name), batch)
+    automatic = [axis for axis, kind in types.items() if kind == AxisType.Auto]
     split = Split(
         mesh=mesh,
         batch=tuple(batch),
         vocabulary=rows,
         manual_batch=of_type(AxisType.Manual, "batch"),
         manual_vocabulary=of_type(AxisType.Manual, name),
-        known=jax.device_count() == 1 or bool(rows) or set(hidden) <= set(taken),
+        known=jax.device_count() == 1 or bool(rows) or not remaining(tuple(automatic), batch),
     )
     if batch and batched is not None:
         _check_divides(split, "batch", batched.shape[0], batch[0], "")
     advice = " Make the table with `pad_to_multiple_of`."
-    _check_divides(split, name, table.shape[position], rows, advice)
-    _check_manual(split, name, table, batched, has_rule=name in rules)
+    _check_divides(split, name, embeddings.shape[position], rows, advice)
+    _check_manual(split, name, embeddings, batched, has_rule=name in rules)
     return split
 
 
@@ -196,10 +208,10 @@ def _check_divides(split: Split, name: str, size: int, axes: Axes, advice: str) 
 
 
 def _check_manual(
-    split: Split, name: str, table: Array, batched: Array | None, has_rule: bool
+    split: Split, name: str, embeddings: Array, batched: Array | None, has_rule: bool
 ) -> None:
     """Inside `jax.shard_map`, types say along which axes an array differs, though not why."""
-    of_table, of_batch = varying_axes(table), varying_axes(batched)
+    of_table, of_batch = varying_axes(embeddings), varying_axes(batched)
     for what, axes, differs in (
         (f"the table of {name!r}", split.manual_vocabulary, of_table),
         ("the batch", split.manual_batch, of_batch),
@@ -216,9 +228,9 @@ def _check_manual(
             f"but differ along {sorted(both)}: gather them, or the table, by "
             "`jax.lax.all_gather`."
         )
-    if (only := of_table - of_batch - {*split.manual_vocabulary}) and not has_rule:
+    if (unsaid := of_table - {*split.manual_vocabulary}) and not has_rule:
         raise ValueError(
-            f"inside this `jax.shard_map` the table differs along {sorted(only)}, and the tokens "
-            f"do not. If that splits its vocabulary, say so by rules={{{name!r}: ...}}; if each "
-            f"device has a table of its own, by rules={{{name!r}: None}}."
+            f"inside this `jax.shard_map` the table differs along {sorted(unsaid)}. If that splits "
+            f"its vocabulary, say so by rules={{{name!r}: ...}}; if each device has a table of its "
+            f"own, by rules={{{name!r}: None}}."
         )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import final
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import variance_scaling
@@ -12,6 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._numbers import as_float_dtype, as_int, Whole
+from ._tokens import as_array
+
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
 def _fan_out_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -66,6 +71,8 @@ class EmbeddingTable(eqx.Module):
 
     def __check_init__(self):
         shape, names = self.embeddings.shape, self.axis_names
+        if not all(isinstance(name, str) for name in names):  # the type checks look at one
+            raise ValueError(f"axis names must be strings, got axis_names={names}.")
         if len(set(names)) < len(names):
             raise ValueError(f"axis names must be unique, got axis_names={names}.")
         if self.vocabulary_axis not in names:
@@ -174,7 +181,7 @@ class EmbeddingTable(eqx.Module):
         del sizes[self.vocabulary_axis]
         return sizes
 
-    def partition_spec(self, rules: Mapping[str, str | tuple[str, ...] | None]) -> PartitionSpec:
+    def partition_spec(self, rules: Rules) -> PartitionSpec:
         """How `embeddings` are split over the axes of a device mesh.
 
         **Arguments:**
@@ -196,12 +203,29 @@ class EmbeddingTable(eqx.Module):
         # not `[-len(names):]`, which would be everything for a table without names
         return self.embeddings.shape[len(self.embeddings.shape) - len(self.axis_names) :]
 
-    def _vocabulary_position(self) -> int:
+    def _vocabulary_position(
+        self,
+        advice: str = "Use it inside `eqx.filter_vmap` or `jax.lax.scan`, which take them away.",
+    ) -> int:
         """The index of the vocabulary axis, for a table that is not stacked."""
         if len(self.embeddings.shape) > len(self.axis_names):
             raise ValueError(
                 f"this table is stacked: its embeddings have shape {self.embeddings.shape}, and "
-                f"axis_names={self.axis_names} describe the last {len(self.axis_names)} axes. Use "
-                "it inside `eqx.filter_vmap` or `jax.lax.scan`, which take the others away."
+                f"axis_names={self.axis_names} describe the last {len(self.axis_names)} axes. "
+                f"{advice}"
             )
         return self.axis_names.index(self.vocabulary_axis)
+
+    def _in_use(self) -> tuple[Array, int]:
+        """The embeddings, and the index of their vocabulary axis.
+
+        What a checkpoint, `eqx.tree_at` or `eqx.partition` put in their place was not checked then.
+        """
+        if not isinstance(self.embeddings, jax.Array | np.ndarray):
+            raise ValueError(
+                f"a table without embeddings cannot be used: in their place it has "
+                f"{type(self.embeddings).__name__}. Put the model together first, as by "
+                "`eqx.combine`."
+            )
+        position = self._vocabulary_position()
+        return jnp.asarray(as_array("embeddings", self.embeddings)), position

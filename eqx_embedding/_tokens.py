@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 
@@ -28,6 +29,16 @@ def tokens_in_range(
     if isinstance(tokens, int) and not isinstance(tokens, bool):
         tokens = np.int64(min(max(tokens, -1), vocab_size))  # a Python int has no size
     tokens = as_array(name, tokens)
+    if isinstance(tokens, jax.Array) and tokens.dtype != jax.dtypes.canonicalize_dtype(
+        tokens.dtype
+    ):
+        # made in 64-bit mode and used outside of it, where a comparison would narrow them
+        if isinstance(tokens, Tracer):
+            raise TypeError(
+                f"{name} of {tokens.dtype.name} are traced outside of JAX's 64-bit mode, which "
+                "would narrow them: turn it on here, too, or convert them before."
+            )
+        tokens = np.asarray(tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {tokens.dtype.name}.")
     if tokens.dtype.itemsize < 4:  # the size of the vocabulary need not fit an int8

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._decode import EmbeddingDecode
-from ._numbers import as_int, Whole
+from ._numbers import as_int, at_least_float32, Whole
 from ._sharding import as_axes, Split
 from ._table import EmbeddingTable
 
@@ -298,7 +298,7 @@ def _draw_rows(count: int, key: PRNGKeyArray, rows: Float[Array, "V ..."]) -> Fl
     no need to compute it, and no matter if there are fewer rows than features.
     """
     V = len(rows)
-    wide = jnp.float32 if jnp.finfo(rows.dtype).bits < 32 else rows.dtype
+    wide = at_least_float32(rows.dtype)
     flat = rows.reshape(V, -1).astype(wide)
     mean = jnp.mean(flat, axis=0)
     centred = (flat - mean[None]) / max(V - 1, 1) ** 0.5

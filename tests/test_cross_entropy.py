@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -292,7 +293,7 @@ def test_a_vocabulary_of_several_tiles_is_one_vocabulary(highest):
     bias = jnp.asarray(bias.copy())
     targets = np.asarray([0, 1, 1023, 1024, 1025, 2047, 2048, 2596])
     hidden, weights = make_array((8, 4), seed=2), jnp.linspace(0.5, 2, 8)
-    options = dict(label_smoothing=0.1, z_loss=0.01)
+    options: Any = dict(label_smoothing=0.1, z_loss=0.01)
     layer = EmbeddingDecode(table, bias, 5.0)
     expected, *wanted = cross_entropy_reference(
         EmbeddingDecode(same, bias, 5.0), hidden, targets, weights, **options

@@ -7,14 +7,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import export
 from jax.experimental import checkify
+from jaxtyping import TypeCheckError
 
 from eqx_embedding import (
     combine_rows,
@@ -66,11 +69,12 @@ def test_a_row_that_is_not_finite_is_seen_by_its_own_tokens_alone(poison):
     gradient = eqx.filter_grad(lambda t: jnp.sum(EmbeddingLookup(t)(TOKENS)))(broken)
     expected = lookup_gradient_reference(table, TOKENS, np.ones((4, 4)))
     np.testing.assert_array_equal(gradient.embeddings, expected)
-    # every token competes with it, so that no loss can be right
-    losses = EmbeddingDecode(broken).cross_entropy(
-        make_array((4, 4), seed=1), TARGETS, reduction="none"
-    )
-    assert not np.isfinite(losses).all()
+    # Every token competes with it, but where it is banned: a product with infinity may be -inf.
+    hidden = make_array((4, 4), seed=1)
+    losses = EmbeddingDecode(broken).cross_entropy(hidden, TARGETS, reduction="none")
+    logits = float64(EmbeddingDecode(broken)(hidden))[:, 5]
+    np.testing.assert_array_equal(np.isfinite(losses), logits == -np.inf)
+    assert not np.isnan(poison) or np.isnan(losses).all()
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
@@ -145,6 +149,34 @@ def test_large_logits_give_the_loss_that_they_are():
     assert_close(capped.cross_entropy(jnp.full((1, 1), 1e8), np.asarray([2])), 10 + np.log(2))
 
 
+@pytest.mark.parametrize("vocab_size, offset", [(2600, 1e4), (2600, -1e5), (64, 1e30), (64, 1e37)])
+def test_label_smoothing_loses_nothing_to_the_size_of_the_logits(vocab_size, offset):
+    noise = make_array((vocab_size, 1), seed=1)
+    rows = jnp.asarray(offset + float64(noise), jnp.float32)
+    layer, hidden = EmbeddingDecode(EmbeddingTable(rows, NAMES)), jnp.ones((2, 1))
+    targets = np.asarray([0, vocab_size - 1])
+    expected, *_ = cross_entropy_reference(layer, hidden, targets, label_smoothing=0.1)
+    if offset >= 1e30:
+        expected = np.log(vocab_size)  # the logits are equal, which float64 loses in their sum
+
+    def loss(hidden):
+        return layer.cross_entropy(hidden, targets, label_smoothing=0.1)
+
+    assert_close(loss(hidden), expected)
+    assert_close(jax.value_and_grad(loss)(hidden)[0], expected)
+
+
+def test_a_soft_cap_or_z_loss_that_float32_cannot_compute_with_is_refused():
+    table, hidden = make_table("first"), make_array((4, 4), seed=1)
+    expected = EmbeddingDecode(table)(hidden)
+    assert_close(EmbeddingDecode(table, soft_cap=1e30)(hidden), expected)
+    for number in (1e31, 10**400):
+        with pytest.raises(ValueError, match="soft_cap must be positive and at most 1e.30"):
+            EmbeddingDecode(table, soft_cap=number)
+        with pytest.raises(ValueError, match="z_loss must be at least 0 and at most 1e.30"):
+            EmbeddingDecode(table).cross_entropy(hidden, TARGETS, z_loss=number)
+
+
 # Tokens that a bias bans
 
 
@@ -212,6 +244,52 @@ def test_weights_that_cancel_have_no_mean():
     assert_close(layer.cross_entropy(hidden, TARGETS, weights=weights, reduction="sum"), expected)
 
 
+@pytest.mark.parametrize("scale", [1e-60, 1e-40, 1e-30, 1e-20, 1e19, 1e38])
+def test_weights_of_any_magnitude_have_the_same_mean(scale):
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    expected, for_hidden, _, _, for_weights = cross_entropy_reference(
+        layer, hidden, TARGETS, WEIGHTS
+    )
+    of_host = float64(WEIGHTS) * scale
+    assert_close(layer.cross_entropy(hidden, TARGETS, weights=of_host), expected)
+    if 1e-38 < scale:  # else zero to JAX on a device
+
+        def loss(hidden, weights):
+            return layer.cross_entropy(hidden, TARGETS, weights=weights)
+
+        weights = jnp.asarray(of_host, "float32")
+        value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, weights)
+        assert_close(value, expected)
+        assert_close(gradients[0], for_hidden)
+        if scale < 1e38:  # else zero to JAX on a device, too
+            assert_close(float64(gradients[1]) * scale, for_weights)
+
+
+@pytest.mark.parametrize("small", [1e-30, 1e-60])
+def test_a_small_weight_does_not_hide_a_target_out_of_range(small):
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    targets, weights = np.where(TARGETS == 2, -1, TARGETS), np.asarray([1, small, 1e30, 1])
+    assert np.isnan(layer.cross_entropy(hidden, targets, weights=weights))
+    losses = layer.cross_entropy(hidden, targets, weights=weights, reduction="none")
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False, False])
+
+
+def test_a_loss_that_is_left_out_poisons_no_gradient():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    broken, targets = hidden.at[1].set(jnp.nan), np.where(TARGETS == 2, -1, TARGETS)
+    keep = np.arange(4) != 1
+
+    def total(layer, hidden):
+        losses = layer.cross_entropy(hidden, targets, reduction="none")
+        return jnp.sum(jnp.where(keep, losses, 0.0))
+
+    gradient = eqx.filter_grad(total)(layer, broken)
+    _, _, expected, *_ = cross_entropy_reference(
+        layer, hidden, TARGETS, keep.astype(float), reduction="sum"
+    )
+    assert_close(gradient.table.embeddings, expected)
+
+
 def test_many_weights_of_a_small_dtype_are_summed_in_float32():
     layer = EmbeddingDecode(make_table("first"))
     hidden, targets = jnp.ones((70_000, 4)), np.zeros(70_000, int)
@@ -228,6 +306,121 @@ def test_weights_that_are_no_real_numbers_are_refused():
 
 
 # What is given
+
+
+def test_an_array_of_64_bits_made_in_the_64_bit_mode_and_used_outside_is_not_narrowed():
+    with jax.enable_x64(True):
+        tokens = jnp.asarray([3, 2**32 + 3, -(2**32) + 3])
+        unsigned = jnp.asarray([3, 2**32 + 3, 2**63 + 3], jnp.uint64)
+    table = make_table("first")
+    layer, hidden = EmbeddingDecode(table), make_array((3, 4), seed=1)
+    for given in (tokens, unsigned):
+        vectors = EmbeddingLookup(table)(given)
+        np.testing.assert_array_equal(vectors, lookup_reference(table, given.tolist()))
+        with pytest.raises(Exception, match="a token is out of range"):
+            EmbeddingLookup(table, "raise")(given)
+        losses = layer.cross_entropy(hidden, given, reduction="none")
+        np.testing.assert_array_equal(np.isnan(losses), [False, True, True])
+        for name, use in (
+            ("tokens", EmbeddingLookup(table)),
+            ("targets", lambda given: layer.cross_entropy(hidden, given)),
+        ):
+            with pytest.raises(TypeError, match=f"{name} of u?int64 are traced outside of JAX's"):
+                jax.jit(lambda given, use=use: use(given))(given)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_traced_targets_are_compared_at_64_bits(dtype):
+    with jax.enable_x64(True):
+        layer, hidden = EmbeddingDecode(make_table("first")), make_array((3, 4), seed=1)
+        targets = jnp.asarray([3, 2**32 + 3, 2**63 - 1], dtype)
+
+        @jax.jit
+        def loss(targets):
+            return layer.cross_entropy(hidden, targets, reduction="none")
+
+        np.testing.assert_array_equal(np.isnan(loss(targets)), [False, True, True])
+
+
+def test_what_stands_in_the_place_of_the_embeddings_is_looked_at_when_it_is_used():
+    table, hidden = make_table("middle"), make_array((4, 2, 3), seed=1)
+    uses = (
+        lambda table: EmbeddingLookup(table)(TOKENS),
+        lambda table: EmbeddingDecode(table)(hidden),
+        lambda table: EmbeddingDecode(table).cross_entropy(hidden, TARGETS),
+    )
+
+    def replaced(array):
+        return eqx.tree_at(lambda t: t.embeddings, table, array)
+
+    restored = replaced(np.asarray(table.embeddings))  # as many checkpoints give it back
+    masked = replaced(np.ma.masked_array(np.asarray(table.embeddings), False))
+    skeleton = eqx.filter_eval_shape(lambda: table)
+    for use in uses:
+        np.testing.assert_array_equal(use(restored), use(table))
+        with pytest.raises(TypeError, match="embeddings are a masked array"):
+            use(masked)
+        for other, name in (skeleton, "ShapeDtypeStruct"), (replaced(None), "NoneType"):
+            with pytest.raises(ValueError, match=f"without embeddings .* has {name}. .*combine"):
+                use(other)
+
+
+@pytest.mark.parametrize("size", [1, 6, 8])
+def test_a_bias_that_was_replaced_is_held_against_the_vocabulary_again(size):
+    layer = EmbeddingDecode(make_table("first"), jnp.ones(VOCAB_SIZE))
+    layer, hidden = eqx.tree_at(lambda d: d.bias, layer, jnp.ones(size)), make_array((4, 4))
+    for use in layer, lambda hidden: layer.cross_entropy(hidden, TARGETS):
+        with pytest.raises(ValueError, match=rf"bias must have shape \(7,\).*got \({size},\)"):
+            use(hidden)
+
+
+def test_names_of_axes_are_strings_each_of_them():
+    for names in (1, "vocabulary"), ("vocabulary", 1):
+        for _ in range(20):  # the type checks look at one name, at random
+            with pytest.raises((ValueError, TypeCheckError)):
+                EmbeddingTable(jnp.ones((3, 3)), names)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_trained_part_of_a_model_is_no_model():
+    table = EmbeddingTable(make_array((12, 4)), NAMES, padding_rows=4)
+    trained, _ = partition_rows(table, [0, 1, 2])
+    for use in (
+        lambda: EmbeddingLookup(trained)(TOKENS),
+        lambda: EmbeddingDecode(trained)(jnp.ones((4, 4))),
+        lambda: EmbeddingDecode(trained).cross_entropy(jnp.ones((4, 4)), TARGETS),
+    ):
+        with pytest.raises(ValueError, match="3 rows, 4 of them padding.*`combine_rows` first"):
+            use()
+    # without padding nothing shows that its tables are a part: they count from their first row
+    trained, _ = partition_rows(make_table("first"), [4, 6, 1])
+    rows = EmbeddingLookup(trained, "clip")(np.asarray([0]))
+    np.testing.assert_array_equal(rows, make_table("first").embeddings[4][None])
+
+
+def test_frozen_rows_that_were_resized_are_refused():
+    for size in (3, 6, 12):
+        trained, frozen = partition_rows(EmbeddingTable(make_array((9, 4)), NAMES), [4, 6])
+        with pytest.raises(ValueError, match=f"{size} rows, which had 9.*before you resize"):
+            combine_rows(trained, resize_vocabulary(frozen, size))
+
+
+def test_parts_of_two_calls_fit_and_the_rows_of_the_frozen_part_hold():
+    table = make_table("first")
+    (trained, _), (_, frozen) = partition_rows(table, [1, 2]), partition_rows(table, [3, 4])
+    combined = combine_rows(trained, frozen).embeddings
+    np.testing.assert_array_equal(combined[3:5], table.embeddings[1:3])
+
+
+def test_a_resize_with_a_key_draws_rows_for_moments_as_for_a_model():
+    table: Any = EmbeddingTable(make_array((9, 4)), NAMES)
+    optimizer = optax.adam(1e-3)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.update(table, optimizer.init(table))[1]
+    key = jax.random.key(0)
+    _, together = resize_vocabulary((table, state), 40, key=key)
+    assert np.any(together[0].nu.embeddings[9:] < 0)
+    apart = resize_vocabulary(state, 40)
+    assert not np.any(apart[0].nu.embeddings[9:])
 
 
 def test_the_error_for_targets_names_them():

@@ -181,10 +181,14 @@ def test_a_donated_table_is_updated_in_place():
         return eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, gradient))
 
     model = make_model()
-    before = float64(model.table.embeddings)
+    before, pointer = (
+        float64(model.table.embeddings),
+        model.table.embeddings.unsafe_buffer_pointer(),
+    )
     _, for_lookup, for_decode = loss_reference(model.table)
     after = descend(model)
     assert model.table.embeddings.is_deleted()
+    assert after.table.embeddings.unsafe_buffer_pointer() == pointer
     assert_close(after.table.embeddings, before - 0.1 * (for_lookup + for_decode))
 
 
