@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -130,7 +131,7 @@ def lookup_and_gradient(wrap, out_of_range):
     return run
 
 
-@given(tables(), st.sampled_from(list(WRAPS)), st.sampled_from(["nan", "clip"]), st.data())
+@given(tables(), st.sampled_from(list(WRAPS)), st.sampled_from(["nan", "raise", "clip"]), st.data())
 def test_a_lookup_and_its_gradient_are_those_of_numpy(drawn, wrap, out_of_range, data):
     dtype, table = made(drawn)
     integer = data.draw(st.sampled_from(INTEGERS.get(dtype, NARROW)))
@@ -138,10 +139,13 @@ def test_a_lookup_and_its_gradient_are_those_of_numpy(drawn, wrap, out_of_range,
     ids = st.integers(max(ends.min, -3), 12) | st.sampled_from([ends.min, ends.max])
     tokens = data.draw(hnp.arrays(integer, BATCH, elements=ids))
     cotangent = floats(data.draw, BATCH + tuple(table.embedding_axes.values()), dtype)
+    run = lookup_and_gradient(wrap, out_of_range)
     with mode(dtype):
-        vectors, gradient = lookup_and_gradient(wrap, out_of_range)(
-            table, jnp.asarray(tokens), jnp.asarray(cotangent)
-        )
+        if out_of_range == "raise" and np.any((tokens < 0) | (tokens >= VOCAB_SIZE)):
+            with pytest.raises(Exception, match="a token is out of range"):
+                jax.block_until_ready(run(table, jnp.asarray(tokens), jnp.asarray(cotangent)))
+            return
+        vectors, gradient = run(table, jnp.asarray(tokens), jnp.asarray(cotangent))
     clip = out_of_range == "clip"
     np.testing.assert_array_equal(float64(vectors), lookup_reference(table, tokens, clip))
     expected = lookup_gradient_reference(table, tokens, cotangent, clip)
@@ -308,6 +312,8 @@ def test_the_loss_and_its_gradients_are_those_of_numpy(drawn, wrap, options, red
         targets = data.draw(hnp.arrays(np.int32, BATCH, elements=ids))
         weight = st.sampled_from([0.0, 0.0, 0.5, 1.0, 3.0])
         weights = data.draw(hnp.arrays(wide, BATCH, elements=weight))
+        if reduction == "mean":
+            weights = weights * np.asarray(data.draw(st.sampled_from([1, 1e-30, 1e30])), wide)
         cotangent = floats(data.draw, BATCH[:axes], wide)
         if reduction == "none":
             cotangent = floats(data.draw, BATCH, wide)

@@ -327,6 +327,10 @@ def test_several_embedding_axes_without_sizes_say_what_to_do(path):
         '{"name": "x", "axes": {"a": 0}, "vocabulary_axis": "a", "padding_rows": 0}',
         '{"name": "x", "axes": {"a": 4, "b": 7}, "vocabulary_axis": "a", "padding_rows": 0}',
         '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "c", "padding_rows": 0}',
+        '{"name": "x", "axes": {"a": 4, "b": 6.0}, "vocabulary_axis": "a", "padding_rows": 0}',
+        '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": 2.9}',
+        '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": "3"}',
+        '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": true}',
     ],
 )
 def test_metadata_that_do_not_fit_the_tensor_are_refused(noted, path):
@@ -467,6 +471,9 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
     for other in jax.eval_shape(lambda: table), eqx.filter(table, False):
         with pytest.raises(ValueError, match="no embeddings to save: .* has (Shape|NoneType)"):
             save_safetensors(other, tmp_path / "x")
+    masked = np.ma.masked_array(np.ones((9, 4), np.float32), True)
+    with pytest.raises(TypeError, match="embeddings are a masked array"):
+        save_safetensors(eqx.tree_at(lambda t: t.embeddings, table, masked), tmp_path / "x")
     with pytest.raises(ValueError, match="keeps the name '__metadata__' for itself"):
         save_safetensors(table, tmp_path / "x", "__metadata__")
     with pytest.raises(IsADirectoryError, match="is a directory: give the name of a file"):
@@ -482,6 +489,12 @@ def test_a_table_that_could_not_be_loaded_is_not_saved(path):
         table = EmbeddingTable(jnp.ones((5, 3), dtype), NAMES)
         with pytest.raises(ValueError, match=f"embeddings of {dtype} cannot be saved"):
             save_safetensors(table, path)
+    assert eqx.tree_equal(load_safetensors(path), make_table("first"))
+
+
+def test_a_file_name_may_be_as_long_as_the_system_allows(tmp_path):
+    path = tmp_path / ("€" * 80 + "x" * 15)  # 255 bytes
+    save_safetensors(make_table("first"), path)
     assert eqx.tree_equal(load_safetensors(path), make_table("first"))
 
 

@@ -461,6 +461,8 @@ def test_a_split_that_a_shard_map_does_not_show_is_refused():
         with pytest.raises(ValueError, match="must be the same along .*'model'.*all_gather"):
             rules = {"vocabulary": "model"}
             inside(lambda *a, use=use: use(rules, *a), P("model"), P("model"))
+        with pytest.raises(ValueError, match="table differs along.*'model'.*a table of its own"):
+            inside(lambda *a, use=use: use(None, *a), P("model"), P("model"))
 
     def biased(table, tokens):
         decode = EmbeddingDecode(table, bias=jnp.zeros(V // 4 - 3))
