@@ -141,6 +141,12 @@ def test_jax_debug_nans_points_at_the_nan_of_the_caller_and_not_at_the_library()
         step(make_array((4, 4), seed=1))
 
 
+def test_jax_debug_infs_finds_the_infinity_that_stands_for_padding():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    with jax.debug_infs(True), jax.disable_jit(True), pytest.raises(FloatingPointError):
+        layer.cross_entropy(hidden, TARGETS)
+
+
 def test_large_logits_give_the_loss_that_they_are():
     table = EmbeddingTable(jnp.asarray([[1e18], [1e30], [-1e30]]), NAMES)
     losses = EmbeddingDecode(table).cross_entropy(jnp.ones((3, 1)), np.arange(3), reduction="none")
