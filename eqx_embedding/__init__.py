@@ -2,7 +2,7 @@
 
 from jaxtyping import install_import_hook
 
-from . import _beartype as _beartype
+from . import _beartype as _beartype  # before the hook, which would check it by itself
 
 
 with install_import_hook("eqx_embedding", "eqx_embedding._beartype.beartype"):

@@ -35,7 +35,8 @@ class EmbeddingDecode(eqx.Module):
     - `bias`: added to the logits, of shape `(vocab_size,)`. Defaults to `None`, which is no bias.
     - `soft_cap`: keeps the logits between `-soft_cap` and `soft_cap`, as
         `soft_cap * tanh(logits / soft_cap)`, after the bias, as in
-        [Gemma 2](https://arxiv.org/abs/2408.00118). Defaults to `None`, which does not.
+        [Gemma 2](https://arxiv.org/abs/2408.00118). A number, not traced, of at most 1e30.
+        Defaults to `None`, which is no cap.
     - `logits_dtype`: the dtype of the logits. Defaults to `None`, JAX's promotion of the hidden
         vector, the embeddings and the bias. They are computed in float32 at least.
 
@@ -165,9 +166,12 @@ class EmbeddingDecode(eqx.Module):
             of weight zero costs nothing, whatever its vector and target are: -100 may mark
             padding. Defaults to `None`, which counts each token once.
         - `label_smoothing`: the part of the target, below 1, that is spread over all tokens.
-        - `z_loss`: the factor of `lse**2`, which keeps the logits from drifting. 1e-4 in PaLM.
+            Defaults to 0. A number, not traced: another one compiles anew.
+        - `z_loss`: the factor of `lse**2`, which keeps the logits from drifting. 1e-4 in PaLM;
+            defaults to 0. A number, not traced.
         - `reduction`: `"mean"`, weighted, and 0 when all weights are zero; `"sum"`; or `"none"`,
-            one loss for each token times its weight, whose gradient computes the logits again.
+            of shape `*batch`: the loss of each token times its weight, whose gradient computes the
+            logits again. Defaults to `"mean"`.
         - `chunk_size`: how many tokens have logits at once. Less takes less memory. Defaults to
             `None`, which chooses what is fast. Each device counts its own tokens.
         - `rules`: the axes of the device mesh that split the first axis of the batch and the
@@ -175,7 +179,8 @@ class EmbeddingDecode(eqx.Module):
             explicit mesh axes, which are part of the types of the arrays. Automatic axes are
             hidden from this call: without rules the loss is right and the table is not gathered,
             but its gradient is summed over devices once a chunk, rather than once. Inside a
-            `jax.shard_map` rules are needed for all axes of it that split either.
+            `jax.shard_map` rules are needed for all axes of it that split either; with
+            `check_vma=False` nothing can tell that they are missing.
 
         **Returns:**
 
@@ -185,9 +190,10 @@ class EmbeddingDecode(eqx.Module):
 
         **Raises:**
 
-        A `ValueError` for shapes that do not fit, for options out of their range, and for rules
-        that do not fit the mesh, or sizes that it does not divide. A
-        `TypeError` for targets that are not integers, or weights that are not real.
+        A `ValueError` for shapes that do not fit, for options out of their range, for a table
+        without embeddings or tokens, and for rules that do not fit the mesh, or sizes that it does
+        not divide. A `TypeError` for targets that are not integers, weights that are not real, and
+        64-bit targets that are traced outside of JAX's 64-bit mode.
         """
         table, (embeddings, axis) = self.table, self.table._in_use()
         batch = hidden.shape[: self._check_hidden(hidden)]

@@ -63,7 +63,11 @@ class EmbeddingLookup(eqx.Module):
     **Fields:**
 
     - `table`: the [`eqx_embedding.EmbeddingTable`][].
-    - `out_of_range`: `"nan"`, `"raise"` or `"clip"`.
+    - `out_of_range`: `"nan"`, `"raise"` or `"clip"`. Defaults to `"nan"`.
+
+    **Raises:**
+
+    An error of the type checks, or without them a `ValueError`, for another `out_of_range`.
     """
 
     table: EmbeddingTable
@@ -89,8 +93,9 @@ class EmbeddingLookup(eqx.Module):
             out of range stays out of range. (Give it to this call and not to a function under
             `jax.jit`, `jax.vmap` or `jax.lax.scan`: JAX narrows their arguments before any code of
             theirs runs.)
-        - `rules`: needed only inside a `jax.shard_map` over mesh axes that split the vocabulary:
-            which ones, such as `{"vocabulary": "model"}`. Defaults to `None`. See
+        - `rules`: needed only inside a `jax.shard_map` along whose axes the table differs: those
+            which split its vocabulary, such as `{"vocabulary": "model"}`, or `{"vocabulary": None}`
+            if each device has a table of its own. Defaults to `None`. See
             [`eqx_embedding.EmbeddingTable.partition_spec`][].
         - `key`: ignored, for compatibility with `eqx.nn.Sequential`.
 
@@ -102,8 +107,9 @@ class EmbeddingLookup(eqx.Module):
         **Raises:**
 
         A `RuntimeError` under `out_of_range="raise"`, naming the vocabulary and its size. A
-        `TypeError` for tokens that are not integers. A `ValueError` for a stacked table, for
-        rules that do not fit the mesh, or under `"nan"` for a table of float4, which has no NaN.
+        `TypeError` for tokens that are not integers, or of 64 bits and traced outside of JAX's
+        64-bit mode. A `ValueError` for a stacked table, one without embeddings or tokens, rules
+        that do not fit the mesh, or under `"nan"` for a table of float4, which has no NaN.
         """
         del key
         table, (embeddings, axis) = self.table, self.table._in_use()

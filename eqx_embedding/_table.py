@@ -60,7 +60,7 @@ class EmbeddingTable(eqx.Module):
 
     **Raises:**
 
-    A `ValueError` if names repeat, if `vocabulary_axis` is not one of them, if `embeddings` has
+    A `ValueError` if names repeat or are no strings, if `vocabulary_axis` is not one of them, if `embeddings` has
     fewer axes than names or an axis of size zero, or unless `0 <= padding_rows < rows`.
     """
 

@@ -54,7 +54,8 @@ def resize_vocabulary(
     - `vocab_size`: the number of tokens to have, without padding.
     - `vocabulary_axis`: the vocabulary, by the `vocabulary_axis` of its tables. Tables of others,
         of positions say, are left alone. Defaults to `"vocabulary"`.
-    - `key`: a `jax.random.key` for the new rows. Defaults to `None`: they are zero.
+    - `key`: a `jax.random.key` for the new rows. Defaults to `None`: they are zero. Not for a tree
+        with the state of an optimizer in it: second moments would be drawn below zero, too.
     - `pad_to_multiple_of`: rows of zeros are added until their number is a multiple of this.
         Defaults to 1, which leaves no padding.
 
@@ -66,7 +67,8 @@ def resize_vocabulary(
     **Raises:**
 
     A `ValueError` for a size below 1; if no table is of this vocabulary; if its tables differ in
-    size, for then they are several vocabularies, and need several names; if an array in the place
+    size, for then they are several vocabularies, and need several names; if `eqx.nn.Shared` has
+    moved the table of a bias away, and not exactly one vocabulary has its size; if an array in the place
     of a table's lacks the table's axes, as the factored moments of Adafactor do; and for a number
     of rows that the mesh axes which split a table do not divide.
     """

@@ -1,18 +1,18 @@
-"""The costs of a split table that benchmarks/growing.py predicts are those of compiled programs."""
+"""What a split table costs, as benchmarks/mesh_cost.py predicts it, is what compiled programs cost."""
 
 import pytest
 
-from benchmarks import growing
+from benchmarks import mesh_cost
 
 
-SIZES = growing.Sizes(N=512, D=16, V=1024, C=32)
+SIZES = mesh_cost.Sizes(N=512, D=16, V=1024, C=32)
 
 
 @pytest.mark.parametrize("d, m", [(1, 1), (1, 2), (2, 2), (2, 4)])
-@pytest.mark.parametrize("layout", growing.LAYOUTS)
+@pytest.mark.parametrize("layout", mesh_cost.LAYOUTS)
 def test_what_is_moved_and_computed_is_as_predicted(layout, d, m):
-    predicted = growing.LAYOUTS[layout](SIZES, d, m)
-    counted = growing.count(growing.compile_gradient(SIZES, layout, d, m))
+    predicted = mesh_cost.LAYOUTS[layout](SIZES, d, m)
+    counted = mesh_cost.count(mesh_cost.compile_gradient(SIZES, layout, d, m))
     assert counted.operations == predicted.operations
     assert counted.moved == pytest.approx(predicted.moved, rel=0.01, abs=64)
     assert 0.7 < counted.held / predicted.held < 1.7
@@ -21,12 +21,12 @@ def test_what_is_moved_and_computed_is_as_predicted(layout, d, m):
 @pytest.mark.parametrize("options", [["--tokens=4095"], ["--vocab-size=9"], ["--chunk-size=0"]])
 def test_sizes_that_eight_devices_cannot_share_are_refused(options, capsys):
     with pytest.raises(SystemExit):
-        growing.main(options)
+        mesh_cost.main(options)
     assert "--tokens and --vocab-size multiples of 8" in capsys.readouterr().err
 
 
 def test_the_table_of_predictions_is_printed(capsys):
-    growing.main(["--tokens", "512", "--embedding", "16", "--vocab-size", "1024"])
+    mesh_cost.main(["--tokens", "512", "--embedding", "16", "--vocab-size", "1024"])
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("vocabulary split") for line in lines) == 4 + 5
     assert sum(line.startswith("fully sharded") for line in lines) == 4 + 1

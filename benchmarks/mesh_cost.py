@@ -1,12 +1,15 @@
 """What a tied table costs each device of a mesh: bytes held, bytes moved, operations.
 
-    python -m benchmarks.growing [--tokens 4096 --embedding 64 --vocab-size 8192]
+    python -m benchmarks.mesh_cost [--tokens 4096 --embedding 64 --vocab-size 8192]
 
 Compares a table whose vocabulary is split over `model`, with tokens split over `data`, with fully
 sharded data parallelism: tokens and table split over all devices, and the table gathered for use.
 First predicted on paper by the functions below, and counted in the programs that XLA compiles for
 1, 2, 4 and 8 CPU devices: collectives and products, times the trips of the loops around them, and
 the memory analysis. Then the paper alone, for a vocabulary of 256,000 on 256 devices.
+
+XLA for CPUs reduces the gradients of the lookup and of the loss one by one, and whole. "Summed
+first" is what a program moves that reduces their sum, and scatters it where the table is split.
 
 The program is the gradient of the mean loss of vectors that are looked up in the table itself. N
 are tokens, D is the size of an embedding, V of the vocabulary, C of a chunk of tokens; d and m are
@@ -61,7 +64,7 @@ def gathered(g: int, numbers: float) -> float:
     return (g - 1) / g * 4 * numbers
 
 
-def vocabulary_split(s: Sizes, d: int, m: int) -> Cost:
+def vocabulary_split(s: Sizes, d: int, m: int, summed_first: bool = False) -> Cost:
     rows, tokens = s.V / m, s.N / d
     chunks = tokens / s.C
     return Cost(
@@ -69,27 +72,28 @@ def vocabulary_split(s: Sizes, d: int, m: int) -> Cost:
         # logits of a chunk
         held=4 * (3 * rows * s.D + 3 * tokens * s.D + min(s.C, tokens) * rows),
         # over `model`: the vectors, three numbers a token, the gradient of the vectors; over
-        # `data`: the gradient of the rows, from the lookup and from the loss
+        # `data`: the gradient of the rows, from the lookup and from the loss, or their sum
         moved=reduced(m, 2 * tokens * s.D + 3 * math.ceil(chunks) * min(s.C, tokens))
-        + reduced(d, 2 * rows * s.D),
+        + reduced(d, (1 if summed_first else 2) * rows * s.D),
         operations=6 * tokens * rows * s.D,
     )
 
 
-def fully_sharded(s: Sizes, d: int, m: int) -> Cost:
+def fully_sharded(s: Sizes, d: int, m: int, summed_first: bool = False) -> Cost:
     n = d * m
     tokens = s.N / n
     return Cost(
         # a share of the table and of its gradient; the table and its two gradients whole
         held=4 * (2 * s.V / n * s.D + 3 * s.V * s.D + 3 * tokens * s.D + min(s.C, tokens) * s.V),
-        # the table once; its gradients, from the lookup and from the loss, each reduced whole, as
-        # XLA does for CPUs: to reduce and scatter their sum would send a quarter of that
-        moved=gathered(n, s.V * s.D) + reduced(n, 2 * s.V * s.D),
+        # the table once; its gradients, from the lookup and from the loss, each reduced whole, or
+        # their sum reduced and scattered
+        moved=gathered(n, s.V * s.D)
+        + (gathered(n, s.V * s.D) if summed_first else reduced(n, 2 * s.V * s.D)),
         operations=6 * tokens * s.V * s.D,
     )
 
 
-LAYOUTS: dict[str, Callable[[Sizes, int, int], Cost]] = {
+LAYOUTS: dict[str, Callable[..., Cost]] = {
     "vocabulary split": vocabulary_split,
     "fully sharded": fully_sharded,
 }
@@ -184,12 +188,12 @@ def count(compiled) -> Cost:
     return Cost(held, moved, operations)
 
 
-def row(name: str, d: int, m: int, *costs: Cost) -> str:
-    cells = []
-    for field, unit in (("held", 2**20), ("moved", 2**20), ("operations", 1e9)):
-        values = [getattr(cost, field) / unit for cost in costs]
-        cells.append(" ".join(f"{value:12,.2f}" for value in values))
-    return f"{name:18}{d:5}{m:6} " + " ".join(cells)
+def row(name: str, d: int, m: int, numbers: list[float]) -> str:
+    return f"{name:18}{d:5}{m:6}" + "".join(f"{number:13,.2f}" for number in numbers)
+
+
+def heading(*columns: str) -> str:
+    return f"{'':18}{'d':>5}{'m':>6}" + "".join(f"{column:>13}" for column in columns)
 
 
 def main(arguments=None):
@@ -206,20 +210,24 @@ def main(arguments=None):
     s = Sizes(given.tokens, given.embedding, given.vocab_size, given.chunk_size)
 
     print(f"N {s.N:,}, D {s.D:,}, V {s.V:,}, C {s.C}: predicted and counted, for each device")
-    print(f"{'':18}    d     m  {'MiB held':>24} {'MiB moved':>25} {'1e9 operations':>25}")
+    print(heading("MiB held", "counted", "MiB moved", "counted", "1e9 ops", "counted"))
     for layout, predict in LAYOUTS.items():
         for d, m in ((1, 1), (1, 2), (2, 2), (2, 4)):
-            counted = count(compile_gradient(s, layout, d, m))
-            print(row(layout, d, m, predict(s, d, m), counted))
+            paper, counted = predict(s, d, m), count(compile_gradient(s, layout, d, m))
+            units = ("held", 2**20), ("moved", 2**20), ("operations", 1e9)
+            figures = [getattr(c, field) / unit for field, unit in units for c in (paper, counted)]
+            print(row(layout, d, m, figures))
 
     s = Sizes(N=2**20, D=8192, V=256_000, C=4096)
     print(f"\nN {s.N:,}, D {s.D:,}, V {s.V:,}, C {s.C}: predicted, for each of 256 devices")
-    print(f"{'':18}    d     m  {'MiB held':>11} {'MiB moved':>12} {'1e9 operations':>12}")
+    print(heading("GiB held", "GiB moved", "summed first", "1e12 ops"))
     for layout, predict in LAYOUTS.items():
         for d, m in ((256, 1), (64, 4), (32, 8), (16, 16), (4, 64))[
             : None if layout == "vocabulary split" else 1
         ]:
-            print(row(layout, d, m, predict(s, d, m)))
+            cost, summed = predict(s, d, m), predict(s, d, m, summed_first=True)
+            gib = [bytes / 2**30 for bytes in (cost.held, cost.moved, summed.moved)]
+            print(row(layout, d, m, [*gib, cost.operations / 1e12]))
 
 
 if __name__ == "__main__":
