@@ -60,8 +60,9 @@ class EmbeddingTable(eqx.Module):
 
     **Raises:**
 
-    A `ValueError` if names repeat or are no strings, if `vocabulary_axis` is not one of them, if `embeddings` has
-    fewer axes than names or an axis of size zero, or unless `0 <= padding_rows < rows`.
+    A `ValueError` if names repeat or are no strings, if `vocabulary_axis` is not one of them, if
+    `embeddings` has fewer axes than names or an axis of size zero, or unless
+    `0 <= padding_rows < rows`.
     """
 
     embeddings: Float[Array, "..."]

@@ -68,9 +68,9 @@ def resize_vocabulary(
 
     A `ValueError` for a size below 1; if no table is of this vocabulary; if its tables differ in
     size, for then they are several vocabularies, and need several names; if `eqx.nn.Shared` has
-    moved the table of a bias away, and not exactly one vocabulary has its size; if an array in the place
-    of a table's lacks the table's axes, as the factored moments of Adafactor do; and for a number
-    of rows that the mesh axes which split a table do not divide.
+    moved the table of a bias away, and not exactly one vocabulary has its size; if an array in the
+    place of a table's lacks the table's axes, as the factored moments of Adafactor do; and for a
+    number of rows that the mesh axes which split a table do not divide.
     """
     if min(vocab_size, pad_to_multiple_of) < 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a split table costs, as benchmarks/mesh_cost.py predicts it, is what compiled programs cost."""
+"""What a split table costs, as benchmarks/mesh_cost.py predicts it, is what XLA compiles."""
 
 import pytest
 
