@@ -2,12 +2,26 @@
 
 import contextlib
 import io
-from typing import TypeVar
+import math
+import operator
+from typing import Any, TypeVar
 
 import tyro
 
 
 Config = TypeVar("Config")
+
+
+def require(config: Any, name: str, holds: bool, requirement: str) -> None:
+    """Stops the program with one line unless what is required of the field `name` holds.
+
+    Infinity never will do, as in a learning rate.
+    """
+    option, value = name.replace("_", "-"), operator.attrgetter(name)(config)
+    if value == math.inf:
+        holds, requirement = False, f"{requirement} and finite"
+    if not holds:
+        raise SystemExit(f"--{option} must be {requirement}, got {value}.")
 
 
 def from_command_line(config: type[Config], description: str | None) -> Config:

@@ -18,7 +18,7 @@ from jaxtyping import install_import_hook
 
 with install_import_hook(("checkpoints", "tokenizer", "toy_transformer"), "beartype.beartype"):
     from checkpoints import Checkpoints
-    from command_line import from_command_line
+    from command_line import from_command_line, require
     from tokenizer import Tokenizer
     from toy_transformer import Transformer
 
@@ -44,10 +44,8 @@ class Config:
 
     def __post_init__(self):
         for name in ("length", "temperature", "seed"):
-            if not getattr(self, name) >= 0:
-                raise SystemExit(f"--{name} must be at least 0, got {getattr(self, name)}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise SystemExit(f"--top-k must be at least 1, got {self.top_k}.")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
+        require(self, "top_k", self.top_k is None or self.top_k > 0, "at least 1")
 
 
 def load(run: Path) -> tuple[Transformer, Tokenizer]:

@@ -27,7 +27,7 @@ from eqx_embedding import combine_rows, partition_rows, resize_vocabulary
 CHECKED = ("checkpoints", "generate", "pictures", "text_data", "tokenizer", "toy_transformer")
 with install_import_hook(CHECKED, "beartype.beartype"):
     from checkpoints import Checkpoints, write_whole
-    from command_line import from_command_line
+    from command_line import from_command_line, require
     from generate import load
     from pictures import growth_picture
     from text_data import cut_text, random_windows, read_text, Text, tokenize, Tokens, windows
@@ -65,14 +65,9 @@ class Config:
 
     def __post_init__(self):
         for name in ("weight_decay", "seed"):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("new_tokens", "steps", "batch_size", "learning_rate", "report_every"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-
-    def _check(self, name: str, holds: bool, requirement: str) -> None:
-        if not holds:
-            option = name.replace("_", "-")
-            raise SystemExit(f"--{option} must be {requirement}, got {getattr(self, name)}.")
+            require(self, name, getattr(self, name) > 0, "above 0")
 
 
 def read_new_text(path: Path | None) -> Text:
@@ -152,8 +147,10 @@ def main(config: Config) -> list[tuple[int, float]]:
     model = resize_vocabulary(model, new_size, key=key, pad_to_multiple_of=ROWS_MULTIPLE)
     # All that is trained is an array of the new rows: the optimizer knows of nothing else.
     trained, frozen = partition_rows(model, range(old_size, new_size))
-    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
-    print(f"{size:,} numbers are trained, {len(jax.tree.leaves(trained))} array in all")
+    size, whole = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen.model))
+    print(
+        f"{size:,} of {whole:,} numbers are trained, {len(jax.tree.leaves(trained))} array in all"
+    )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(

@@ -30,12 +30,14 @@ from jaxtyping import Array, Float, install_import_hook, Integer, PyTree
 from tqdm import tqdm
 
 
-CHECKED = ("checkpoints", "devices", "pictures", "text_data", "tokenizer", "toy_transformer")
+CHECKED = ("checkpoints", "devices", "pictures", "processes", "text_data")
+CHECKED += ("tokenizer", "toy_transformer")
 with install_import_hook(CHECKED, "beartype.beartype"):
     from checkpoints import check_identity, Checkpoints, write_whole
-    from command_line import from_command_line
-    from devices import Devices, find_devices, MeshSize, together
+    from command_line import from_command_line, require
+    from devices import Devices, find_devices, MeshSize
     from pictures import embedding_picture, loss_picture
+    from processes import together
     from text_data import baselines, random_windows, read_text, Text, tokenize, Tokens, windows
     from tokenizer import read_tokenizer, Tokenizer, train_bpe
     from toy_transformer import ROWS_MULTIPLE, Transformer
@@ -100,39 +102,39 @@ class Config:
 
     def __post_init__(self):
         for name in ("weight_decay", "sample_length", "temperature", "seed"):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
         positive = ("steps", "batch_size", "sequence_length", "num_layers", "num_heads")
         positive += ("learning_rate", "clip_norm", "report_every", "mesh.model", "num_processes")
         for name in positive:
-            self._check(name, operator.attrgetter(name)(self) > 0, "above 0")
-        self._check("vocab_size", self.vocab_size >= 256, "at least 256, the number of bytes")
-        self._check("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
-        self._check(
+            require(self, name, operator.attrgetter(name)(self) > 0, "above 0")
+        require(self, "vocab_size", self.vocab_size >= 256, "at least 256, the number of bytes")
+        require(self, "warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
+        require(
+            self,
             "embedding_size",
             self.embedding_size > 0 and self.embedding_size % self.num_heads == 0,
             f"a multiple of --num-heads {self.num_heads}",
         )
-        self._check("mesh.data", self.mesh.data >= 0, "at least 0")
+        require(self, "mesh.data", self.mesh.data >= 0, "at least 0")
         data, model, processes = self.mesh_size.data, self.mesh.model, self.num_processes
-        self._check("batch_size", self.batch_size % data == 0, f"a multiple of --mesh.data {data}")
+        require(
+            self, "batch_size", self.batch_size % data == 0, f"a multiple of --mesh.data {data}"
+        )
         divisor = f"a divisor of {ROWS_MULTIPLE}, as the table has a multiple of that many rows"
-        self._check("mesh.model", ROWS_MULTIPLE % model == 0, divisor)
+        require(self, "mesh.model", ROWS_MULTIPLE % model == 0, divisor)
         of_several = "above 1 if there is a --coordinator, and 1 if there is none"
-        self._check("num_processes", (processes > 1) == (self.coordinator is not None), of_several)
-        self._check(
-            "process_id", 0 <= self.process_id < processes, f"at least 0, below {processes}"
+        require(
+            self, "num_processes", (processes > 1) == (self.coordinator is not None), of_several
+        )
+        require(
+            self, "process_id", 0 <= self.process_id < processes, f"at least 0, below {processes}"
         )
         shares = f"a multiple of --num-processes {processes} when times --mesh.model {model}"
-        self._check("mesh.data", self.mesh_size.devices % processes == 0, shares)
+        require(self, "mesh.data", self.mesh_size.devices % processes == 0, shares)
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")
             is_port = port.isdecimal() and 0 < int(port) < 2**16
-            self._check("coordinator", bool(host) and is_port, "HOST:PORT")
-
-    def _check(self, name: str, holds: bool, requirement: str) -> None:
-        if not holds:
-            option, value = name.replace("_", "-"), operator.attrgetter(name)(self)
-            raise SystemExit(f"--{option} must be {requirement}, got {value}.")
+            require(self, "coordinator", bool(host) and is_port, "HOST:PORT")
 
     @property
     def mesh_size(self) -> MeshSize:
@@ -177,7 +179,8 @@ def keep_memory() -> None:
     """Asks the C library to keep memory that is freed, if it is glibc.
 
     A step takes some 40 MB for activations. By default glibc returns them to the system after each
-    step, which then clears them page by page: a quarter of the time of a step on a CPU.
+    step, which then clears them page by page: a fifth of the time of a step on a CPU, by
+    `python -m benchmarks.train_step --default-memory`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

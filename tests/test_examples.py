@@ -222,6 +222,8 @@ def test_a_text_that_cannot_be_used_is_refused_in_one_line(text, tmp_path):
         ({"learning_rate": math.nan}, "--learning-rate must be above 0, got nan"),
         ({"vocab_size": 255}, "--vocab-size must be at least 256, the number of bytes, got 255"),
         ({"warmup": 1.0}, "--warmup must be at least 0 and below 1, got 1.0"),
+        ({"learning_rate": math.inf}, "--learning-rate must be above 0 and finite, got inf"),
+        ({"weight_decay": math.inf}, "--weight-decay must be at least 0 and finite, got inf"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_in_one_line(text, tmp_path, changes, message):

@@ -10,9 +10,9 @@ import sys
 import time
 
 import checkpoints
-import devices
 import jax
 import numpy as np
+import processes as several
 import pytest
 import train_lm
 from devices import MeshSize
@@ -151,7 +151,7 @@ def test_processes_that_do_not_fit_are_refused_before_jax_starts(monkeypatch):
         where = f"127.0.0.1:{free_port()}"
         answers = []
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            calls = [pool.submit(devices.meet, where, *process) for process in processes]
+            calls = [pool.submit(several.meet, where, *process) for process in processes]
             for call in calls:
                 error = call.exception(timeout=TIMEOUT)
                 assert error is None or isinstance(error, SystemExit)
@@ -166,13 +166,13 @@ def test_processes_that_do_not_fit_are_refused_before_jax_starts(monkeypatch):
     expected = "process 1 differs from process 0: num_processes is 3 there and 2 here."
     assert meet((2, 0, same), (3, 1, same)) == [expected] * 2
     assert meet((3, 0, same), (3, 1, same), (3, 1, same)) == ["there are two of process 1."] * 3
-    monkeypatch.setattr(devices, "TIMEOUT", 0.5)
+    monkeypatch.setattr(several, "TIMEOUT", 0.5)
     assert meet((3, 0, same), (3, 1, same)) == ["2 of 3 processes came within 0.5 s."] * 2
     assert meet((2, 1, same))[0].startswith("process 0 did not answer at 127.0.0.1:")
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"cannot listen on port {port}: "):
-            devices.meet(f"127.0.0.1:{port}", 2, 0, same)
+            several.meet(f"127.0.0.1:{port}", 2, 0, same)
 
 
 def test_a_folder_that_is_not_shared_is_noticed(monkeypatch, tmp_path):
@@ -187,11 +187,11 @@ def test_a_folder_that_is_not_shared_is_noticed(monkeypatch, tmp_path):
 def test_whoever_else_knocks_is_not_taken_for_a_process():
     port = free_port()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(devices.meet, f"127.0.0.1:{port}", 2, 0, {})
+        first = pool.submit(several.meet, f"127.0.0.1:{port}", 2, 0, {})
         for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"\xff\n"):
             with connected(port) as stranger:
                 stranger.sendall(words)
-        devices.meet(f"127.0.0.1:{port}", 2, 1, {})
+        several.meet(f"127.0.0.1:{port}", 2, 1, {})
         assert first.result(timeout=TIMEOUT) is None
 
 
@@ -211,12 +211,12 @@ def test_a_process_ends_with_one_line(error, message, monkeypatch, capsys):
     def end(status):
         raise SystemExit(status)
 
-    monkeypatch.setattr(devices, "meet", lambda *_: None)
+    monkeypatch.setattr(several, "meet", lambda *_: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    monkeypatch.setattr(devices.os, "_exit", end)
+    monkeypatch.setattr(several.os, "_exit", end)
     with pytest.raises(SystemExit, match="1"):
-        with devices.together("127.0.0.1:1", 2, 1, {}):
+        with several.together("127.0.0.1:1", 2, 1, {}):
             raise error
     assert capsys.readouterr().err == message
 
