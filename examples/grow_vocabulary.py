@@ -148,9 +148,7 @@ def main(config: Config) -> list[tuple[int, float]]:
     # All that is trained is an array of the new rows: the optimizer knows of nothing else.
     trained, frozen = partition_rows(model, range(old_size, new_size))
     size, whole = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen.model))
-    print(
-        f"{size:,} of {whole:,} numbers are trained, {len(jax.tree.leaves(trained))} array in all"
-    )
+    print(f"{size:,} of {whole:,} numbers are trained, as {len(jax.tree.leaves(trained))} array")
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
