@@ -176,6 +176,11 @@ def test_a_soft_cap_or_z_loss_that_float32_cannot_compute_with_is_refused():
     table, hidden = make_table("first"), make_array((4, 4), seed=1)
     expected = EmbeddingDecode(table)(hidden)
     assert_close(EmbeddingDecode(table, soft_cap=1e30)(hidden), expected)
+    loss = EmbeddingDecode(table).cross_entropy(hidden, TARGETS, z_loss=1e30)
+    assert_close(
+        loss / 1e30,
+        cross_entropy_reference(EmbeddingDecode(table), hidden, TARGETS, z_loss=1e30)[0] / 1e30,
+    )
     for number in (1e31, 10**400):
         with pytest.raises(ValueError, match="soft_cap must be positive and at most 1e.30"):
             EmbeddingDecode(table, soft_cap=number)
