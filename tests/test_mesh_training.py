@@ -123,8 +123,10 @@ def test_two_processes_reach_the_losses_of_one_and_the_first_alone_prints(alone,
     np.testing.assert_allclose(losses(config), losses(alone), rtol=1e-5)
     assert (config.out / "sample.txt").exists()
     assert "held out:" in printed[0][0]
-    # what gloo, the library that connects them, says of itself
-    assert all(line.startswith("[Gloo]") for line in printed[1][0].splitlines())
+    # gloo, the library that connects them, speaks of itself on both, from several threads at once
+    ours, theirs = (set(out.splitlines()) for out, _ in printed)
+    of_gloo = {line for line in ours | theirs if "Gloo" in line or not line.strip()}
+    assert not ours & theirs - of_gloo, printed
 
 
 def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(text, tmp_path, jax_defaults):
