@@ -226,9 +226,10 @@ def test_layers_work_under_vmap_over_split_sequences(setting):
 
 @pytest.mark.parametrize("axes", [(None, "model"), ("data",), (("data", "model"),)])
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
-def test_a_table_may_be_split_in_any_way(setting, axes):
+@padded
+def test_a_table_may_be_split_in_any_way(padding_rows, setting, axes):
     """Over its embedding; over the same mesh axis as the batch; over two mesh axes."""
-    *arguments, _ = arguments_of_a_loss(padding_rows=0)
+    *arguments, _ = arguments_of_a_loss(padding_rows)
 
     def loss(table, hidden, targets):
         hidden = hidden + EmbeddingLookup(table)(targets)
@@ -432,8 +433,9 @@ def test_bad_rules_are_refused_before_anything_is_compiled():
             loss(RULES)
         with pytest.raises(ValueError, match="'vocabulary' of size 95 .* `pad_to_multiple_of`"):
             loss({"vocabulary": "model"}, make_table(95))
-        # a lookup needs no batch that the mesh divides
+        # lookup and decode need no batch that the mesh divides
         assert EmbeddingLookup(table)(tokens, rules=RULES).shape == (6, T, D)
+        assert EmbeddingDecode(table)(hidden, rules=RULES).shape == (6, T, V)
 
 
 def test_a_split_that_a_shard_map_does_not_show_is_refused():
