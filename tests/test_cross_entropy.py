@@ -284,14 +284,17 @@ def test_padding_rows_have_no_part_whatever_they_hold():
 
 
 @pytest.mark.parametrize("highest", ["first", "last"])
-def test_a_vocabulary_of_several_tiles_is_one_vocabulary(highest):
-    """Also without gradients, where the statistics are kept up to date from tile to tile."""
+@pytest.mark.parametrize("vocab_size, padding_rows", [(2597, 3), (2049, 0)])
+def test_a_vocabulary_of_several_tiles_is_one_vocabulary(vocab_size, padding_rows, highest):
+    """Also without gradients, where the statistics are kept up to date from tile to tile, and if
+    the last tile has a single row."""
     axes = ("vocabulary", "embedding")
-    table = EmbeddingTable(make_array((2600, 4)).at[-3:].set(jnp.nan), axes, padding_rows=3)
-    same = EmbeddingTable(table.embeddings[:-3], axes)
-    bias = np.linspace(-4, 4, 2597, dtype=np.float32)[:: 1 if highest == "last" else -1]
+    rows = make_array((vocab_size + padding_rows, 4)).at[vocab_size:].set(jnp.nan)
+    table = EmbeddingTable(rows, axes, padding_rows=padding_rows)
+    same = EmbeddingTable(rows[:vocab_size], axes)
+    bias = np.linspace(-4, 4, vocab_size, dtype=np.float32)[:: 1 if highest == "last" else -1]
     bias = jnp.asarray(bias.copy())
-    targets = np.asarray([0, 1, 1023, 1024, 1025, 2047, 2048, 2596])
+    targets = np.asarray([0, 1, 1023, 1024, 1025, 2047, 2048, vocab_size - 1])
     hidden, weights = make_array((8, 4), seed=2), jnp.linspace(0.5, 2, 8)
     options: Any = dict(label_smoothing=0.1, z_loss=0.01)
     layer = EmbeddingDecode(table, bias, 5.0)
@@ -301,7 +304,7 @@ def test_a_vocabulary_of_several_tiles_is_one_vocabulary(highest):
     assert_close(layer.cross_entropy(hidden, targets, weights=weights, **options), expected)
     value, *gradients = value_and_gradients(layer, hidden, targets, weights, **options)
     assert_close(value, expected)
-    wanted[1] = np.concatenate([wanted[1], np.zeros((3, 4))])
+    wanted[1] = np.concatenate([wanted[1], np.zeros((padding_rows, 4))])
     for actual, other in zip(gradients, wanted, strict=True):
         assert_close(actual, other)
 

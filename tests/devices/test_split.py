@@ -251,6 +251,21 @@ def test_vectors_are_split_as_their_tokens_and_the_embedding_are():
     assert jax.typeof(vectors).sharding.spec == P("data", None, "model")
 
 
+@pytest.mark.parametrize("rows, padding_rows", [(4, 0), (8, 3)])
+@pytest.mark.parametrize("setting", ["explicit", "manual"])
+def test_a_device_may_have_a_single_token_or_nothing_but_padding(setting, rows, padding_rows):
+    table, hidden = make_table(rows, padding_rows), random((B, T, D), seed=1)
+    targets = draw_tokens(table.vocab_size)
+
+    def differentiate(function):
+        return jax.jit(jax.value_and_grad(function, (0, 1)))
+
+    expected = differentiate(lambda *a: cross_entropy(None, *a))(table, hidden, targets)
+    with split(setting, table, hidden, targets) as arguments:
+        actual = differentiate(on_mesh(setting, cross_entropy, []))(*arguments)
+        assert_trees_close(actual, expected)
+
+
 def test_several_embedding_axes_around_the_vocabulary():
     array = random((2, V, 3))
     names = ("heads", "vocabulary", "features")
