@@ -4,7 +4,7 @@
     python -m tests.mutation _rows [_lookup ...] [--out mutants.jsonl] [--devices]
 
 The changes are those of cosmic-ray. Each is made in a copy of the last commit, where the tests of
-its room run until one of them fails. Python and JAX start once: a mutant is a fork. A mutant that
+its module run until one of them fails. Python and JAX start once: a mutant is a fork. A mutant that
 `--out` has already is not run again.
 """
 
@@ -24,19 +24,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 
-# The tests of each room, those that fail first first.
+# The tests of each module, those that fail first first.
 SINGLE = {
-    "_tokens": "lookup types",
-    "_lookup": "lookup tying",
+    "_tokens": "lookup types faults",
+    "_lookup": "lookup tying faults",
     "_table": "table lookup decode",
-    "_decode": "decode cross_entropy",
-    "_cross_entropy": "cross_entropy",
+    "_decode": "decode cross_entropy faults",
+    "_cross_entropy": "cross_entropy faults",
     "_vocabulary": "vocabulary rows",
-    "_rows": "rows",
+    "_rows": "rows types",
     "_safetensors": "safetensors",
+    "_numbers": "table decode faults",
     "_beartype": "types",
     "__init__": "types",
-    "_sharding": "lookup decode",
+    "_sharding": "decode faults",
 }
 # With --devices, these are also held against the tests on eight devices, which take minutes.
 SPLIT = ("_sharding", "_lookup", "_decode", "_cross_entropy")
@@ -59,7 +60,7 @@ OPERATORS = """
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    room: str
+    module: str
     operator: str
     occurrence: int
     line: int
@@ -68,10 +69,10 @@ class Mutant:
 
     @property
     def key(self) -> tuple:
-        return self.room, self.operator, self.occurrence, self.before, self.after
+        return self.module, self.operator, self.occurrence, self.before, self.after
 
 
-def mutants_of(room: str, source: str) -> dict[Mutant, str]:
+def mutants_of(module: str, source: str) -> dict[Mutant, str]:
     """Each mutant of a module, and its source."""
     mutating = importlib.import_module("cosmic_ray.mutating")
     plugins = importlib.import_module("cosmic_ray.plugins")
@@ -87,7 +88,7 @@ def mutants_of(room: str, source: str) -> dict[Mutant, str]:
             # every number has two replacements, one more and one less: the first is enough
             if changed and not (name == "NumberReplacer" and occurrence % 2 == 1):
                 line, one, other = changed[0]
-                mutant = Mutant(room, name, occurrence, line, one.strip(), other.strip())
+                mutant = Mutant(module, name, occurrence, line, one.strip(), other.strip())
                 found[mutant] = mutated
             occurrence += 1
     return found
@@ -123,20 +124,20 @@ def run_in_fork(folder: Path, arguments: list[str], devices: int, seconds: float
         time.sleep(0.02)
 
 
-def suites_of(room: str, devices: bool) -> list[tuple[list[str], int]]:
-    """The arguments of pytest and the number of devices, of each run for a room."""
+def suites_of(module: str, devices: bool) -> list[tuple[list[str], int]]:
+    """The arguments of pytest and the number of devices, of each run for a module."""
     imported = "ignore::pytest.PytestAssertRewriteWarning"  # modules from before the fork
     options = ["-x", "-q", "-p", "no:cacheprovider", "-W", imported]
-    files = [f"tests/test_{name}.py" for name in SINGLE[room].split()]
+    files = [f"tests/test_{name}.py" for name in SINGLE[module].split()]
     suites = [(options + files, 1)]
-    if devices and room in SPLIT:
+    if devices and module in SPLIT:
         suites.append((options + ["tests/devices"], 8))
     return suites
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("rooms", nargs="+", choices=list(SINGLE))
+    parser.add_argument("modules", nargs="+", choices=list(SINGLE))
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
     parser.add_argument("--devices", action="store_true", help="also run tests/devices")
     settings = parser.parse_args(arguments)
@@ -159,18 +160,18 @@ def main(arguments=None):
         }
         for name in "jax equinox jaxtyping beartype numpy hypothesis optax penzai.pz".split():
             importlib.import_module(name)  # a backend would not survive the fork, imports do
-        for room in settings.rooms:
-            suites = suites_of(room, settings.devices)
+        for module in settings.modules:
+            suites = suites_of(module, settings.devices)
             times = []
             for suite in suites:
                 start = time.monotonic()
                 if run_in_fork(folder, *suite, 3600) != "passed":
                     raise SystemExit((folder / ".output").read_text("utf-8"))
                 times.append(time.monotonic() - start)
-            path = folder / "eqx_embedding" / f"{room}.py"
+            path = folder / "eqx_embedding" / f"{module}.py"
             source = path.read_text("utf-8")
-            mutants, counts = mutants_of(room, source), Counter()
-            for mutant, mutated in tqdm(mutants.items(), desc=room, mininterval=30):
+            mutants, counts = mutants_of(module, source), Counter()
+            for mutant, mutated in tqdm(mutants.items(), desc=module, mininterval=30):
                 outcome = known.get(mutant.key)
                 if outcome is None:
                     path.write_text(mutated, "utf-8")
@@ -182,12 +183,13 @@ def main(arguments=None):
                     print(json.dumps(line), file=out, flush=True)
                 counts[outcome] += 1
                 if outcome == "passed":
-                    tqdm.write(f"{room}.py:{mutant.line} {mutant.operator}")
+                    tqdm.write(f"{module}.py:{mutant.line} {mutant.operator}")
                     tqdm.write(f"  - {mutant.before}\n  + {mutant.after}")
             path.write_text(source, "utf-8")
             killed, survived = counts["failed"] + counts["timeout"], counts["passed"]
             print(
-                f"{room}: {len(mutants)} mutants, {killed} killed, {survived} survived", flush=True
+                f"{module}: {len(mutants)} mutants, {killed} killed, {survived} survived",
+                flush=True,
             )
 
 
