@@ -187,10 +187,8 @@ def main(arguments=None):
                     tqdm.write(f"  - {mutant.before}\n  + {mutant.after}")
             path.write_text(source, "utf-8")
             killed, survived = counts["failed"] + counts["timeout"], counts["passed"]
-            print(
-                f"{module}: {len(mutants)} mutants, {killed} killed, {survived} survived",
-                flush=True,
-            )
+            counted = f"{len(mutants)} mutants, {killed} killed, {survived} survived"
+            print(f"{module}: {counted}", flush=True)
 
 
 if __name__ == "__main__":
