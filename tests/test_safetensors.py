@@ -492,6 +492,12 @@ def test_a_table_that_could_not_be_loaded_is_not_saved(path):
     assert eqx.tree_equal(load_safetensors(path), make_table("first"))
 
 
+def test_a_table_of_one_row_comes_back(path):
+    table = EmbeddingTable(make_array((1, 3)), NAMES)
+    save_safetensors(table, path)
+    assert eqx.tree_equal(load_safetensors(path), table)
+
+
 def test_a_file_name_may_be_as_long_as_the_system_allows(tmp_path):
     path = tmp_path / ("€" * 80 + "x" * 15)  # 255 bytes
     save_safetensors(make_table("first"), path)

@@ -386,6 +386,15 @@ def test_a_skeleton_becomes_that_of_the_resized_table(layout, getkey):
         assert eqx.tree_equal(new, eqx.filter_eval_shape(lambda: grown))
 
 
+def test_a_skeleton_stays_on_its_device():
+    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    table = EmbeddingTable(make_array((9, 4)), ("vocabulary", "embedding"))
+    skeleton = eqx.tree_at(
+        lambda t: t.embeddings, table, jax.ShapeDtypeStruct((9, 4), jnp.float32, sharding=placed)
+    )
+    assert resize_vocabulary(skeleton, 12).embeddings.sharding == placed
+
+
 def test_arrays_of_numpy_grow_as_those_of_jax(getkey):
     key, table = getkey(), make_table("middle")
     new = resize_vocabulary(jax.tree.map(np.asarray, table), 9, key=key)
