@@ -336,6 +336,7 @@ def _backward(options, residuals, cotangent):
         gradients = jax.tree.map(lambda d: cotangent * d, saved)
     else:
         hidden, table, bias, weights, targets = saved
+        cotangent = jnp.where(targets < 0, 0.0, cotangent)
         weights = weights * cotangent
         # a loss that a caller leaves out must not poison the others either
         targets = jnp.where(weights == 0, -1, targets)

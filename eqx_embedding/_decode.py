@@ -4,6 +4,7 @@ import math
 from typing import final
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -14,7 +15,7 @@ from ._cross_entropy import make_plan, Options, weighted_cross_entropy
 from ._numbers import as_float_dtype, as_int, as_real, at_least_float32, Real, Whole
 from ._sharding import explicit_axes, find_split, remaining, without_padding
 from ._table import EmbeddingTable, Rules
-from ._tokens import as_array, tokens_in_range
+from ._tokens import as_array, as_whole_array, tokens_in_range
 
 
 # Beside a soft cap or a z-loss above this, float32 would lose the logits.
@@ -53,7 +54,7 @@ class EmbeddingDecode(eqx.Module):
 
     def __check_init__(self):
         if self.bias is not None:
-            self._check_bias(self.bias, self.table.vocab_size)
+            self._check_bias(self.table.vocab_size)
         if self.soft_cap is not None and not 0 < self.soft_cap <= LARGEST:
             raise ValueError(
                 f"soft_cap must be positive and at most {LARGEST}, got {self.soft_cap}. None is no "
@@ -90,7 +91,7 @@ class EmbeddingDecode(eqx.Module):
         table, (rows, axis) = self.table, self.table._in_use()
         batch_axes = self._check_hidden(hidden)
         dtype, wide, product_dtype = self._dtypes(hidden)
-        split = find_split(table, hidden, 0, rules)
+        split = find_split(table, rows, hidden, 0, rules)
         vocab_size = split.vocab_size(table)
         part_of_padded = table.padding_rows > 0 and bool(split.all_vocabulary)
         # Before the product, so that not even a NaN in a padding row reaches the gradients.
@@ -117,8 +118,8 @@ class EmbeddingDecode(eqx.Module):
             logits = lax.slice_in_dim(logits, 0, vocab_size, axis=batch_axes)
             columns = ()
         if self.bias is not None:
-            self._check_bias(self.bias, logits.shape[-1])
-            bias = split.place(self.bias.astype(wide), [columns])
+            bias = self._bias_in_use(logits.shape[-1])
+            bias = split.place(bias.astype(wide), [columns])
             logits = logits + jnp.expand_dims(bias, range(batch_axes))
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
@@ -164,7 +165,8 @@ class EmbeddingDecode(eqx.Module):
             As in [`eqx_embedding.EmbeddingLookup`][], host data is checked at 64 bits.
         - `weights`: of shape `*batch`, how much each token counts; booleans are a mask. A token
             of weight zero costs nothing, whatever its vector and target are: -100 may mark
-            padding. Defaults to `None`, which counts each token once.
+            padding. Nor has its loss a part in the gradient of its weight. Defaults to `None`,
+            which counts each token once.
         - `label_smoothing`: the part of the target, below 1, that is spread over all tokens.
             Defaults to 0. A number, not traced: another one compiles anew.
         - `z_loss`: the factor of `lse**2`, which keeps the logits from drifting. 1e-4 in PaLM;
@@ -214,11 +216,11 @@ class EmbeddingDecode(eqx.Module):
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
 
         _, wide, dtype = self._dtypes(hidden)
-        split = find_split(table, hidden, len(batch), rules)
+        split = find_split(table, embeddings, hidden, len(batch), rules)
         rows = jnp.moveaxis(embeddings, axis, 0).astype(dtype)
-        vocab_size, bias = split.vocab_size(table), self.bias
-        if bias is not None:
-            self._check_bias(bias, len(rows) - table.padding_rows)
+        vocab_size, bias = split.vocab_size(table), None
+        if self.bias is not None:
+            bias = self._bias_in_use(len(rows) - table.padding_rows)
         if bias is not None and table.padding_rows > 0:
             if split.manual_vocabulary:
                 raise ValueError(
@@ -268,13 +270,24 @@ class EmbeddingDecode(eqx.Module):
         dtype = jnp.result_type(*operands)
         return dtype, at_least_float32(dtype), jnp.result_type(*operands[:2])
 
-    def _check_bias(self, bias: Array, vocab_size: int) -> None:
-        if bias.shape != (vocab_size,):
+    def _check_bias(self, vocab_size: int) -> None:
+        shape = getattr(self.bias, "shape", None)
+        if shape != (vocab_size,):
             raise ValueError(
                 f"the bias must have shape ({vocab_size},), one number for each token of the "
                 f"vocabulary {self.table.vocabulary_axis!r} without its padding rows, got "
-                f"{bias.shape}."
+                f"{type(self.bias).__name__ if shape is None else shape}."
             )
+
+    def _bias_in_use(self, vocab_size: int) -> Array:
+        """The bias; what took its place since it was made is looked at as embeddings are."""
+        self._check_bias(vocab_size)
+        if not isinstance(self.bias, jax.Array | np.ndarray):
+            raise ValueError(
+                f"in the place of the bias there is {type(self.bias).__name__}. Put the model "
+                "together first, as by `eqx.combine`."
+            )
+        return jnp.asarray(as_array("bias", self.bias))
 
     def _check_hidden(self, hidden: Float[Array, "..."]) -> int:
         """The number of batch axes of `hidden`."""
@@ -292,7 +305,7 @@ class EmbeddingDecode(eqx.Module):
 
 
 def _real_array(name: str, array: ArrayLike) -> Array | np.ndarray:
-    array = as_array(name, array)
+    array = as_whole_array(name, array)
     kinds = (jnp.bool_, jnp.integer, jnp.floating)
     if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"{name} must be bool, integer or floating, got {array.dtype.name}.")

@@ -119,7 +119,7 @@ class EmbeddingLookup(eqx.Module):
                 'out_of_range="raise" or "clip".'
             )
         of_device = tokens if isinstance(tokens, jax.Array) else None
-        split = find_split(table, of_device, 0, rules)
+        split = find_split(table, embeddings, of_device, 0, rules)
         vocab_size, mesh_axes = split.vocab_size(table), split.manual_vocabulary
         num_rows = vocab_size + table.padding_rows
         tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)

@@ -142,13 +142,17 @@ def sum_over(axes: Iterable[str], array: Array) -> Array:
 
 
 def find_split(
-    table: EmbeddingTable, batched: Array | None, batch_axes: int, rules: Rules | None
+    table: EmbeddingTable,
+    embeddings: Array,
+    batched: Array | None,
+    batch_axes: int,
+    rules: Rules | None,
 ) -> Split:
     """Which mesh axes split the vocabulary of a table, and a batch of tokens that it is used on.
 
     **Arguments:**
 
-    - `table`: not a stacked one.
+    - `table`: not a stacked one; `embeddings`: its own, an array of JAX.
     - `batched`: tokens or hidden vectors, of which the first `batch_axes` axes may be split;
         `None` for tokens of the host.
     - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and the
@@ -158,7 +162,7 @@ def find_split(
 
     A `ValueError` for rules that do not fit the mesh or the arrays.
     """
-    (embeddings, position), name = table._in_use(), table.vocabulary_axis
+    position, name = table._vocabulary_position(), table.vocabulary_axis
     rules = {} if rules is None else rules
     ruled = {key: as_axes(rules.get(key)) for key in ("batch", name)}
     mesh = find_mesh(embeddings, batched)

@@ -228,5 +228,12 @@ class EmbeddingTable(eqx.Module):
                 f"{type(self.embeddings).__name__}. Put the model together first, as by "
                 "`eqx.combine`."
             )
-        position = self._vocabulary_position()
+        position, shape = self._vocabulary_position(), self.embeddings.shape
+        if len(shape) < len(self.axis_names):
+            raise ValueError(
+                f"embeddings of shape {shape} have {len(shape)} axes, but {len(self.axis_names)} "
+                f"are named: axis_names={self.axis_names}."
+            )
+        if not jnp.issubdtype(self.embeddings.dtype, jnp.floating):
+            raise TypeError(f"embeddings must be floating, got {self.embeddings.dtype.name}.")
         return jnp.asarray(as_array("embeddings", self.embeddings)), position

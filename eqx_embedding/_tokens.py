@@ -18,6 +18,20 @@ def as_array(name: str, array: Any) -> Array | np.ndarray:
     return array if isinstance(array, jax.Array) else np.asarray(array)
 
 
+def as_whole_array(name: str, array: Any) -> Array | np.ndarray:
+    """The same, and an array of JAX as numpy if it was made in the 64-bit mode and is used outside
+    of it, where JAX would narrow it to compare it."""
+    array = as_array(name, array)
+    if isinstance(array, np.ndarray) or array.dtype == jax.dtypes.canonicalize_dtype(array.dtype):
+        return array
+    if isinstance(array, Tracer):
+        raise TypeError(
+            f"{name} of {array.dtype.name} are traced outside of JAX's 64-bit mode, which would "
+            "narrow them: turn it on here, too, or convert them before."
+        )
+    return np.asarray(array)
+
+
 def tokens_in_range(
     name: str, tokens: ArrayLike, vocab_size: int
 ) -> tuple[Array | np.ndarray, Array | np.ndarray]:
@@ -28,17 +42,7 @@ def tokens_in_range(
     """
     if isinstance(tokens, int) and not isinstance(tokens, bool):
         tokens = np.int64(min(max(tokens, -1), vocab_size))  # a Python int has no size
-    tokens = as_array(name, tokens)
-    if isinstance(tokens, jax.Array) and tokens.dtype != jax.dtypes.canonicalize_dtype(
-        tokens.dtype
-    ):
-        # made in 64-bit mode and used outside of it, where a comparison would narrow them
-        if isinstance(tokens, Tracer):
-            raise TypeError(
-                f"{name} of {tokens.dtype.name} are traced outside of JAX's 64-bit mode, which "
-                "would narrow them: turn it on here, too, or convert them before."
-            )
-        tokens = np.asarray(tokens)
+    tokens = as_whole_array(name, tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {tokens.dtype.name}.")
     if tokens.dtype.itemsize < 4:  # the size of the vocabulary need not fit an int8

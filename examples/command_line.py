@@ -18,7 +18,7 @@ def require(config: Any, name: str, holds: bool, requirement: str) -> None:
     Infinity never will do, as in a learning rate.
     """
     option, value = name.replace("_", "-"), operator.attrgetter(name)(config)
-    if value == math.inf:
+    if holds and value == math.inf:
         holds, requirement = False, f"{requirement} and finite"
     if not holds:
         raise SystemExit(f"--{option} must be {requirement}, got {value}.")

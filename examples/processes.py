@@ -63,12 +63,14 @@ def _welcome(server: socket.socket, hello: dict[str, Any]) -> str:
             try:
                 server.settimeout(max(until - time.monotonic(), 0.01))
                 guest = stack.enter_context(server.accept()[0])
-                guest.settimeout(TIMEOUT)
-                theirs = json.loads(guest.makefile().readline())
-                name = f"process {theirs['process_id']}"
             except TimeoutError:
                 answer = f"{1 + len(guests)} of {count} processes came within {TIMEOUT} s."
                 break
+            try:
+                guest.settimeout(min(TIMEOUT, 2))  # ours speak at once
+                theirs = json.loads(guest.makefile().readline())
+                guest.settimeout(TIMEOUT)
+                name = f"process {theirs['process_id']}"
             except (OSError, ValueError, LookupError, TypeError):
                 continue  # this was none of the processes, or has ended
             guests.append(guest)

@@ -129,7 +129,7 @@ class Config:
         require(
             self, "process_id", 0 <= self.process_id < processes, f"at least 0, below {processes}"
         )
-        shares = f"a multiple of --num-processes {processes} when times --mesh.model {model}"
+        shares = f"what --num-processes {processes} can share, times --mesh.model {model}"
         require(self, "mesh.data", self.mesh_size.devices % processes == 0, shares)
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")

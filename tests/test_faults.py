@@ -285,6 +285,39 @@ def test_a_small_weight_does_not_hide_a_target_out_of_range(small):
     np.testing.assert_array_equal(np.isnan(losses), [False, True, False, False])
 
 
+def test_a_weight_of_64_bits_made_in_the_64_bit_mode_is_not_narrowed():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    for weights in np.asarray([2**32, 1, 1, 1]), np.asarray([1e-300, 1, 1, 1]):
+        with jax.enable_x64(True):
+            given = jnp.asarray(weights)
+        for reduction in ("sum", "mean"):
+            expected, *_ = cross_entropy_reference(
+                layer, hidden, TARGETS, weights, reduction=reduction
+            )
+            loss = layer.cross_entropy(hidden, TARGETS, weights=given, reduction=reduction)
+            assert_close(loss, expected)
+        broken = np.where(np.arange(4) == 0, -5, TARGETS)
+        assert np.isnan(layer.cross_entropy(hidden, broken, weights=given))
+        with pytest.raises(TypeError, match="weights of (int|float)64 are traced outside"):
+            jax.jit(lambda w: layer.cross_entropy(hidden, TARGETS, weights=w))(given)
+
+
+def test_a_token_of_weight_zero_poisons_nothing_under_an_infinite_cotangent():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+
+    def total(layer, weights, root):
+        losses = layer.cross_entropy(hidden, TARGETS, weights=weights, reduction="none")
+        return jnp.sum(root(losses))  # the slope of a root at 0 is infinite
+
+    weights = jnp.asarray(WEIGHTS)
+    gradient = eqx.filter_grad(total)(layer, weights, jnp.sqrt)
+    expected = eqx.filter_grad(total)(layer, weights, lambda x: jnp.where(x > 0, x, 1.0) ** 0.5)
+    assert np.isfinite(gradient.table.embeddings).all()
+    assert_close(gradient.table.embeddings, expected.table.embeddings)
+    for_weights = jax.grad(lambda w: total(layer, w, jnp.sqrt))(weights)
+    assert np.isfinite(for_weights).all() and for_weights[1] == 0
+
+
 def test_a_loss_that_is_left_out_poisons_no_gradient():
     layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
     broken, targets = hidden.at[1].set(jnp.nan), np.where(TARGETS == 2, -1, TARGETS)
@@ -374,6 +407,39 @@ def test_what_stands_in_the_place_of_the_embeddings_is_looked_at_when_it_is_used
         for other, name in (skeleton, "ShapeDtypeStruct"), (replaced(None), "NoneType"):
             with pytest.raises(ValueError, match=f"without embeddings .* has {name}. .*combine"):
                 use(other)
+
+
+def test_embeddings_of_another_rank_or_dtype_are_looked_at_when_they_are_used():
+    table, hidden = make_table("first"), make_array((4, 4), seed=1)
+    for array, error, message in (
+        (jnp.ones(9), ValueError, r"shape \(9,\) have 1 axes, but 2 are named"),
+        (np.ones((9, 4), np.int8), TypeError, "embeddings must be floating, got int8"),
+        (jnp.ones((9, 4), jnp.complex64), TypeError, "embeddings must be floating, got complex64"),
+    ):
+        broken = eqx.tree_at(lambda t: t.embeddings, table, array)
+        for use in (
+            lambda table: EmbeddingLookup(table)(TOKENS),
+            lambda table: EmbeddingDecode(table)(hidden),
+            lambda table: EmbeddingDecode(table).cross_entropy(hidden, TARGETS),
+        ):
+            with pytest.raises(error, match=message):
+                use(broken)
+
+
+def test_a_bias_may_be_an_array_of_numpy_as_checkpoints_restore_it():
+    layer = EmbeddingDecode(make_table("first"), make_array((VOCAB_SIZE,), seed=1))
+    hidden = make_array((4, 4), seed=2)
+
+    def replaced(bias):
+        return eqx.tree_at(lambda d: d.bias, layer, bias)
+
+    restored = replaced(np.asarray(layer.bias))
+    np.testing.assert_array_equal(restored(hidden), layer(hidden))
+    assert restored.cross_entropy(hidden, TARGETS) == layer.cross_entropy(hidden, TARGETS)
+    skeleton = replaced(jax.ShapeDtypeStruct((VOCAB_SIZE,), jnp.float32))
+    for use in skeleton, lambda hidden: skeleton.cross_entropy(hidden, TARGETS):
+        with pytest.raises(ValueError, match="the bias there is ShapeDtypeStruct.*combine"):
+            use(hidden)
 
 
 @pytest.mark.parametrize("size", [1, 6, 8])

@@ -193,7 +193,8 @@ def test_whoever_else_knocks_is_not_taken_for_a_process():
         for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"\xff\n"):
             with connected(port) as stranger:
                 stranger.sendall(words)
-        several.meet(f"127.0.0.1:{port}", 2, 1, {})
+        with connected(port):  # and says nothing
+            several.meet(f"127.0.0.1:{port}", 2, 1, {})
         assert first.result(timeout=TIMEOUT) is None
 
 
@@ -240,7 +241,7 @@ def test_a_process_ends_with_one_line(error, message, monkeypatch, capsys):
         ),
         (
             {"coordinator": "here:1", "num_processes": 2, "mesh": MeshSize(1, 1)},
-            "--mesh.data must be a multiple of --num-processes 2 when times --mesh.model 1, got 1.",
+            "--mesh.data must be what --num-processes 2 can share, times --mesh.model 1, got 1.",
         ),
     ],
 )
