@@ -221,8 +221,7 @@ class EmbeddingDecode(eqx.Module):
         vocab_size, bias = split.vocab_size(table), None
         if self.bias is not None:
             bias = self._bias_in_use(len(rows) - table.padding_rows)
-        if bias is not None and table.padding_rows > 0:
-            if split.manual_vocabulary:
+            if table.padding_rows > 0 and split.manual_vocabulary:
                 raise ValueError(
                     "inside a `jax.shard_map` that splits the vocabulary "
                     f"{table.vocabulary_axis!r}, it can have padding rows or a bias, not both."
@@ -231,15 +230,11 @@ class EmbeddingDecode(eqx.Module):
         targets, in_range = tokens_in_range("targets", targets, vocab_size)
         xp = jnp if isinstance(targets, Array) else np
         targets = jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32))
-        weights = _real_array("weights", jnp.ones(batch, wide) if weights is None else weights)
+        weights = _real_weights(jnp.ones(batch, wide) if weights is None else weights)
         alive = jnp.asarray(weights != 0)  # before anything narrows or scales them
         if reduction == "mean":
-            weights = _scaled(weights, wide, split.manual_batch)
+            weights = _shares(weights, alive, wide, split.manual_batch)
         weights = jnp.asarray(weights.astype(wide))  # a large integer is narrowed after that
-        if reduction == "mean":
-            # not by their sum, which is also zero for 1 and -1
-            some, total = lax.psum((jnp.sum(alive), jnp.sum(weights)), split.manual_batch)
-            weights = weights / jnp.where(some > 0, total, 1.0)
         targets = jnp.where(alive, targets, -1)
         local_rows = len(rows) // split.size(split.vocabulary)
         plan = make_plan(local_rows, math.prod(rows.shape[1:]), dtype, wide, tiles=split.known)
@@ -304,25 +299,29 @@ class EmbeddingDecode(eqx.Module):
         return batch_axes
 
 
-def _real_array(name: str, array: ArrayLike) -> Array | np.ndarray:
-    array = as_whole_array(name, array)
+def _real_weights(weights: ArrayLike) -> Array | np.ndarray:
+    weights = as_whole_array("weights", weights)
     kinds = (jnp.bool_, jnp.integer, jnp.floating)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
-        raise TypeError(f"{name} must be bool, integer or floating, got {array.dtype.name}.")
-    return array
+    if not any(jnp.issubdtype(weights.dtype, kind) for kind in kinds):
+        raise TypeError(f"weights must be bool, integer or floating, got {weights.dtype.name}.")
+    return weights
 
 
-def _scaled(
-    weights: Array | np.ndarray, dtype: DTypeLike, mesh_axes: tuple[str, ...]
-) -> Array | np.ndarray:
-    """Weights of the same mean of which the largest is 1, so that no sum of them overflows."""
+def _shares(
+    weights: Array | np.ndarray, alive: Array, dtype: DTypeLike, mesh_axes: tuple[str, ...]
+) -> Array:
+    """The weights divided by their sum, or all zero, if none is `alive`."""
     of_host = isinstance(weights, np.ndarray)
     xp = np if of_host else jnp
     weights = weights.astype(np.float64 if of_host else dtype)
+    # The largest becomes 1 first, so that no sum overflows.
     largest = xp.max(xp.abs(weights), initial=0)
     if not of_host:
         largest = lax.stop_gradient(largest)
         largest = lax.pmax(largest, mesh_axes) if mesh_axes else largest
     # in two steps, for the reciprocal of the largest may be too small for XLA
     factor = 1 / xp.sqrt(xp.where((largest > 0) & (largest < math.inf), largest, 1.0))
-    return weights * factor * factor
+    weights = jnp.asarray((weights * factor * factor).astype(dtype))
+    # A sum of zero does not say that none is alive: 1 and -1
+    some, total = lax.psum((jnp.sum(alive), jnp.sum(weights)), mesh_axes)
+    return weights / jnp.where(some > 0, total, 1.0)

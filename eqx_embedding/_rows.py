@@ -21,7 +21,7 @@ class FrozenRows(eqx.Module):
     rows: Int[Array, " rows"]
     # For each leaf of the vocabulary its number of rows, and their axis, which is counted from the
     # end, as `vmap` and `scan` take axes in front away
-    axes: tuple[tuple[int, int] | None, ...] = eqx.field(static=True)
+    places: tuple[tuple[int, int] | None, ...] = eqx.field(static=True)
 
 
 def partition_rows(
@@ -57,10 +57,10 @@ def partition_rows(
 
     `(trained, frozen)`. `trained` is like the model, with an array of `rows`, in their order, for
     each array of the vocabulary, and with `None` for what is not trained: no model yet, for its
-    tables count from the first of those rows. `frozen` is the rest, a
-    PyTree with the whole old table, and knows the rows. Both go through `eqx.filter_jit`; other
-    rows, of the same number, compile nothing anew. Where a mesh splits the vocabulary of a table,
-    each device has all of the trained rows.
+    tables count from the first of those rows. `frozen` is the rest, a PyTree with the whole old
+    table, and knows the rows. Both go through `eqx.filter_jit`; other rows, of the same number,
+    compile nothing anew. Where a mesh splits the vocabulary of a table, each device has all of the
+    trained rows.
 
     **Raises:**
 
@@ -82,12 +82,12 @@ def partition_rows(
     for i, place in enumerate(places):
         if place is not None:
             trained[i], frozen[i] = _take(leaves[i], index, place.axis), leaves[i]
-    axes = tuple(
+    sizes_and_axes = tuple(
         None if place is None else (leaf.shape[place.axis], place.axis - len(leaf.shape))
         for leaf, place in zip(leaves, places, strict=True)
     )
     return structure.unflatten(trained), FrozenRows(
-        structure.unflatten(frozen), jax.numpy.asarray(index), axes
+        structure.unflatten(frozen), jax.numpy.asarray(index), sizes_and_axes
     )
 
 
@@ -119,7 +119,7 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
             "resized since, but their structures differ."
         )
     leaves = [x if y is None else y for x, y in zip(old, new)]
-    for i, place in enumerate(frozen.axes):
+    for i, place in enumerate(frozen.places):
         if place is not None:
             size, axis = place
             if old[i].shape[axis] != size:

@@ -81,11 +81,7 @@ class EmbeddingTable(eqx.Module):
                 f"vocabulary_axis={self.vocabulary_axis!r} is not one of axis_names={names}: "
                 "name the axis of `embeddings` that is indexed by tokens."
             )
-        if len(shape) < len(names):
-            raise ValueError(
-                f"embeddings of shape {shape} have {len(shape)} axes, but {len(names)} are named: "
-                f"axis_names={names}."
-            )
+        self._check_rank()
         sizes = _named_sizes(names, self._sizes)
         if min(self._sizes) < 1:
             raise ValueError(f"every axis needs a size of at least 1, got {sizes}.")
@@ -217,6 +213,14 @@ class EmbeddingTable(eqx.Module):
             )
         return self.axis_names.index(self.vocabulary_axis)
 
+    def _check_rank(self) -> None:
+        shape, names = self.embeddings.shape, self.axis_names
+        if len(shape) < len(names):
+            raise ValueError(
+                f"embeddings of shape {shape} have {len(shape)} axes, but {len(names)} are named: "
+                f"axis_names={names}."
+            )
+
     def _in_use(self) -> tuple[Array, int]:
         """The embeddings, and the index of their vocabulary axis.
 
@@ -228,12 +232,8 @@ class EmbeddingTable(eqx.Module):
                 f"{type(self.embeddings).__name__}. Put the model together first, as by "
                 "`eqx.combine`."
             )
-        position, shape = self._vocabulary_position(), self.embeddings.shape
-        if len(shape) < len(self.axis_names):
-            raise ValueError(
-                f"embeddings of shape {shape} have {len(shape)} axes, but {len(self.axis_names)} "
-                f"are named: axis_names={self.axis_names}."
-            )
+        position = self._vocabulary_position()
+        self._check_rank()
         if not jnp.issubdtype(self.embeddings.dtype, jnp.floating):
             raise TypeError(f"embeddings must be floating, got {self.embeddings.dtype.name}.")
         return jnp.asarray(as_array("embeddings", self.embeddings)), position
