@@ -71,7 +71,7 @@ class EmbeddingTable(eqx.Module):
     padding_rows: int = eqx.field(static=True, converter=as_int, default=0)
 
     def __check_init__(self):
-        shape, names = self.embeddings.shape, self.axis_names
+        names = self.axis_names
         if not all(isinstance(name, str) for name in names):  # the type checks look at one
             raise ValueError(f"axis names must be strings, got axis_names={names}.")
         if len(set(names)) < len(names):
