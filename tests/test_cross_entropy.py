@@ -169,10 +169,11 @@ def test_weights_may_be_of_any_real_dtype(weights_dtype):
     assert_close(loss, losses[weights != 0].mean())
 
 
-def test_the_mean_of_a_single_token_is_its_loss_whatever_its_weight():
+@pytest.mark.parametrize("weight", [2.5, -2.5])
+def test_the_mean_of_a_single_token_is_its_loss_whatever_its_weight(weight):
     layer = make_layer()
     hidden, weights = make_hidden(layer), np.zeros(BATCH, np.float32)
-    weights[1, 2] = 2.5
+    weights[1, 2] = weight
     losses, _ = token_losses_reference(layer, hidden, TARGETS)
     assert_close(layer.cross_entropy(hidden, TARGETS, weights=weights), losses[1, 2])
 
