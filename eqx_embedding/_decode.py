@@ -4,7 +4,6 @@ import math
 from typing import final
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -15,7 +14,7 @@ from ._cross_entropy import make_plan, Options, weighted_cross_entropy
 from ._numbers import as_float_dtype, as_int, as_real, at_least_float32, Real, Whole
 from ._sharding import explicit_axes, find_split, remaining, without_padding
 from ._table import EmbeddingTable, Rules
-from ._tokens import as_array, as_whole_array, tokens_in_range
+from ._tokens import as_whole_array, tokens_in_range
 
 
 # Beside a soft cap or a z-loss above this, float32 would lose the logits.
@@ -32,8 +31,8 @@ class EmbeddingDecode(eqx.Module):
 
     **Fields:**
 
-    - `table`: the [`eqx_embedding.EmbeddingTable`][].
-    - `bias`: added to the logits, of shape `(vocab_size,)`. Defaults to `None`, which is no bias.
+    - `table`: the [`eqx_embedding.EmbeddingTable`][], whose bias, if it has one, is added to the
+        logits.
     - `soft_cap`: keeps the logits between `-soft_cap` and `soft_cap`, as
         `soft_cap * tanh(logits / soft_cap)`, after the bias, as in
         [Gemma 2](https://arxiv.org/abs/2408.00118). A number, not traced, of at most 1e30.
@@ -43,18 +42,15 @@ class EmbeddingDecode(eqx.Module):
 
     **Raises:**
 
-    A `ValueError` for a bias of another shape, a soft cap that is not positive or above 1e30, or a
+    A `ValueError` for a soft cap that is not positive or above 1e30, or a
     `logits_dtype` that is not floating.
     """
 
     table: EmbeddingTable
-    bias: Float[Array, " vocab_size"] | None = None
     soft_cap: float | int | None = eqx.field(static=True, converter=as_real, default=None)
     logits_dtype: DTypeLike | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        if self.bias is not None:
-            self._check_bias(self.table.vocab_size)
         if self.soft_cap is not None and not 0 < self.soft_cap <= LARGEST:
             raise ValueError(
                 f"soft_cap must be positive and at most {LARGEST}, got {self.soft_cap}. None is no "
@@ -88,27 +84,33 @@ class EmbeddingDecode(eqx.Module):
         stacked table, or for rules that do not fit the mesh.
         """
         del key
-        table, (rows, axis) = self.table, self.table._in_use()
+        table, (rows, bias) = self.table, self.table._rows_first()
         batch_axes = self._check_hidden(hidden)
         dtype, wide, product_dtype = self._dtypes(hidden)
         split = find_split(table, rows, hidden, 0, rules)
         vocab_size = split.vocab_size(table)
         part_of_padded = table.padding_rows > 0 and bool(split.all_vocabulary)
+        if bias is not None:
+            bias = split.place(bias.astype(wide), [explicit_axes(rows)[0]])
         # Before the product, so that not even a NaN in a padding row reaches the gradients.
         if part_of_padded:
-            rows = without_padding(rows, axis, split, vocab_size)
+            rows = without_padding(rows, split, vocab_size)
+            bias = None if bias is None else without_padding(bias, split, vocab_size)
         else:
-            rows = lax.slice_in_dim(rows, 0, table.vocab_size, axis=axis)
-        embedding_positions = [i for i in range(rows.ndim) if i != axis]
+            rows = rows[: table.vocab_size]
+            bias = None if bias is None else bias[: table.vocab_size]
         batch = explicit_axes(hidden)[:batch_axes]
-        columns = remaining(explicit_axes(rows)[axis], batch)
+        columns = remaining(explicit_axes(rows)[0], batch)
         logits = lax.dot_general(
             hidden.astype(product_dtype),
             rows.astype(product_dtype),
-            ((range(batch_axes, hidden.ndim), embedding_positions), ((), ())),
+            ((range(batch_axes, hidden.ndim), range(1, rows.ndim)), ((), ())),
             preferred_element_type=wide,
             out_sharding=split.sharding([*batch, columns]),
         )
+        if bias is not None:
+            bias = split.place(bias, [columns])
+            logits = logits + jnp.expand_dims(bias, range(batch_axes))
         if part_of_padded:
             if split.manual_vocabulary:
                 logits = lax.all_gather(
@@ -116,11 +118,6 @@ class EmbeddingDecode(eqx.Module):
                 )
             logits = split.place(logits, [*batch, ()])
             logits = lax.slice_in_dim(logits, 0, vocab_size, axis=batch_axes)
-            columns = ()
-        if self.bias is not None:
-            bias = self._bias_in_use(logits.shape[-1])
-            bias = split.place(bias.astype(wide), [columns])
-            logits = logits + jnp.expand_dims(bias, range(batch_axes))
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
         return logits.astype(dtype if self.logits_dtype is None else self.logits_dtype)
@@ -197,7 +194,7 @@ class EmbeddingDecode(eqx.Module):
         not divide. A `TypeError` for targets that are not integers, weights that are not real, and
         64-bit targets that are traced outside of JAX's 64-bit mode.
         """
-        table, (embeddings, axis) = self.table, self.table._in_use()
+        table, (embeddings, bias) = self.table, self.table._rows_first()
         batch = hidden.shape[: self._check_hidden(hidden)]
         for name, array in ("targets", targets), ("weights", weights):
             if array is not None and np.shape(array) != batch:
@@ -217,16 +214,8 @@ class EmbeddingDecode(eqx.Module):
 
         _, wide, dtype = self._dtypes(hidden)
         split = find_split(table, embeddings, hidden, len(batch), rules)
-        rows = jnp.moveaxis(embeddings, axis, 0).astype(dtype)
-        vocab_size, bias = split.vocab_size(table), None
-        if self.bias is not None:
-            bias = self._bias_in_use(len(rows) - table.padding_rows)
-            if table.padding_rows > 0 and split.manual_vocabulary:
-                raise ValueError(
-                    "inside a `jax.shard_map` that splits the vocabulary "
-                    f"{table.vocabulary_axis!r}, it can have padding rows or a bias, not both."
-                )
-            bias = jnp.pad(bias, (0, table.padding_rows))
+        rows = embeddings.astype(dtype)
+        vocab_size = split.vocab_size(table)
         targets, in_range = tokens_in_range("targets", targets, vocab_size)
         xp = jnp if isinstance(targets, Array) else np
         targets = jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32))
@@ -261,28 +250,10 @@ class EmbeddingDecode(eqx.Module):
 
     def _dtypes(self, hidden: Float[Array, "..."]) -> tuple[DTypeLike, DTypeLike, DTypeLike]:
         """The promotion of all operands; the dtype to compute in; that of the products' factors."""
-        operands = [hidden, self.table.embeddings] + ([] if self.bias is None else [self.bias])
+        table = self.table
+        operands = [hidden, table.embeddings] + ([] if table.bias is None else [table.bias])
         dtype = jnp.result_type(*operands)
         return dtype, at_least_float32(dtype), jnp.result_type(*operands[:2])
-
-    def _check_bias(self, vocab_size: int) -> None:
-        shape = getattr(self.bias, "shape", None)
-        if shape != (vocab_size,):
-            raise ValueError(
-                f"the bias must have shape ({vocab_size},), one number for each token of the "
-                f"vocabulary {self.table.vocabulary_axis!r} without its padding rows, got "
-                f"{type(self.bias).__name__ if shape is None else shape}."
-            )
-
-    def _bias_in_use(self, vocab_size: int) -> Array:
-        """The bias; what took its place since it was made is looked at as embeddings are."""
-        self._check_bias(vocab_size)
-        if not isinstance(self.bias, jax.Array | np.ndarray):
-            raise ValueError(
-                f"in the place of the bias there is {type(self.bias).__name__}. Put the model "
-                "together first, as by `eqx.combine`."
-            )
-        return jnp.asarray(as_array("bias", self.bias))
 
     def _check_hidden(self, hidden: Float[Array, "..."]) -> int:
         """The number of batch axes of `hidden`."""

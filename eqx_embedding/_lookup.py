@@ -112,14 +112,14 @@ class EmbeddingLookup(eqx.Module):
         that do not fit the mesh, or under `"nan"` for a table of float4, which has no NaN.
         """
         del key
-        table, (embeddings, axis) = self.table, self.table._in_use()
+        table, (embeddings, axis) = self.table, self.table._checked_embeddings()
         if self.out_of_range == "nan" and not np.isnan(np.asarray(np.nan, embeddings.dtype)):
             raise ValueError(
                 f"{embeddings.dtype.name} has no NaN for a token out of range: say "
                 'out_of_range="raise" or "clip".'
             )
         of_device = tokens if isinstance(tokens, jax.Array) else None
-        split = find_split(table, embeddings, of_device, 0, rules)
+        split = find_split(table, embeddings, of_device, 0, rules, axis)
         vocab_size, mesh_axes = split.vocab_size(table), split.manual_vocabulary
         num_rows = vocab_size + table.padding_rows
         tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)

@@ -49,7 +49,7 @@ def partition_rows(
     - `rows`: the tokens to train: integers, a slice or range, or a mask with a boolean for each
         token. They are known when this is called, so not traced by `jax.jit`.
     - `vocabulary_axis`: the vocabulary, by the `vocabulary_axis` of its tables. All of them are
-        split, and the biases of its decodes. Defaults to `"vocabulary"`.
+        split, with their biases. Defaults to `"vocabulary"`.
     - `filter_spec`: what else of the model to train, as in `eqx.partition`: `eqx.is_inexact_array`
         is all of it. Of the vocabulary it is the rows at any rate. Defaults to `False`: nothing.
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jax.typing import DTypeLike
 
 from ._numbers import as_float_dtype
 from ._table import EmbeddingTable
-from ._tokens import as_array
 
 
 # What the usual architectures call their input embeddings.
@@ -34,7 +33,7 @@ INPUT_EMBEDDINGS = (
 )
 
 METADATA = "eqx_embedding"
-# The dtypes of embeddings, and their names in a file.
+# The dtypes of tables, and their names in a file.
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 DEFAULT_NAMES = ("vocabulary", "embedding")
 
@@ -44,32 +43,37 @@ def load_safetensors(
     name: str | None = None,
     *,
     axis_names: tuple[str, ...] = DEFAULT_NAMES,
+    bias: str | None = None,
     dtype: DTypeLike | None = None,
 ) -> EmbeddingTable:
-    """Reads one table, and only that tensor's bytes, from a safetensors file or a model directory.
+    """Reads one table from a safetensors file or a model directory, and no other tensor's bytes.
 
     ```python
     table = load_safetensors("path/to/model")                        # the input embeddings
     head = load_safetensors("path/to/model", "lm_head.weight")       # of an untied model
     ```
 
-    A model is untied if it has a table of its own for the output, `lm_head.weight` (in GPT-NeoX
-    `embed_out.weight`): then both lines above give a table, to be stored in two fields. In a tied
-    one the second line is a `ValueError`, for there is no such tensor: store the first table once.
+    An untied model has a second table for the output, `lm_head.weight` (in GPT-NeoX
+    `embed_out.weight`). Then both lines above give a table: store them in two fields. In a tied
+    model the second line is a `ValueError`, because there is no such tensor: store the first table
+    once.
 
     **Arguments:**
 
     - `path`: a `.safetensors` file, or a directory with a `model.safetensors` or, for a model in
         several files, a `model.safetensors.index.json`.
-    - `name`: the tensor. Defaults to `None`: the one of a file by
-        [`eqx_embedding.save_safetensors`][], or the input embeddings, by the names that they have
-        in GPT-2, Llama, Mistral, Qwen, Gemma, BERT, T5, OPT and GPT-NeoX.
-    - `axis_names`: a name for each axis of the tensor. `"vocabulary"` is the axis that is indexed
-        by tokens, or the first if none is called that. A file by
-        [`eqx_embedding.save_safetensors`][] knows its names and sizes, which hold whenever these
-        are left at their default.
-    - `dtype`: the dtype of the embeddings. Defaults to `None`, which is that of the file: float16,
-        bfloat16, float32, or in JAX's 64-bit mode float64.
+    - `name`: the tensor. Defaults to `None`: the table in a file written by
+        [`eqx_embedding.save_safetensors`][], or the input embeddings of a model, by their names in
+        GPT-2, Llama, Mistral, Qwen, Gemma, BERT, T5, OPT and GPT-NeoX.
+    - `axis_names`: a name for each axis of the tensor. `"vocabulary"` is the axis indexed by
+        tokens, or the first one if none has that name. A file written by
+        [`eqx_embedding.save_safetensors`][] stores names and sizes, which are used if this argument
+        is left at its default, `("vocabulary", "embedding")`.
+    - `bias`: the tensor with the bias of the table, one number for each row, such as
+        `"lm_head.bias"`. Defaults to `None`: the bias in a file written by
+        [`eqx_embedding.save_safetensors`][], if it has one, and otherwise no bias.
+    - `dtype`: the dtype of the embeddings and the bias. Defaults to `None`, which keeps the dtypes
+        of the file: float16, bfloat16, float32, or, in JAX's 64-bit mode, float64.
 
     **Returns:**
 
@@ -77,13 +81,14 @@ def load_safetensors(
 
     **Raises:**
 
-    A `FileNotFoundError` if the file, the model in a directory, or a file that its index names is
-    missing; a `PermissionError` if it may not be read. A `ValueError` if a file is not whole or not
-    safetensors; for a name that is not there; without a name if none or several of the known names
-    are there; for an index that names a file outside of the directory; for a tensor that is not of
-    these dtypes or has another number of axes than `axis_names`; for `axis_names` which disagree
-    with those in the file; and for float64 outside of the 64-bit mode. An `ImportError` without the
-    package safetensors.
+    - `FileNotFoundError` if the file, the model in a directory, or a file named by its index is
+        missing; `PermissionError` if it may not be read.
+    - `ValueError` if a file is incomplete or not a safetensors file; if there is no tensor of that
+        name; without a name, if none or several of the known names are there; if an index names a
+        file outside of the directory; if a tensor has another dtype, or another number of axes than
+        `axis_names`; if the bias does not have one number for each row; if `axis_names` disagree
+        with those in the file; and for float64 outside of JAX's 64-bit mode.
+    - `ImportError` if the package safetensors is not installed.
     """
     if not axis_names:
         raise ValueError("axis_names must have a name for the vocabulary at least, got ().")
@@ -92,115 +97,121 @@ def load_safetensors(
     if not files:
         raise ValueError(f"{path} has no tensors.")
     if name is None:
-        name = _choose(path, files)
-    if name not in files:
-        near = difflib.get_close_matches(name, files, n=5, cutoff=0.0)
-        raise ValueError(
-            f"{path} has no tensor {name!r}. Of its {len(files)} tensors, the nearest names are "
-            f"{', '.join(map(repr, near))}."
-        )
-    with _open(files[name]) as file:
-        if name not in file.keys():
-            raise ValueError(
-                f"the index in {path} says that {name!r} is in {files[name].name}, which does not "
-                "have it. The directory mixes two models, or its index is out of date."
-            )
-        about = f"tensor {name!r} of {files[name]}"
-        stored = file.get_slice(name)
-        shape, kind = tuple(stored.get_shape()), stored.get_dtype()
-        if kind not in DTYPES.values():
-            raise ValueError(f"{about} is of {kind}: embeddings are {' or '.join(DTYPES)}.")
-        layout = _layout(file.metadata(), name, shape, axis_names, about)
-        if layout is None and len(shape) != len(axis_names):
-            advice = (
-                " Load it with two names, and give the embedding its axes: EmbeddingTable("
-                'table.embeddings.reshape(-1, heads, features), ("vocabulary", "heads", '
-                '"features")).'
-            )
-            raise ValueError(
-                f"{about} has {len(shape)} axes, {shape}, but {len(axis_names)} are named: "
-                f"axis_names={axis_names}." + (advice if 2 == len(shape) < len(axis_names) else "")
-            )
-        array = file.get_tensor(name)
-
-    wanted = as_float_dtype("embeddings", "dtype", array.dtype if dtype is None else dtype)
-    if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
-        raise ValueError(
-            f"{about} would be float64, which JAX has in its 64-bit mode only: give "
-            "dtype=jnp.float32, or jax.config.update('jax_enable_x64', True)."
-        )
+        name = _choose_name(path, files)
+    stored = _read_tensor(path, files, name)
+    layout = _read_layout(stored, axis_names)
+    array = _convert(stored, dtype)
     if layout is None:
         vocabulary_axis = "vocabulary" if "vocabulary" in axis_names else axis_names[0]
-        return EmbeddingTable(jnp.asarray(array, wanted), axis_names, vocabulary_axis)
-    sizes, vocabulary_axis, padding_rows = layout
-    axis = list(sizes).index(vocabulary_axis)
-    rest = [size for name, size in sizes.items() if name != vocabulary_axis]
-    array = np.moveaxis(array.reshape(-1, *rest), 0, axis)
-    return EmbeddingTable(jnp.asarray(array, wanted), tuple(sizes), vocabulary_axis, padding_rows)
+        layout = Layout(dict(zip(axis_names, array.shape)), vocabulary_axis, 0, None)
+    else:
+        axis = list(layout.axes).index(layout.vocabulary_axis)
+        rest = [size for name, size in layout.axes.items() if name != layout.vocabulary_axis]
+        array = np.moveaxis(array.reshape(-1, *rest), 0, axis)
+
+    bias = layout.bias if bias is None else bias
+    bias_array = None
+    if bias is not None:
+        stored_bias, rows = _read_tensor(path, files, bias), layout.axes[layout.vocabulary_axis]
+        if stored_bias.array.shape != (rows,):
+            raise ValueError(
+                f"{stored_bias.about} has shape {stored_bias.array.shape}, but the bias of "
+                f"{name!r} must have shape ({rows},): one number for each row."
+            )
+        bias_array = jnp.asarray(_convert(stored_bias, dtype))
+    return EmbeddingTable(
+        jnp.asarray(array),
+        tuple(layout.axes),
+        layout.vocabulary_axis,
+        layout.padding_rows,
+        bias_array,
+    )
 
 
 def save_safetensors(
     table: EmbeddingTable, path: str | os.PathLike[str], name: str = "embeddings"
 ) -> None:
-    """Writes a table to a safetensors file, which is replaced whole or not at all.
+    """Writes a table to a safetensors file, which is replaced as a whole or not at all.
 
     The tensor has the shape `(rows, product of embedding sizes)`, as other programs expect it,
-    padding rows included. The names and sizes of all axes stand in the metadata, so that
-    [`eqx_embedding.load_safetensors`][] gives the same table back, bit for bit.
+    padding rows included. The bias, if there is one, is a second tensor of shape `(rows,)`. The
+    names and sizes of all axes are stored in the metadata, so that
+    [`eqx_embedding.load_safetensors`][] returns the same table, bit for bit.
 
-    The new file is written and synchronised to disk in a temporary folder beside the old one, then
-    put in its place. A process that is killed meanwhile leaves the old file as it was and that
-    folder, `<50 letters of the file name>.<random>.partial`, which may be deleted.
+    The new file is written and flushed to disk in a temporary folder beside the old one, then moved
+    to its place. If the process is killed, the old file is unchanged, and the folder
+    `<50 letters of the file name>.<random>.partial` is left, which may be deleted.
 
     **Arguments:**
 
     - `table`: the [`eqx_embedding.EmbeddingTable`][].
-    - `path`: the file. It is replaced if it exists, as is a symbolic link, and not what it points
-        to. Its directory must exist.
-    - `name`: the name of the tensor. Defaults to `"embeddings"`.
+    - `path`: the file. It is replaced if it exists. A symbolic link is replaced, not the file that
+        it points to. The directory must exist.
+    - `name`: the name of the tensor. Defaults to `"embeddings"`. The bias of `"lm_head.weight"` is
+        called `"lm_head.bias"`; for a name that does not end in `.weight`, `.bias` is appended.
 
     **Raises:**
 
-    A `ValueError` for a stacked table, one without an array or with an array of a dtype that
-    [`eqx_embedding.load_safetensors`][] does not read, and for the name `"__metadata__"`. A
-    `FileNotFoundError` if there is no such directory, an `IsADirectoryError` if `path` is one. An
-    `ImportError` without the package safetensors.
+    - `ValueError` for a stacked table; for a table without arrays, or with arrays of a dtype that
+        [`eqx_embedding.load_safetensors`][] does not read; and for the name `"__metadata__"`.
+    - `FileNotFoundError` if the directory does not exist; `IsADirectoryError` if `path` is one.
+    - `ImportError` if the package safetensors is not installed.
     """
     path, save_file = Path(path), _library().numpy.save_file
     if name == "__metadata__":  # the file would be broken
         raise ValueError("the safetensors format keeps the name '__metadata__' for itself.")
-    if not isinstance(table.embeddings, jax.Array | np.ndarray):
-        raise ValueError(
-            "there are no embeddings to save: in their place the table has "
-            f"{type(table.embeddings).__name__}."
-        )
-    if table.embeddings.dtype.name not in DTYPES:
-        raise ValueError(
-            f"embeddings of {table.embeddings.dtype.name} cannot be saved: convert them to "
-            f"{' or '.join(DTYPES)}."
-        )
-    axis = table._vocabulary_position("Save one of its tables at a time.")
+    table._check_arrays("Save one of its tables at a time.")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: give the name of a file in it.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} to.")
-    rows = np.moveaxis(np.asarray(as_array("embeddings", table.embeddings)), axis, 0)
+    axis = table.axis_names.index(table.vocabulary_axis)
+    rows = np.moveaxis(np.asarray(table.embeddings), axis, 0)
+    tensors = {name: rows.reshape(len(rows), -1)}
     about = {
         "name": name,
         "axes": dict(zip(table.axis_names, table.embeddings.shape)),
         "vocabulary_axis": table.vocabulary_axis,
         "padding_rows": table.padding_rows,
     }
+    if table.bias is not None:
+        about["bias"] = name.removesuffix(".weight") + ".bias"
+        tensors[about["bias"]] = np.asarray(table.bias)
+    for tensor in tensors.values():
+        if tensor.dtype.name not in DTYPES:
+            raise ValueError(
+                f"a table of {tensor.dtype.name} cannot be saved: convert it to "
+                f"{' or '.join(DTYPES)}."
+            )
     with tempfile.TemporaryDirectory(".partial", path.name[:50] + ".", path.parent) as folder:
         new, blank = Path(folder, "new"), Path(folder, "blank")
-        # safetensors writes what lies in memory, whatever the strides say
-        tensor = np.ascontiguousarray(rows.reshape(len(rows), -1))
-        save_file({name: tensor}, new, {METADATA: json.dumps(about)})
-        blank.touch()  # has the usual permissions, which `new` need not have
+        # safetensors writes the memory of an array, whatever its strides are
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        save_file(tensors, new, {METADATA: json.dumps(about)})
+        # safetensors lets only the owner read its files
+        blank.touch()
         shutil.copymode(path if path.exists() else blank, new)
         with open(new, "rb") as file:
             os.fsync(file.fileno())
         os.replace(new, path)
+
+
+class Stored(NamedTuple):
+    """A tensor of a file."""
+
+    name: str
+    array: np.ndarray
+    metadata: dict[str, str]  # of the file
+    about: str  # how errors call it
+
+
+class Layout(NamedTuple):
+    """How a tensor becomes a table."""
+
+    axes: dict[str, int]
+    vocabulary_axis: str
+    padding_rows: int
+    bias: str | None  # the name of its tensor
 
 
 def _library() -> Any:
@@ -256,13 +267,14 @@ def _files_of_tensors(path: Path) -> dict[str, Path]:
     return files
 
 
-def _choose(path: Path, files: dict[str, Path]) -> str:
-    """The tensor to load if nobody says which."""
-    if len(files) == 1:
-        [(name, file)] = files.items()
-        with _open(file) as opened:
-            if METADATA in (opened.metadata() or {}):
-                return name
+def _choose_name(path: Path, files: dict[str, Path]) -> str:
+    """The tensor to load if the caller does not name one."""
+    if len({*files.values()}) == 1:
+        with _open(next(iter(files.values()))) as file:
+            metadata = file.metadata() or {}
+        saved = [name for name in files if name != _parse(metadata).get("bias")]
+        if METADATA in metadata and len(saved) == 1:
+            return saved[0]
     found = [name for name in INPUT_EMBEDDINGS if name in files]
     if len(found) == 1:
         return found[0]
@@ -276,34 +288,76 @@ def _choose(path: Path, files: dict[str, Path]) -> str:
     )
 
 
-def _layout(
-    metadata: dict[str, str] | None,
-    name: str,
-    shape: tuple[int, ...],
-    axis_names: tuple[str, ...],
-    about: str,
-) -> tuple[dict[str, int], str, int] | None:
-    """Sizes of the axes, vocabulary axis and padding rows as `save_safetensors` noted them."""
-    if metadata is None or METADATA not in metadata:
-        return None
+def _read_tensor(path: Path, files: dict[str, Path], name: str) -> Stored:
+    if name not in files:
+        near = difflib.get_close_matches(name, files, n=5, cutoff=0.0)
+        raise ValueError(
+            f"{path} has no tensor {name!r}. Of its {len(files)} tensors, the nearest names are "
+            f"{', '.join(map(repr, near))}."
+        )
+    about = f"tensor {name!r} of {files[name]}"
+    with _open(files[name]) as file:
+        if name not in file.keys():
+            raise ValueError(
+                f"the index in {path} says that {name!r} is in {files[name].name}, which does not "
+                "have it. The directory mixes two models, or its index is out of date."
+            )
+        kind = file.get_slice(name).get_dtype()
+        if kind not in DTYPES.values():
+            raise ValueError(f"{about} is of {kind}: embeddings are {' or '.join(DTYPES)}.")
+        return Stored(name, file.get_tensor(name), file.metadata() or {}, about)
+
+
+def _convert(stored: Stored, dtype: DTypeLike | None) -> np.ndarray:
+    wanted = as_float_dtype("embeddings", "dtype", stored.array.dtype if dtype is None else dtype)
+    if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"{stored.about} would be float64, which JAX has in its 64-bit mode only: give "
+            "dtype=jnp.float32, or jax.config.update('jax_enable_x64', True)."
+        )
+    return stored.array.astype(wanted, copy=False)
+
+
+def _parse(metadata: dict[str, str]) -> dict[str, Any]:
+    """What `save_safetensors` noted, or nothing."""
     try:
         noted = json.loads(metadata[METADATA])
+    except (ValueError, KeyError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def _read_layout(stored: Stored, axis_names: tuple[str, ...]) -> Layout | None:
+    """The layout that `save_safetensors` noted for this tensor, if there is one."""
+    shape, noted = stored.array.shape, _parse(stored.metadata)
+    if METADATA not in stored.metadata or noted.get("name", stored.name) != stored.name:
+        if len(shape) != len(axis_names):
+            advice = (
+                " Load it with two names, and give the embedding its axes: EmbeddingTable("
+                'table.embeddings.reshape(-1, heads, features), ("vocabulary", "heads", '
+                '"features")).'
+            )
+            raise ValueError(
+                f"{stored.about} has {len(shape)} axes, {shape}, but {len(axis_names)} are named: "
+                f"axis_names={axis_names}." + (advice if 2 == len(shape) < len(axis_names) else "")
+            )
+        return None
+    try:
         axes, vocabulary_axis = dict(noted["axes"]), noted["vocabulary_axis"]
-        rows, padding_rows = axes[vocabulary_axis], noted["padding_rows"]
+        rows, padding_rows, bias = axes[vocabulary_axis], noted["padding_rows"], noted.get("bias")
         whole = {type(number) for number in (*axes.values(), padding_rows)} == {int}
         fits = whole and rows > 0 and shape == (rows, math.prod(axes.values()) // rows)
-        if noted["name"] != name:
-            return None
+        fits = fits and isinstance(bias, str | None)
     except (ValueError, TypeError, KeyError):
-        fits, axes, vocabulary_axis, padding_rows = False, {}, "", 0
+        fits, axes, vocabulary_axis, padding_rows, bias = False, {}, "", 0, None
     if not fits:
         raise ValueError(
-            f"the metadata of {about} does not fit its shape {shape}: {metadata[METADATA]}. The "
-            "file was changed after it was saved."
+            f"the metadata of {stored.about} does not fit its shape {shape}: "
+            f"{stored.metadata[METADATA]}. The file was changed after it was saved."
         )
     if axis_names not in (DEFAULT_NAMES, tuple(axes)):
         raise ValueError(
-            f"{about} was saved with axis_names={tuple(axes)}, which disagree with "
+            f"{stored.about} was saved with axis_names={tuple(axes)}, which disagree with "
             f"axis_names={axis_names}. Leave them out, and rename the axes of the table."
         )
-    return axes, vocabulary_axis, padding_rows
+    return Layout(axes, vocabulary_axis, padding_rows, bias)

@@ -97,12 +97,12 @@ def _spec(axes: Iterable[Axes]) -> PartitionSpec:
     return PartitionSpec(*(entry or None for entry in axes))
 
 
-def without_padding(embeddings: Array, axis: int, split: Split, vocab_size: int) -> Array:
-    """Embeddings, or the part of them that this device has, with zeros for the padding rows."""
+def without_padding(array: Array, split: Split, vocab_size: int) -> Array:
+    """Embeddings or a bias, or the part that this device has, with zeros for the padding rows."""
     mesh_axes = split.manual_vocabulary
-    start = lax.axis_index(mesh_axes) * embeddings.shape[axis] if mesh_axes else 0
-    rows = lax.broadcasted_iota(np.int32, embeddings.shape, axis) + start
-    return jnp.where(rows < vocab_size, embeddings, jnp.zeros((), embeddings.dtype))
+    start = lax.axis_index(mesh_axes) * len(array) if mesh_axes else 0
+    rows = lax.broadcasted_iota(np.int32, array.shape, 0) + start
+    return jnp.where(rows < vocab_size, array, jnp.zeros((), array.dtype))
 
 
 def as_axes(entry: str | tuple[str, ...] | None) -> Axes:
@@ -147,12 +147,13 @@ def find_split(
     batched: Array | None,
     batch_axes: int,
     rules: Rules | None,
+    axis: int = 0,
 ) -> Split:
     """Which mesh axes split the vocabulary of a table, and a batch of tokens that it is used on.
 
     **Arguments:**
 
-    - `table`: not a stacked one; `embeddings`: its own, an array of JAX.
+    - `table`: not a stacked one; `embeddings`: its own, with the vocabulary at `axis`.
     - `batched`: tokens or hidden vectors, of which the first `batch_axes` axes may be split;
         `None` for tokens of the host.
     - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and the
@@ -162,7 +163,7 @@ def find_split(
 
     A `ValueError` for rules that do not fit the mesh or the arrays.
     """
-    position, name = table._vocabulary_position(), table.vocabulary_axis
+    name = table.vocabulary_axis
     rules = {} if rules is None else rules
     ruled = {key: as_axes(rules.get(key)) for key in ("batch", name)}
     mesh = find_mesh(embeddings, batched)
@@ -185,7 +186,7 @@ def find_split(
     if batch:
         batch[0] += of_type(AxisType.Auto, "batch")
     # An axis that splits the batch, too, cannot stay with the vocabulary: the table is gathered.
-    rows = remaining(explicit_axes(embeddings)[position] + of_type(AxisType.Auto, name), batch)
+    rows = remaining(explicit_axes(embeddings)[axis] + of_type(AxisType.Auto, name), batch)
     automatic = [axis for axis, kind in types.items() if kind == AxisType.Auto]
     split = Split(
         mesh=mesh,
@@ -198,7 +199,7 @@ def find_split(
     if batch and batched is not None:
         _check_divides(split, "batch", batched.shape[0], batch[0], "")
     advice = " Make the table with `pad_to_multiple_of`."
-    _check_divides(split, name, embeddings.shape[position], rows, advice)
+    _check_divides(split, name, embeddings.shape[axis], rows, advice)
     _check_manual(split, name, embeddings, batched, has_rule=name in rules)
     return split
 

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import variance_scaling
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._numbers import as_float_dtype, as_int, Whole
-from ._tokens import as_array
 
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -57,18 +56,23 @@ class EmbeddingTable(eqx.Module):
         the embedding, in the order in which they stand. Defaults to `"vocabulary"`.
     - `padding_rows`: how many rows at the end of the vocabulary axis stand for no token. They
         are never looked up, and have no logit. Defaults to 0.
+    - `bias`: one number for each row, padding rows included, which
+        [`eqx_embedding.EmbeddingDecode`][] adds to the logit of that row. A stacked table has a
+        stacked bias. Defaults to `None`, which is no bias.
 
     **Raises:**
 
-    A `ValueError` if names repeat or are no strings, if `vocabulary_axis` is not one of them, if
-    `embeddings` has fewer axes than names or an axis of size zero, or unless
-    `0 <= padding_rows < rows`.
+    A `ValueError` if names repeat or are not strings, if `vocabulary_axis` is not one of them, if
+    `embeddings` has fewer axes than names or an axis of size zero, unless
+    `0 <= padding_rows < rows`, or if the bias does not have one number for each row.
     """
 
-    embeddings: Float[Array, "..."]
+    # No converter: it would turn the type check of the field off.
+    embeddings: Float[Array | np.ndarray, "..."]
     axis_names: tuple[str, ...] = eqx.field(static=True)
     vocabulary_axis: str = eqx.field(static=True, default="vocabulary")
     padding_rows: int = eqx.field(static=True, converter=as_int, default=0)
+    bias: Float[Array | np.ndarray, "..."] | None = None
 
     def __check_init__(self):
         names = self.axis_names
@@ -85,12 +89,13 @@ class EmbeddingTable(eqx.Module):
         sizes = _named_sizes(names, self._sizes)
         if min(self._sizes) < 1:
             raise ValueError(f"every axis needs a size of at least 1, got {sizes}.")
-        rows = self._sizes[names.index(self.vocabulary_axis)]
-        if not 0 <= self.padding_rows < rows:
+        if not 0 <= self.padding_rows < self._num_rows:
             raise ValueError(
-                f"padding_rows must be at least 0 and below {rows}, the number of rows on axis "
-                f"{self.vocabulary_axis!r}, got {self.padding_rows} for a table of {sizes}."
+                f"padding_rows must be at least 0 and below {self._num_rows}, the number of rows "
+                f"on axis {self.vocabulary_axis!r}, got {self.padding_rows} for a table of {sizes}."
             )
+        if self.bias is not None:
+            self._check_bias()
 
     @classmethod
     def from_config(
@@ -101,6 +106,7 @@ class EmbeddingTable(eqx.Module):
         initializer: Callable[..., Array | np.ndarray] = _fan_out_normal,
         dtype: DTypeLike | None = None,
         *,
+        use_bias: bool = False,
         pad_to_multiple_of: Whole = 1,
         key: PRNGKeyArray,
     ) -> "EmbeddingTable":
@@ -121,6 +127,8 @@ class EmbeddingTable(eqx.Module):
             batch_axis=<vocabulary axis>)`.
         - `dtype`: the dtype of the embeddings. Defaults to float32, or to float64 if JAX is in
             64-bit mode.
+        - `use_bias`: whether the table has a bias, which starts at zero, in the dtype of the
+            embeddings. Defaults to `False`.
         - `pad_to_multiple_of`: rows of zeros are added until their number is a multiple of this,
             so that a mesh can divide them. What is drawn for the tokens does not depend on it.
             Defaults to 1, which adds none.
@@ -164,12 +172,18 @@ class EmbeddingTable(eqx.Module):
         padding_rows = -shape[0] % multiple
         if padding_rows > 0:
             embeddings = jnp.pad(embeddings, [(0, padding_rows)] + [(0, 0)] * len(embedding_axes))
-        return cls(embeddings, (vocabulary_axis, *embedding_axes), vocabulary_axis, padding_rows)
+        return cls(
+            embeddings,
+            (vocabulary_axis, *embedding_axes),
+            vocabulary_axis,
+            padding_rows,
+            bias=jnp.zeros(len(embeddings), dtype) if use_bias else None,
+        )
 
     @property
     def vocab_size(self) -> int:
         """The number of tokens: the size of the vocabulary axis without its padding rows."""
-        return self._sizes[self.axis_names.index(self.vocabulary_axis)] - self.padding_rows
+        return self._num_rows - self.padding_rows
 
     @property
     def embedding_axes(self) -> dict[str, int]:
@@ -195,23 +209,85 @@ class EmbeddingTable(eqx.Module):
         stacked = (None,) * (len(self.embeddings.shape) - len(self.axis_names))
         return PartitionSpec(*stacked, *(rules.get(name) for name in self.axis_names))
 
+    def shardings(self, mesh: Mesh | AbstractMesh, rules: Rules) -> "EmbeddingTable":
+        """How each array of this table is split over the axes of a device mesh.
+
+        ```python
+        table = jax.device_put(table, table.shardings(mesh, {"vocabulary": "model"}))
+        ```
+
+        **Arguments:**
+
+        - `mesh`: the device mesh.
+        - `rules`: as in [`eqx_embedding.EmbeddingTable.partition_spec`][].
+
+        **Returns:**
+
+        The table with a `jax.sharding.NamedSharding` in the place of each array, for
+        `jax.device_put` and for the `out_shardings` of `jax.jit`. The bias is split as the
+        vocabulary axis is. Works on the skeletons of `eqx.filter_eval_shape`, too.
+        """
+        stacked = (None,) * (len(self.embeddings.shape) - len(self.axis_names))
+        specs = {
+            "embeddings": self.partition_spec(rules),
+            "bias": PartitionSpec(*stacked, rules.get(self.vocabulary_axis)),
+        }
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: NamedSharding(mesh, specs[path[0].name]), self
+        )
+
     @property
     def _sizes(self) -> tuple[int, ...]:
         # not `[-len(names):]`, which would be everything for a table without names
         return self.embeddings.shape[len(self.embeddings.shape) - len(self.axis_names) :]
 
-    def _vocabulary_position(
+    @property
+    def _num_rows(self) -> int:
+        return self._sizes[self.axis_names.index(self.vocabulary_axis)]
+
+    def _rows_first(self) -> tuple[Array, Array | None]:
+        """The embeddings, of shape (rows, *embedding), and the bias, of shape (rows,).
+
+        They are checked again, because a checkpoint, `eqx.tree_at` or `eqx.partition` may have
+        replaced them after `__check_init__`.
+        """
+        embeddings, axis = self._checked_embeddings()
+        bias = None if self.bias is None else jnp.asarray(self.bias)
+        return jnp.moveaxis(embeddings, axis, 0), bias
+
+    def _checked_embeddings(self) -> tuple[Array, int]:
+        """The embeddings as they stand, and the position of the vocabulary axis.
+
+        For a lookup: the gradient with respect to moved embeddings would take a second buffer.
+        """
+        self._check_arrays()
+        return jnp.asarray(self.embeddings), self.axis_names.index(self.vocabulary_axis)
+
+    def _check_arrays(
         self,
         advice: str = "Use it inside `eqx.filter_vmap` or `jax.lax.scan`, which take them away.",
-    ) -> int:
-        """The index of the vocabulary axis, for a table that is not stacked."""
-        if len(self.embeddings.shape) > len(self.axis_names):
+    ) -> None:
+        """Raises an error unless these are the arrays of a table that is not stacked."""
+        for name, array in ("embeddings", self.embeddings), ("bias", self.bias):
+            if name == "bias" and array is None:
+                continue
+            masked = isinstance(array, np.ma.MaskedArray)  # `np.asarray` would drop the mask
+            if masked or not isinstance(array, jax.Array | np.ndarray):
+                raise ValueError(
+                    f"this table has {type(array).__name__} in place of its {name}. Combine the "
+                    "parts of the model first, for example with `eqx.combine`."
+                )
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise TypeError(f"{name} must be floating, got {array.dtype.name}.")
+        self._check_rank()
+        if self.embeddings.ndim > len(self.axis_names):
             raise ValueError(
                 f"this table is stacked: its embeddings have shape {self.embeddings.shape}, and "
                 f"axis_names={self.axis_names} describe the last {len(self.axis_names)} axes. "
                 f"{advice}"
             )
-        return self.axis_names.index(self.vocabulary_axis)
+        if self.bias is not None:
+            self._check_bias()
 
     def _check_rank(self) -> None:
         shape, names = self.embeddings.shape, self.axis_names
@@ -221,19 +297,13 @@ class EmbeddingTable(eqx.Module):
                 f"axis_names={names}."
             )
 
-    def _in_use(self) -> tuple[Array, int]:
-        """The embeddings, and the index of their vocabulary axis.
-
-        What a checkpoint, `eqx.tree_at` or `eqx.partition` put in their place was not checked then.
-        """
-        if not isinstance(self.embeddings, jax.Array | np.ndarray):
+    def _check_bias(self) -> None:
+        shape = self.embeddings.shape
+        stacked = shape[: len(shape) - len(self.axis_names)]
+        expected = *stacked, self._num_rows
+        if self.bias is not None and self.bias.shape != expected:
             raise ValueError(
-                f"a table without embeddings cannot be used: in their place it has "
-                f"{type(self.embeddings).__name__}. Put the model together first, as by "
-                "`eqx.combine`."
+                f"the bias must have shape {expected}, one number for each row of the vocabulary "
+                f"{self.vocabulary_axis!r}, padding rows included, got {self.bias.shape} for "
+                f"embeddings of shape {shape}."
             )
-        position = self._vocabulary_position()
-        self._check_rank()
-        if not jnp.issubdtype(self.embeddings.dtype, jnp.floating):
-            raise TypeError(f"embeddings must be floating, got {self.embeddings.dtype.name}.")
-        return jnp.asarray(as_array("embeddings", self.embeddings)), position

@@ -12,7 +12,6 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._decode import EmbeddingDecode
 from ._numbers import as_int, at_least_float32, Whole
 from ._sharding import as_axes, Split
 from ._table import EmbeddingTable
@@ -26,7 +25,7 @@ def resize_vocabulary(
     key: PRNGKeyArray | None = None,
     pad_to_multiple_of: Whole = 1,
 ) -> PyTree:
-    """Grows or shrinks every table of a vocabulary, and every decode bias with it.
+    """Grows or shrinks every table of a vocabulary, and its bias with it.
 
     ```python
     model = resize_vocabulary(model, 50300, key=key)
@@ -38,10 +37,9 @@ def resize_vocabulary(
 
     With a key, new rows are drawn from the normal distribution with the mean and covariance of the
     old ones, as in [Hewitt, 2021](https://nlp.stanford.edu/~johnhew/vocab-expansion.html), and the
-    bias of a new token together with its row (with that of the first table of the vocabulary, if
-    `eqx.nn.Shared` has moved the bias's own away). What is drawn for a token does not depend on how
+    bias of a new token together with its row. What is drawn for a token does not depend on how
     many tokens are new. Each table gets a draw of its own, unless two hold the same array. Without
-    a key, new rows are zero, which is what the state of an optimizer wants.
+    a key, new rows and their bias are zero, which is what the state of an optimizer wants.
 
     Padding is made anew: rows of padding that become tokens are filled as other new rows are.
 
@@ -62,13 +60,12 @@ def resize_vocabulary(
     **Returns:**
 
     The tree with its tables resized. One that has this size already keeps its array. What a mesh
-    splits stays split, without being gathered; so does a bias if the mesh divides its new size.
+    splits stays split, without being gathered.
 
     **Raises:**
 
     A `ValueError` for a size below 1; if no table is of this vocabulary; if its tables differ in
-    size, for then they are several vocabularies, and need several names; if `eqx.nn.Shared` has
-    moved the table of a bias away, and not exactly one vocabulary has its size; if an array in the
+    size, for then they are several vocabularies, and need several names; if an array in the
     place of a table's lacks the table's axes, as the factored moments of Adafactor do; and for a
     number of rows that the mesh axes which split a table do not divide.
     """
@@ -79,14 +76,13 @@ def resize_vocabulary(
         )
     size = as_int(vocab_size)
     padding_rows = -size % as_int(pad_to_multiple_of)
-    resized: dict[tuple[int, int, bool], Any] = {}  # one array in two fields stays one array
+    resized: dict[tuple[int, int], Any] = {}  # one array in two fields stays one array
 
     def resize(array: Any, place: Place) -> Any:
-        which = id(array), place.axis, place.bias
+        which = id(array), place.axis
         if which not in resized:
             draw = None if key is None else jax.random.fold_in(key, place.table)
-            padding = 0 if place.bias else padding_rows
-            resized[which] = _resize(array, place, size, padding, draw)
+            resized[which] = _resize(array, place, size, padding_rows, draw)
         return resized[which]
 
     return map_vocabulary(resize, tree, vocabulary_axis, padding_rows)
@@ -98,7 +94,6 @@ class Place(NamedTuple):
     axis: int  # of the vocabulary, in the array
     stacked: int  # how many axes stand in front of the named ones
     vocab_size: int  # without padding
-    bias: bool  # whether it is a decode's bias, and not a table's embeddings
     table: int  # the number of the table, counted through the tree
 
 
@@ -109,9 +104,7 @@ def map_vocabulary(
     padding_rows: int | None = None,
 ) -> PyTree:
     """Replaces every array of a vocabulary, and the number of padding rows unless it is `None`."""
-    nodes, structure = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, EmbeddingTable | EmbeddingDecode)
-    )
+    nodes, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_table)
     sizes = _vocabularies(nodes, vocabulary_axis)
     if vocabulary_axis not in sizes:
         found = f"those of {', '.join(map(repr, sizes))}" if sizes else "no table at all"
@@ -121,42 +114,34 @@ def map_vocabulary(
     vocab_size = _single_size(vocabulary_axis, sizes[vocabulary_axis])
     numbers: dict[int, int] = {}
 
-    def replace_table(table: EmbeddingTable) -> EmbeddingTable:
-        names, array = table.axis_names, table.embeddings
-        if _is_array(array):
-            stacked = len(array.shape) - len(names)
+    def replace(table: Any) -> Any:
+        if not _is_table(table) or table.vocabulary_axis != vocabulary_axis:
+            return table
+        names, embeddings, bias = table.axis_names, table.embeddings, table.bias
+        number = numbers.setdefault(id(embeddings), len(numbers))
+        if _is_array(embeddings):
+            stacked = len(embeddings.shape) - len(names)
             axis = stacked + names.index(vocabulary_axis)
-            number = numbers.setdefault(id(array), len(numbers))
-            array = function(array, Place(axis, stacked, vocab_size, False, number))
+            embeddings = function(embeddings, Place(axis, stacked, vocab_size, number))
+        if _is_array(bias):
+            axis = len(bias.shape) - 1
+            bias = function(bias, Place(axis, axis, vocab_size, number))
         padding = table.padding_rows if padding_rows is None else padding_rows
         # by way of a table that its checks accept, for what stands for an array may be no array
         shape = [padding + 1 if name == vocabulary_axis else 1 for name in names]
         table = EmbeddingTable(jnp.zeros(shape), names, vocabulary_axis, padding)
-        return eqx.tree_at(lambda table: table.embeddings, table, array)
-
-    def replace(path: Any, node: Any) -> Any:
-        if isinstance(node, EmbeddingTable):
-            return replace_table(node) if node.vocabulary_axis == vocabulary_axis else node
-        if not isinstance(node, EmbeddingDecode) or (
-            _vocabulary_of(path, node, sizes) != vocabulary_axis
-        ):
-            return node
-        table, number = node.table, 0  # that of the first table, if its own is elsewhere
-        bias: Any = node.bias
-        if isinstance(table, EmbeddingTable):
-            number = numbers.get(id(table.embeddings), len(numbers))
-            table = replace_table(table)
-        if _is_array(bias):
-            axis = len(bias.shape) - 1
-            bias = function(bias, Place(axis, axis, vocab_size, True, number))
         return eqx.tree_at(
-            lambda decode: (decode.table, decode.bias),
-            node,
-            (table, bias),
+            lambda table: (table.embeddings, table.bias),
+            table,
+            (embeddings, bias),
             is_leaf=lambda leaf: leaf is None,
         )
 
-    return structure.unflatten([replace(*node) for node in nodes])
+    return structure.unflatten([replace(node) for _, node in nodes])
+
+
+def _is_table(node: Any) -> bool:
+    return isinstance(node, EmbeddingTable)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -169,9 +154,8 @@ def _vocabularies(nodes: list[tuple[Any, Any]], vocabulary_axis: str) -> dict[st
     Those of `vocabulary_axis` must have all axes of their tables.
     """
     sizes: dict[str, dict[int, str]] = {}
-    for path, node in nodes:
-        table = node.table if isinstance(node, EmbeddingDecode) else node
-        if not isinstance(table, EmbeddingTable):
+    for path, table in nodes:
+        if not _is_table(table):
             continue
         found = sizes.setdefault(table.vocabulary_axis, {})
         where = f"tree{jax.tree_util.keystr(path)}"
@@ -193,9 +177,8 @@ def _vocabularies(nodes: list[tuple[Any, Any]], vocabulary_axis: str) -> dict[st
                     "made from them, use combine_rows first, and make a new state."
                 )
             found.setdefault(table.vocab_size, where)
-        bias: Any = node.bias if isinstance(node, EmbeddingDecode) else None
-        if _is_array(bias):
-            found.setdefault(bias.shape[-1], f"{where}.bias")
+        if _is_array(table.bias):
+            found.setdefault(table.bias.shape[-1] - table.padding_rows, f"{where}.bias")
     return sizes
 
 
@@ -208,26 +191,6 @@ def _single_size(vocabulary_axis: str, sizes: dict[int, str]) -> int:
             "tables."
         )
     return next(iter(sizes), 0)
-
-
-def _vocabulary_of(
-    path: Any, decode: EmbeddingDecode, sizes: dict[str, dict[int, str]]
-) -> str | None:
-    """The vocabulary axis of a decode, whose table may be elsewhere: `eqx.nn.Shared` moves it."""
-    if isinstance(decode.table, EmbeddingTable):
-        return decode.table.vocabulary_axis
-    bias: Any = decode.bias
-    if not _is_array(bias):
-        return None
-    size = bias.shape[-1]
-    candidates = [axis for axis in sizes if size in sizes[axis]]
-    if len(candidates) != 1:
-        raise ValueError(
-            f"the bias of tree{jax.tree_util.keystr(path)} has {size} entries, and its table is "
-            f"elsewhere. It cannot be told whose it is: {len(candidates)} of the vocabularies "
-            f"{list(sizes)} have that size."
-        )
-    return candidates[0]
 
 
 def _resize(
@@ -262,12 +225,10 @@ def _sharding_for(array: Any, place: Place, rows: int) -> NamedSharding | None:
     axes = as_axes(spec[place.axis])
     parts = Split(sharding.mesh.abstract_mesh).size(axes)
     if rows % parts != 0:
-        if not place.bias:
-            raise ValueError(
-                f"the vocabulary is split over the mesh axis {', '.join(axes)!r}, whose size "
-                f"{parts} does not divide {rows} rows. Give pad_to_multiple_of={parts}."
-            )
-        spec[place.axis] = None  # as in the logits, there is no padding to divide
+        raise ValueError(
+            f"the vocabulary is split over the mesh axis {', '.join(axes)!r}, whose size "
+            f"{parts} does not divide {rows} rows. Give pad_to_multiple_of={parts}."
+        )
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 

@@ -45,11 +45,12 @@ def make_array(shape: tuple[int, ...], dtype="float32", seed: int = 0) -> jax.Ar
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
-def make_table(layout: str, dtype="float32", seed: int = 0) -> EmbeddingTable:
+def make_table(layout: str, dtype="float32", seed: int = 0, with_bias=False) -> EmbeddingTable:
     """A table of one of the `LAYOUTS`; its padding rows are not zero, so that a leak shows."""
     axes = LAYOUTS[layout]
     embeddings = make_array(tuple(axes.values()), dtype, seed)
-    return EmbeddingTable(embeddings, tuple(axes), padding_rows=PADDING_ROWS)
+    bias = make_array((VOCAB_SIZE + PADDING_ROWS,), dtype, seed + 1) if with_bias else None
+    return EmbeddingTable(embeddings, tuple(axes), padding_rows=PADDING_ROWS, bias=bias)
 
 
 def float64(array) -> np.ndarray:
@@ -90,31 +91,31 @@ def lookup_gradient_reference(table: EmbeddingTable, tokens, cotangent, clip: bo
     return as_embeddings(table, gradient)
 
 
-def decode_reference(table: EmbeddingTable, hidden, bias=None, soft_cap=None) -> np.ndarray:
+def decode_reference(table: EmbeddingTable, hidden, soft_cap=None) -> np.ndarray:
     rows = rows_first(table)
     logits = np.tensordot(float64(hidden), np.moveaxis(rows, 0, -1), rows.ndim - 1)
-    if bias is not None:
-        logits = logits + float64(bias)
+    if table.bias is not None:
+        logits = logits + float64(table.bias)[: table.vocab_size]
     return logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
 
 
-def decode_gradient_reference(table: EmbeddingTable, hidden, cotangent, bias=None, soft_cap=None):
+def decode_gradient_reference(table: EmbeddingTable, hidden, cotangent, soft_cap=None):
     """The gradients of `sum(cotangent * logits)` with respect to hidden, embeddings and bias."""
     rows, hidden, cotangent = rows_first(table), float64(hidden), float64(cotangent)
     if soft_cap is not None:
-        logits = decode_reference(table, hidden, bias)
+        logits = decode_reference(table, hidden)
         cotangent = cotangent * (1 - np.tanh(logits / soft_cap) ** 2)
     batch_axes = tuple(range(cotangent.ndim - 1))
     return (
         np.tensordot(cotangent, rows, 1),
         as_embeddings(table, np.tensordot(cotangent, hidden, (batch_axes, batch_axes))),
-        cotangent.sum(batch_axes),
+        np.pad(cotangent.sum(batch_axes), (0, table.padding_rows)),
     )
 
 
 def token_losses_reference(layer, hidden, targets, label_smoothing=0.0, z_loss=0.0):
     """The loss of each token, and their derivatives with respect to its logits."""
-    z = decode_reference(layer.table, hidden, layer.bias, layer.soft_cap)
+    z = decode_reference(layer.table, hidden, layer.soft_cap)
     targets, e, K = np.asarray(targets), label_smoothing, z.shape[-1]
     maximum = z.max(-1, keepdims=True)
     lse = maximum + np.log(np.exp(z - maximum).sum(-1, keepdims=True))
@@ -151,7 +152,7 @@ def cross_entropy_reference(
         value, scale = value / total, scale / total
         for_weights = (losses - value) / total * np.any(w != 0)
     gradients = decode_gradient_reference(
-        layer.table, hidden, (scale * cotangent)[..., None] * d_logits, layer.bias, layer.soft_cap
+        layer.table, hidden, (scale * cotangent)[..., None] * d_logits, layer.soft_cap
     )
     return value, *gradients, for_weights * cotangent
 

@@ -5,6 +5,7 @@ test. Values vary freely, shapes and options little, for each of them is compile
 """
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -191,33 +192,35 @@ def decode_and_gradients(wrap):
         arrays, static = eqx.partition(layer, eqx.is_array)
         logits, pullback = jax.vjp(lambda a, h: function(eqx.combine(a, static), h), arrays, hidden)
         for_layer, for_hidden = pullback(cotangent)
-        return logits, for_hidden, for_layer.table.embeddings, for_layer.bias
+        return logits, for_hidden, for_layer.table.embeddings, for_layer.table.bias
 
     return run
 
 
-def draw_layer(draw, dtype, table, bans=False):
-    bias = None
-    if draw(st.booleans()):
-        bias = floats(draw, (VOCAB_SIZE,), dtype)
-        if bans and draw(st.booleans()):
-            bias[-1] = -np.inf
-    return EmbeddingDecode(table, None if bias is None else jnp.asarray(bias))
+def draw_bias(draw, dtype, table, bans=False):
+    """The table, sometimes with a bias, which sometimes bans the last token."""
+    if not draw(st.booleans()):
+        return table
+    bias = floats(draw, (VOCAB_SIZE + PADDING_ROWS,), dtype)
+    bias[VOCAB_SIZE:] = np.nan
+    if bans and draw(st.booleans()):
+        bias[VOCAB_SIZE - 1] = -np.inf
+    return dataclasses.replace(table, bias=jnp.asarray(bias))
 
 
 @given(tables(), st.sampled_from(list(WRAPS)), st.sampled_from([None, 2.0]), st.data())
 def test_logits_and_their_gradients_are_those_of_numpy(drawn, wrap, soft_cap, data):
     dtype, table = made(drawn)
     with mode(dtype):
-        layer = draw_layer(data.draw, dtype, table)
-        layer = EmbeddingDecode(table, layer.bias, soft_cap)
+        table = draw_bias(data.draw, dtype, table)
+        layer = EmbeddingDecode(table, soft_cap)
         hidden = floats(data.draw, BATCH + tuple(table.embedding_axes.values()), dtype)
         cotangent = floats(data.draw, BATCH + (VOCAB_SIZE,), dtype)
         logits, *gradients = decode_and_gradients(wrap)(
             layer, jnp.asarray(hidden), jnp.asarray(cotangent)
         )
-    assert_rounded(logits, decode_reference(table, hidden, layer.bias, soft_cap), dtype, slack=50)
-    expected = decode_gradient_reference(table, hidden, cotangent, layer.bias, soft_cap)
+    assert_rounded(logits, decode_reference(table, hidden, soft_cap), dtype, slack=50)
+    expected = decode_gradient_reference(table, hidden, cotangent, soft_cap)
     for actual, wanted in zip(gradients, expected, strict=True):
         if actual is not None:
             # the gradients' products have factors in the dtype of the logits, each rounded
@@ -266,7 +269,7 @@ def loss_and_gradients(wrap, smoothing, z_loss, chunk_size, reduction):
 
         value, pullback = jax.vjp(function, arrays, hidden, weights)
         for_layer, for_hidden, for_weights = pullback(cotangent)
-        return value, for_hidden, for_layer.table.embeddings, for_layer.bias, for_weights
+        return value, for_hidden, for_layer.table.embeddings, for_layer.table.bias, for_weights
 
     return run
 
@@ -304,9 +307,9 @@ def test_the_loss_and_its_gradients_are_those_of_numpy(drawn, wrap, options, red
     steps = WRAPS[wrap]
     axes = outer_axes(steps)
     with mode(dtype):
-        layer = draw_layer(data.draw, dtype, table, bans=smoothing == 0 and soft_cap is None)
-        layer = EmbeddingDecode(table, layer.bias, soft_cap)
-        banned = layer.bias is not None and bool(np.isinf(layer.bias[-1]))
+        table = draw_bias(data.draw, dtype, table, bans=smoothing == 0 and soft_cap is None)
+        layer = EmbeddingDecode(table, soft_cap)
+        banned = table.bias is not None and bool(np.isinf(table.bias[VOCAB_SIZE - 1]))
         hidden = floats(data.draw, BATCH + tuple(table.embedding_axes.values()), dtype)
         ids = st.integers(0, VOCAB_SIZE - 1 - banned)
         targets = data.draw(hnp.arrays(np.int32, BATCH, elements=ids))
@@ -410,10 +413,13 @@ def test_the_gradient_of_a_tied_table_is_the_sum_of_both_uses(drawn, wrap, token
 def test_resizing_again_and_again_keeps_what_was_never_cut(drawn, steps, seed, with_bias):
     dtype, table = made(drawn)
     with mode(dtype):
-        bias = jnp.arange(1, VOCAB_SIZE + 1, dtype=dtype) if with_bias else None
-        tree = {"decode": EmbeddingDecode(table, bias), "other": jnp.ones(3)}
+        rows = rows_first(table)
+        if with_bias:
+            bias = jnp.arange(1, VOCAB_SIZE + PADDING_ROWS + 1, dtype=dtype)
+            table = dataclasses.replace(table, bias=bias)
+        tree = {"decode": EmbeddingDecode(table), "other": jnp.ones(3)}
         key = None if seed is None else jax.random.key(seed)
-        rows, kept, size = rows_first(table), VOCAB_SIZE, VOCAB_SIZE
+        kept, size = VOCAB_SIZE, VOCAB_SIZE
         for size, multiple in steps:
             tree = resize_vocabulary(tree, size, key=key, pad_to_multiple_of=multiple)
             kept = min(kept, size)
@@ -428,8 +434,13 @@ def test_resizing_again_and_again_keeps_what_was_never_cut(drawn, steps, seed, w
             np.testing.assert_array_equal(rows_first(new)[kept:], 0)
     assert np.isfinite(float64(new.embeddings)).all()
     if with_bias:
-        assert tree["decode"].bias.shape == (size,)
-        np.testing.assert_array_equal(float64(tree["decode"].bias)[:kept], np.arange(1, kept + 1))
+        assert new.bias.shape == (size + new.padding_rows,) and new.bias.dtype == dtype
+        np.testing.assert_array_equal(float64(new.bias)[:kept], np.arange(1, kept + 1))
+        if steps:
+            np.testing.assert_array_equal(float64(new.bias)[size:], 0)
+            if key is None:
+                np.testing.assert_array_equal(float64(new.bias)[kept:], 0)
+        assert np.isfinite(float64(new.bias)).all()
     np.testing.assert_array_equal(tree["other"], 1)
 
 
@@ -486,8 +497,12 @@ def test_any_table_comes_back_from_a_file_bit_for_bit(tmp_path_factory, dtype, a
     size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
     bits = data.draw(st.binary(min_size=size, max_size=size))
     array = np.frombuffer(bits, jnp.dtype(dtype)).reshape(shape)
+    bias_bits = data.draw(st.none() | st.binary(min_size=8 * 3, max_size=8 * 3))
     with mode(dtype):
-        table = EmbeddingTable(jnp.asarray(array), names, names[vocabulary], padding_rows)
+        bias = None
+        if bias_bits is not None:
+            bias = jnp.asarray(np.frombuffer(bias_bits, jnp.dtype(dtype))[: shape[vocabulary]])
+        table = EmbeddingTable(jnp.asarray(array), names, names[vocabulary], padding_rows, bias)
         save_safetensors(table, path, name)
         back = load_safetensors(path)
         again = load_safetensors(path, name, axis_names=names)
@@ -496,3 +511,5 @@ def test_any_table_comes_back_from_a_file_bit_for_bit(tmp_path_factory, dtype, a
         assert loaded.embeddings.shape == shape and loaded.embeddings.dtype == dtype
         assert loaded.axis_names == names and loaded.vocabulary_axis == names[vocabulary]
         assert loaded.padding_rows == padding_rows
+        assert (loaded.bias is None) == (bias is None)
+        assert bias is None or np.asarray(loaded.bias).tobytes() == np.asarray(bias).tobytes()

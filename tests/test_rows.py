@@ -26,7 +26,7 @@ class Model(eqx.Module):
     tokens: EmbeddingTable
     positions: EmbeddingTable
     layer: eqx.nn.Linear
-    decode: EmbeddingDecode
+    untied: EmbeddingTable
 
     def __init__(self, vocab_size, size, key):
         keys = jax.random.split(key, 4)
@@ -36,14 +36,13 @@ class Model(eqx.Module):
         )
         self.positions = EmbeddingTable.from_config(16, axes, "position", key=keys[1])
         self.layer = eqx.nn.Linear(size, size, key=keys[2])
-        untied = EmbeddingTable.from_config(vocab_size, axes, key=keys[3])
-        self.decode = EmbeddingDecode(untied, jnp.zeros(vocab_size))
+        self.untied = EmbeddingTable.from_config(vocab_size, axes, use_bias=True, key=keys[3])
 
     def loss(self, tokens, targets):
         x = EmbeddingLookup(self.tokens)(tokens)
         hidden = x + jnp.tanh(x @ self.layer.weight.T)
         tied = EmbeddingDecode(self.tokens).cross_entropy(hidden, targets)
-        return tied + self.decode.cross_entropy(hidden, targets)
+        return tied + EmbeddingDecode(self.untied).cross_entropy(hidden, targets)
 
 
 def make_step(optimizer):
@@ -82,13 +81,13 @@ def test_after_100_steps_of_adamw_with_weight_decay_all_other_rows_are_bit_for_b
     assert losses[-1] < losses[0] - 0.02
 
     others = np.setdiff1d(np.arange(56), ROWS)
-    for part in lambda m: m.tokens.embeddings, lambda m: m.decode.table.embeddings:
+    for part in lambda m: m.tokens.embeddings, lambda m: m.untied.embeddings:
         old, new = np.asarray(part(model)), np.asarray(part(after))
         kept = others[others < len(old)]
         np.testing.assert_array_equal(new[kept], old[kept])
         assert np.all(np.any(new[ROWS] != old[ROWS], axis=1))
-    np.testing.assert_array_equal(np.delete(after.decode.bias, ROWS), 0)
-    assert np.all(np.asarray(after.decode.bias)[ROWS] != 0)
+    np.testing.assert_array_equal(np.delete(after.untied.bias, ROWS), 0)
+    assert np.all(np.asarray(after.untied.bias)[ROWS] != 0)
     assert eqx.tree_equal((after.positions, after.layer), (model.positions, model.layer))
     # Moments of three rows of both tables, and of three entries of the bias, and no others.
     for moments in opt_state[0].mu, opt_state[0].nu:
@@ -145,8 +144,8 @@ def test_the_gradient_is_that_of_the_whole_model_at_the_rows():
     assert_close(value, expected)
     index = jnp.asarray(ROWS)
     assert_close(gradient.tokens.embeddings, whole.tokens.embeddings[index])
-    assert_close(gradient.decode.table.embeddings, whole.decode.table.embeddings[index])
-    assert_close(gradient.decode.bias, whole.decode.bias[index])
+    assert_close(gradient.untied.embeddings, whole.untied.embeddings[index])
+    assert_close(gradient.untied.bias, whole.untied.bias[index])
     assert gradient.layer.weight is None and gradient.positions.embeddings is None
 
 
@@ -199,7 +198,7 @@ def test_rows_are_named_in_many_ways_and_come_back_where_they_were(layout, rows,
 def test_other_parameters_are_trained_as_well_where_filter_spec_says_so():
     model = Model(10, 4, jax.random.key(0))
     trained, frozen = partition_rows(model, [9], filter_spec=eqx.is_inexact_array)
-    assert trained.tokens.embeddings.shape == trained.decode.table.embeddings.shape == (1, 4)
+    assert trained.tokens.embeddings.shape == trained.untied.embeddings.shape == (1, 4)
     assert trained.layer is not None and trained.positions.embeddings.shape == (16, 4)
     doubled = combine_rows(jax.tree.map(lambda x: 2 * x, trained), frozen)
     np.testing.assert_array_equal(doubled.layer.weight, 2 * model.layer.weight)
@@ -237,15 +236,16 @@ def test_the_two_parts_of_stacked_tables_are_combined_one_by_one_under_vmap_and_
 
 
 def test_a_table_tied_by_eqx_nn_shared_stays_tied():
-    table, bias = make_table("first"), make_array((VOCAB_SIZE,))
-    layers = eqx.nn.Sequential([EmbeddingLookup(table), EmbeddingDecode(table, bias)])
+    table: Any = make_table("first", with_bias=True)
+    layers = eqx.nn.Sequential([EmbeddingLookup(table), EmbeddingDecode(table)])
     shared = eqx.nn.Shared(layers, where=lambda s: s[1].table, get=lambda s: s[0].table)
     trained, frozen = partition_rows(shared, [0, 6])
     assert [leaf.shape for leaf in jax.tree.leaves(trained)] == [(2, 4), (2,)]
     assert eqx.tree_equal(combine_rows(trained, frozen), shared)
     changed = combine_rows(jax.tree.map(lambda x: x + 1, trained), frozen)()
     assert changed[0].table.embeddings is changed[1].table.embeddings
-    np.testing.assert_array_equal(changed[1].bias[6], bias[6] + 1)
+    np.testing.assert_array_equal(changed[1].table.bias[6], table.bias[6] + 1)
+    np.testing.assert_array_equal(changed[1].table.bias[1:6], table.bias[1:6])
 
 
 def test_other_rows_of_the_same_number_compile_nothing_anew():

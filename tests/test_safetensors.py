@@ -1,6 +1,7 @@
 """`load_safetensors` and `save_safetensors`: what comes back, what is read, what is refused."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -30,13 +32,29 @@ def path(tmp_path):
     return tmp_path / "table.safetensors"
 
 
+def save(path, tensors, metadata=None):
+    reference.save_file(tensors, path, metadata)
+
+
+def shard(folder, files, metadata=None):
+    """Writes files of tensors, and an index that says where they are."""
+    where = {}
+    for file, tensors in files.items():
+        save(folder / file, tensors, metadata)
+        where |= dict.fromkeys(tensors, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_table_that_was_saved_comes_back_bit_for_bit(layout, dtype, path):
-    table = make_table(layout, dtype)
+def test_a_table_that_was_saved_comes_back_bit_for_bit(layout, with_bias, dtype, path):
+    table = make_table(layout, dtype, with_bias=with_bias)
     save_safetensors(table, path)
-    back = load_safetensors(path)
+    back: Any = load_safetensors(path)
     assert back.embeddings.dtype == dtype
     assert eqx.tree_equal(back, table)
+    assert not with_bias or back.bias.dtype == dtype
     assert eqx.tree_equal(load_safetensors(path=str(path), name="embeddings"), table)
 
 
@@ -51,6 +69,47 @@ def test_other_programs_read_rows_of_tokens(layout, dtype, path):
     np.testing.assert_array_equal(array, expected)
 
 
+@pytest.mark.parametrize(
+    "name, bias_name", [("lm_head.weight", "lm_head.bias"), ("embeddings", "embeddings.bias")]
+)
+def test_a_bias_is_a_tensor_of_its_own_beside_the_rows(name, bias_name, path):
+    table: Any = make_table("middle", with_bias=True)
+    table = dataclasses.replace(table, bias=table.bias.astype(jnp.bfloat16))
+    save_safetensors(table, path, name)
+    tensors = reference.load_file(path)
+    assert tensors.keys() == {name, bias_name} and tensors[name].shape == (9, 6)
+    np.testing.assert_array_equal(tensors[bias_name], table.bias)
+    for given in {}, {"name": name}, {"name": name, "bias": bias_name}:
+        assert eqx.tree_equal(load_safetensors(path, **given), table)
+    wide: Any = load_safetensors(path, dtype=jnp.float32)
+    assert wide.bias.dtype == "float32"
+    np.testing.assert_array_equal(wide.bias, table.bias.astype(jnp.float32))
+
+
+def test_a_bias_of_another_program_is_loaded_by_its_name(tmp_path):
+    rows, bias = np.asarray(make_array((5, 3))), np.asarray(make_array((5,), seed=1))
+    shard(
+        tmp_path,
+        {
+            "model-1.safetensors": {"lm_head.weight": rows},
+            "model-2.safetensors": {"lm_head.bias": bias, "short": bias[:4], "wide": rows},
+            "model-3.safetensors": {"integers": np.ones(5, np.int32)},
+        },
+    )
+    table = load_safetensors(tmp_path, "lm_head.weight", bias="lm_head.bias")
+    assert eqx.tree_equal(table, EmbeddingTable(jnp.asarray(rows), NAMES, bias=jnp.asarray(bias)))
+    assert load_safetensors(tmp_path, "lm_head.weight").bias is None
+    for name, message in {
+        "short": r"'short' of .*model-2.safetensors has shape \(4,\), but the bias of "
+        r"'lm_head.weight' must have shape \(5,\): one number for each row",
+        "wide": r"has shape \(5, 3\), but the bias",
+        "integers": "'integers' of .* is of I32",
+        "lm_head.biases": "has no tensor 'lm_head.biases'.*nearest names are 'lm_head.bias'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_safetensors(tmp_path, "lm_head.weight", bias=name)
+
+
 def test_another_vocabulary_axis_comes_back(path):
     table = EmbeddingTable(make_array((3, 5)), ("features", "bytes"), "bytes", padding_rows=1)
     save_safetensors(table, path)
@@ -62,10 +121,6 @@ def test_another_vocabulary_axis_comes_back(path):
         load_safetensors(path, axis_names=("bytes", "features"))
     with pytest.raises(ValueError, match="a name for the vocabulary at least"):
         load_safetensors(path, axis_names=())
-
-
-def save(path, tensors, metadata=None):
-    reference.save_file(tensors, path, metadata)
 
 
 @pytest.mark.parametrize(
@@ -106,16 +161,6 @@ def test_the_dtype_is_that_of_the_file_or_as_wanted(stored, wanted, path):
 
 
 # Model directories
-
-
-def shard(folder, files, metadata=None):
-    """Writes files of tensors, and an index that says where they are."""
-    where = {}
-    for file, tensors in files.items():
-        save(folder / file, tensors, metadata)
-        where |= dict.fromkeys(tensors, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 TWO = {
@@ -331,6 +376,8 @@ def test_several_embedding_axes_without_sizes_say_what_to_do(path):
         '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": 2.9}',
         '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": "3"}',
         '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": true}',
+        '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": 0, '
+        '"bias": ["y"]}',
     ],
 )
 def test_metadata_that_do_not_fit_the_tensor_are_refused(noted, path):
@@ -468,12 +515,22 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
     stacked = EmbeddingTable(make_array((2, 5, 3)), NAMES)
     with pytest.raises(ValueError, match="this table is stacked"):
         save_safetensors(stacked, tmp_path / "x")
-    for other in jax.eval_shape(lambda: table), eqx.filter(table, False):
-        with pytest.raises(ValueError, match="no embeddings to save: .* has (Shape|NoneType)"):
-            save_safetensors(other, tmp_path / "x")
     masked = np.ma.masked_array(np.ones((9, 4), np.float32), True)
-    with pytest.raises(TypeError, match="embeddings are a masked array"):
-        save_safetensors(eqx.tree_at(lambda t: t.embeddings, table, masked), tmp_path / "x")
+    for other in (
+        jax.eval_shape(lambda: table),
+        eqx.filter(table, False),
+        eqx.tree_at(lambda t: t.embeddings, table, masked),
+    ):
+        with pytest.raises(ValueError, match="has (Shape|None|Masked).* in place of its embedd"):
+            save_safetensors(other, tmp_path / "x")
+    biased = make_table("first", with_bias=True)
+    for bias, message in (
+        (jax.ShapeDtypeStruct((9,), jnp.float32), "has ShapeDtypeStruct in place of its bias"),
+        (np.ones(7, np.float32), r"bias must have shape \(9,\).*got \(7,\)"),
+        (jnp.ones(9, "float8_e5m2"), "a table of float8_e5m2 cannot be saved"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_safetensors(eqx.tree_at(lambda t: t.bias, biased, bias), tmp_path / "x")
     with pytest.raises(ValueError, match="keeps the name '__metadata__' for itself"):
         save_safetensors(table, tmp_path / "x", "__metadata__")
     with pytest.raises(IsADirectoryError, match="is a directory: give the name of a file"):
@@ -487,7 +544,7 @@ def test_a_table_that_could_not_be_loaded_is_not_saved(path):
     save_safetensors(make_table("first"), path)
     for dtype in ("float8_e4m3fn", "float4_e2m1fn"):
         table = EmbeddingTable(jnp.ones((5, 3), dtype), NAMES)
-        with pytest.raises(ValueError, match=f"embeddings of {dtype} cannot be saved"):
+        with pytest.raises(ValueError, match=f"a table of {dtype} cannot be saved"):
             save_safetensors(table, path)
     assert eqx.tree_equal(load_safetensors(path), make_table("first"))
 

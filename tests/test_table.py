@@ -1,6 +1,8 @@
 """`EmbeddingTable`: how it is made, what it knows of itself, and what it refuses."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -118,6 +120,29 @@ def test_a_table_is_read_only():
             setattr(table, name, 3)
 
 
+def test_a_new_bias_is_zero_for_each_row_and_changes_no_draw(dtype, getkey):
+    key = getkey()
+    make = functools.partial(EmbeddingTable.from_config, 7, {"embedding": 3}, dtype=dtype, key=key)
+    for multiple in 1, 4:
+        table = make(use_bias=True, pad_to_multiple_of=multiple)
+        assert table.bias is not None and table.bias.dtype == dtype
+        np.testing.assert_array_equal(table.bias, np.zeros(7 + table.padding_rows))
+        plain = make(pad_to_multiple_of=multiple)
+        assert plain.bias is None
+        np.testing.assert_array_equal(table.embeddings, plain.embeddings)
+
+
+def test_arrays_may_be_numpy_arrays():
+    table = make_table("middle", with_bias=True)
+    same = EmbeddingTable(
+        np.asarray(table.embeddings), table.axis_names, padding_rows=2, bias=np.asarray(table.bias)
+    )
+    assert isinstance(same.embeddings, np.ndarray) and isinstance(same.bias, np.ndarray)
+    assert eqx.tree_equal(jax.tree.map(jnp.asarray, same), table)
+    hidden = make_array((5, 2, 3), seed=2)
+    np.testing.assert_array_equal(EmbeddingDecode(same)(hidden), EmbeddingDecode(table)(hidden))
+
+
 # Stacked tables
 
 
@@ -130,6 +155,21 @@ def test_tables_stacked_by_vmap_are_a_table_whose_names_describe_the_last_axes()
     assert stacked.embedding_axes == {"embedding": 2}
     np.testing.assert_array_equal(stacked.embeddings, array)
     assert eqx.tree_equal(stacked, EmbeddingTable(array, names, padding_rows=3))
+
+
+def test_a_stacked_table_has_a_stacked_bias():
+    arrays, biases = make_array((3, 2, 8)), make_array((3, 8), seed=1)
+    names = ("embedding", "vocabulary")
+
+    def make(array, bias):
+        return EmbeddingTable(array, names, padding_rows=3, bias=bias)
+
+    stacked = eqx.filter_vmap(make)(arrays, biases)
+    assert eqx.tree_equal(stacked, EmbeddingTable(arrays, names, padding_rows=3, bias=biases))
+    for shape in (8,), (3, 1), (3, 5), (1, 3, 8):
+        message = r"bias must have shape \(3, 8\).*got .* for embeddings of shape \(3, 2, 8\)"
+        with pytest.raises(ValueError, match=message):
+            make(arrays, jnp.zeros(shape))
 
 
 @pytest.mark.parametrize("use", [EmbeddingLookup, EmbeddingDecode])
@@ -182,6 +222,38 @@ def test_a_table_is_placed_by_its_partition_spec():
     np.testing.assert_array_equal(placed.embeddings, table.embeddings)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_table_is_placed_by_its_shardings(layout, with_bias):
+    mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+    rules = {"vocabulary": ("data", "model"), "unknown": "model"}
+    table = make_table(layout, with_bias=with_bias)
+    skeleton = eqx.filter_eval_shape(lambda: table)
+    shardings = skeleton.shardings(mesh, rules)
+    assert jax.tree.structure(shardings) == jax.tree.structure(table)
+    assert jax.tree.leaves(shardings) == jax.tree.leaves(table.shardings(mesh, rules))
+    assert shardings.embeddings == NamedSharding(mesh, table.partition_spec(rules))
+    if with_bias:
+        assert shardings.bias == NamedSharding(mesh, PartitionSpec(("data", "model")))
+    for placed in (
+        jax.device_put(table, shardings),
+        jax.jit(lambda: table, out_shardings=shardings)(),
+    ):
+        assert eqx.tree_equal(placed, table)
+        for array, sharding in zip(jax.tree.leaves(placed), jax.tree.leaves(shardings)):
+            assert array.sharding.is_equivalent_to(sharding, array.ndim)
+
+
+def test_the_shardings_of_a_stacked_table_leave_stacked_axes_whole():
+    mesh = jax.make_mesh((1,), ("model",), devices=jax.devices()[:1])
+    stacked = EmbeddingTable(
+        jnp.zeros((2, 3, 5, 4)), ("vocabulary", "embedding"), bias=jnp.zeros((2, 3, 5))
+    )
+    shardings: Any = stacked.shardings(mesh, {"vocabulary": "model"})
+    assert shardings.embeddings.spec == PartitionSpec(None, None, "model", None)
+    assert shardings.bias.spec == PartitionSpec(None, None, "model")
+
+
 # Errors
 
 
@@ -226,6 +298,18 @@ def test_a_table_is_placed_by_its_partition_spec():
             {"axis_names": ("embedding", "bytes"), "vocabulary_axis": "bytes", "padding_rows": 2},
             "below 2, the number of rows on axis 'bytes', got 2 for a table of embedding=5, ",
         ),
+        (
+            (5, 2),
+            {"axis_names": ("vocabulary", "embedding"), "padding_rows": 2, "bias": jnp.zeros(3)},
+            r"bias must have shape \(5,\), one number for each row of the vocabulary "
+            r"'vocabulary', padding rows included, got \(3,\) for embeddings of shape \(5, 2\)",
+        ),
+        (
+            (2, 5),
+            {"axis_names": ("embedding", "vocabulary"), "bias": jnp.zeros((1, 5))},
+            r"bias must have shape \(5,\).*got \(1, 5\) for embeddings of shape \(2, 5\)",
+        ),
+        ((5, 2), {"axis_names": ("vocabulary", "e"), "bias": jnp.zeros(())}, r"got \(\) for"),
     ],
 )
 def test_a_table_that_does_not_fit_its_names_is_an_error(shape, options, message):

@@ -1,6 +1,8 @@
 """One table for lookup and decode: stored once, trained as one parameter, under every
 transformation of Equinox."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -180,7 +182,7 @@ def test_a_donated_table_is_updated_in_place():
         gradient = eqx.filter_grad(loss)(model)
         return eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, gradient))
 
-    model = make_model()
+    model: Any = make_model()
     before, pointer = (
         float64(model.table.embeddings),
         model.table.embeddings.unsafe_buffer_pointer(),

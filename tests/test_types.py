@@ -18,7 +18,7 @@ from eqx_embedding import (
     partition_rows, resize_vocabulary, save_safetensors,
 )
 
-key = jax.random.key(0)
+key, names = jax.random.key(0), ("vocabulary", "embedding")
 table = EmbeddingTable(jnp.ones((5, 3)), ("vocabulary", "embedding"))
 make, decode, hidden = EmbeddingTable.from_config, EmbeddingDecode(table), jnp.ones((2, 3))
 loss, targets = decode.cross_entropy, np.asarray([0, 1])
@@ -34,8 +34,10 @@ calls = {
     "text": lambda: EmbeddingLookup(table)("1"),
     "hidden size": lambda: EmbeddingDecode(table)(jnp.ones((2, 5))),
     "integer hidden": lambda: EmbeddingDecode(table)(jnp.ones((2, 3), "int32")),
-    "bias": lambda: EmbeddingDecode(table, jnp.ones(4)),
-    "bias of two axes": lambda: EmbeddingDecode(table, jnp.ones((5, 1))),
+    "bias": lambda: EmbeddingTable(jnp.ones((5, 3)), names, bias=jnp.ones(4)),
+    "bias of two axes": lambda: EmbeddingTable(jnp.ones((5, 3)), names, bias=jnp.ones((5, 1))),
+    "list as bias": lambda: EmbeddingTable(jnp.ones((5, 3)), names, bias=[0.0] * 5),
+    "number as use_bias": lambda: make(5, {"embedding": 3}, use_bias=2, key=key),
     "text as soft cap": lambda: EmbeddingDecode(table, soft_cap="30"),
     "integer table": lambda: EmbeddingTable(jnp.ones((5, 3), "int32"), ("vocabulary", "embedding")),
     "list of names": lambda: EmbeddingTable(jnp.ones((5, 3)), ["vocabulary", "embedding"]),
@@ -50,7 +52,10 @@ calls = {
     "no such dtype": lambda: make(5, {"embedding": 3}, dtype="float33", key=key),
     "float to pad to": lambda: make(5, {"embedding": 3}, pad_to_multiple_of=2.0, key=key),
     "number as key": lambda: make(5, {"embedding": 3}, key=0),
-    "numpy table": lambda: EmbeddingTable(np.ones((5, 3), "float32"), ("vocabulary", "embedding")),
+    "numpy table": lambda: EmbeddingTable(np.ones((5, 3), "float32"), names),
+    "integer numpy table": lambda: EmbeddingTable(np.ones((5, 3), "int32"), names),
+    "mesh": lambda: table.shardings("model", {}),
+    "number as bias of a file": lambda: load_safetensors(nowhere, bias=3),
     "name of one": lambda: EmbeddingTable(jnp.ones(5), "vocabulary"),
     "float of padding": lambda: EmbeddingTable(jnp.ones(5), ("vocabulary",), padding_rows=1.0),
     "pairs of rules": lambda: table.partition_spec([("vocabulary", "model")]),
@@ -61,7 +66,8 @@ calls = {
     "lookup rules": lambda: EmbeddingLookup(table)(targets, rules="model"),
     "lookup key": lambda: EmbeddingLookup(table)(targets, key=0),
     "a decode of what": lambda: EmbeddingDecode(hidden),
-    "integer bias": lambda: EmbeddingDecode(table, jnp.ones(5, "int32")),
+    "integer bias": lambda: EmbeddingTable(jnp.ones((5, 3)), names, bias=jnp.ones(5, "int32")),
+    "bias of a decode": lambda: EmbeddingDecode(table, jnp.ones(5)),
     "array as soft cap": lambda: EmbeddingDecode(table, soft_cap=jnp.ones(())),
     "no logits dtype": lambda: EmbeddingDecode(table, logits_dtype="float33"),
     "number as logits dtype": lambda: EmbeddingDecode(table, logits_dtype=3),
@@ -192,7 +198,9 @@ def unchecked():
         ("numpy bools", "tokens", r"bool\[1\]\(numpy\)"),
         ("text", "tokens", "'1'"),
         ("integer hidden", "hidden", r"i32\[2,3\]"),
-        ("bias of two axes", "bias", r"f32\[5,1\]"),
+        ("list as bias", "bias", r"\[0.0, 0.0, 0.0, 0.0, 0.0\]"),
+        ("number as use_bias", "use_bias", "2"),
+        ("bias of a decode", "soft_cap", r"f32\[5\]"),
         ("text as soft cap", "soft_cap", "'30'"),
         ("integer table", "embeddings", r"i32\[5,3\]"),
         ("list of names", "axis_names", r"\['vocabulary', 'embedding'\]"),
@@ -205,7 +213,7 @@ def unchecked():
         ("number as dtype", "dtype", "3"),
         ("float to pad to", "pad_to_multiple_of", "2.0"),
         ("number as key", "key", "0"),
-        ("numpy table", "embeddings", r"f32\[5,3\]\(numpy\)"),
+        ("integer numpy table", "embeddings", r"i32\[5,3\]\(numpy\)"),
         ("name of one", "axis_names", "'vocabulary'"),
         ("float of padding", "padding_rows", "1.0"),
         ("pairs of rules", "rules", r"\[\('vocabulary', 'model'\)\]"),
@@ -241,6 +249,8 @@ def unchecked():
         ("frozen of another kind", "frozen", "EmbeddingTable"),
         ("number as path", "path", "3"),
         ("number as name", "name", "3"),
+        ("number as bias of a file", "bias", "3"),
+        ("mesh", "mesh", "'model'"),
         ("name of one axis", "axis_names", "'vocabulary'"),
         ("number as dtype of a file", "dtype", "3"),
         ("an array to save", "table", r"f32\[5,3\]"),
@@ -256,8 +266,9 @@ def test_checks_are_on_by_default_and_name_the_parameter_and_what_was_given(
 
 
 def test_errors_of_our_own_are_the_same_with_and_without_checks(checked, unchecked):
-    for call in ("python bool", "hidden size", "bias"):
+    for call in ("python bool", "hidden size", "bias", "bias of two axes"):
         assert checked[call] == unchecked[call]
+    assert checked["numpy table"] is unchecked["numpy table"] is None
     assert checked["python bool"] == "TypeError: tokens must be integers, got bool."
     assert checked["hidden size"] == (
         "ValueError: hidden must end with the embedding axes (embedding=3) of the table, got the "

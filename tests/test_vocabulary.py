@@ -1,5 +1,6 @@
 """`resize_vocabulary`: what is kept bit for bit, what is new, and what is refused."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -38,14 +39,16 @@ def test_old_rows_stay_bit_for_bit_and_new_ones_and_padding_are_zero(layout, voc
 
 
 def test_dtypes_are_kept_with_and_without_a_key(dtype, getkey):
-    old = make_table("middle", dtype)
-    bias = make_array((VOCAB_SIZE,), dtype)
+    old: Any = make_table("middle", dtype, with_bias=True)
     for key in None, getkey():
-        new = resize_vocabulary(EmbeddingDecode(old, bias), 10, key=key)
-        assert new.table.embeddings.dtype == new.bias.dtype == dtype
-        np.testing.assert_array_equal(raw_rows(new.table)[:7], raw_rows(old)[:7])
-        np.testing.assert_array_equal(new.bias[:7], bias)
-        assert np.all(np.isfinite(float64(new.table.embeddings)))
+        new = resize_vocabulary(old, 10, key=key, pad_to_multiple_of=4)
+        assert new.embeddings.dtype == new.bias.dtype == dtype
+        np.testing.assert_array_equal(raw_rows(new)[:7], raw_rows(old)[:7])
+        np.testing.assert_array_equal(new.bias[:7], old.bias[:7])
+        np.testing.assert_array_equal(new.bias[10 if key is not None else 7 :], 0)
+        assert new.bias.shape == (12,)
+        for array in new.embeddings, new.bias:
+            assert np.all(np.isfinite(float64(array)))
 
 
 def test_a_table_that_has_the_size_already_is_the_same_array(getkey):
@@ -58,17 +61,19 @@ def test_a_table_that_has_the_size_already_is_the_same_array(getkey):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_of_padding_that_become_tokens_hold_nothing_of_what_was_there(layout, getkey):
-    old = make_table(layout)
-    poisoned = eqx.tree_at(
-        lambda t: t.embeddings,
+    old: Any = make_table(layout, with_bias=True)
+    poisoned = dataclasses.replace(
         old,
-        jnp.where(jnp.isin(old.embeddings, raw_rows(old)[7:]), jnp.nan, old.embeddings),
+        embeddings=jnp.where(jnp.isin(old.embeddings, raw_rows(old)[7:]), jnp.nan, old.embeddings),
+        bias=old.bias.at[7:].set(jnp.nan),
     )
     assert np.isnan(poisoned.embeddings).any()
     key = getkey()
     new = resize_vocabulary(poisoned, 9, key=key)
-    assert np.isfinite(new.embeddings).all()
-    np.testing.assert_array_equal(new.embeddings, resize_vocabulary(old, 9, key=key).embeddings)
+    assert np.isfinite(new.embeddings).all() and np.isfinite(new.bias).all()
+    expected = resize_vocabulary(old, 9, key=key)
+    np.testing.assert_array_equal(new.embeddings, expected.embeddings)
+    np.testing.assert_array_equal(new.bias, expected.bias)
 
 
 # What new rows are
@@ -97,11 +102,11 @@ def test_new_rows_and_biases_have_mean_and_covariance_of_the_old_ones(vocabulary
     old = correlated(40, 4).astype(jnp.dtype(dtype))
     array, bias = old[:, :3].copy(), old[:, 3].copy()
     names = NAMES if vocabulary_first else NAMES[::-1]
-    table = EmbeddingTable(jnp.asarray(array if vocabulary_first else array.T), names)
-    decode = EmbeddingDecode(table, jnp.asarray(bias))
-    new = resize_vocabulary(decode, 20040, key=jax.random.key(0))
-    assert new.table.embeddings.dtype == new.bias.dtype == dtype
-    rows = np.concatenate([raw_rows(new.table), np.asarray(new.bias)[:, None]], axis=1)[40:]
+    array = jnp.asarray(array if vocabulary_first else array.T)
+    table = EmbeddingTable(array, names, bias=jnp.asarray(bias))
+    new = resize_vocabulary(table, 20040, key=jax.random.key(0))
+    assert new.embeddings.dtype == new.bias.dtype == dtype
+    rows = np.concatenate([raw_rows(new), np.asarray(new.bias)[:, None]], axis=1)[40:]
     assert sample_error(rows, float64(old).mean(0), np.cov(float64(old), rowvar=False)) < 4.5
 
 
@@ -138,11 +143,12 @@ def test_two_tables_get_two_draws_and_one_array_in_two_places_gets_one(getkey):
     key = getkey()
     one, two = resize_vocabulary((table, copy), 12, key=key)
     assert not np.any(one.embeddings[7:] == two.embeddings[7:])
-    bias = jnp.zeros(VOCAB_SIZE)
+    biased = dataclasses.replace(table, bias=jnp.zeros(9))
     lookup, decode = resize_vocabulary(
-        (EmbeddingLookup(table), EmbeddingDecode(table, bias)), 12, key=key
+        (EmbeddingLookup(table), EmbeddingDecode(biased)), 12, key=key
     )
     assert lookup.table.embeddings is decode.table.embeddings
+    assert lookup.table.bias is None and decode.table.bias.shape == (12,)
 
 
 def test_each_of_stacked_tables_grows_by_its_own_mean_and_covariance():
@@ -151,24 +157,26 @@ def test_each_of_stacked_tables_grows_by_its_own_mean_and_covariance():
 
     @eqx.filter_vmap
     def stack(array, bias):
-        return EmbeddingDecode(EmbeddingTable(array, NAMES), bias)
+        return EmbeddingTable(array, NAMES, bias=bias)
 
     old = stack(jnp.asarray(arrays), jnp.asarray(biases))
     new = resize_vocabulary(old, 5040, key=jax.random.key(0), pad_to_multiple_of=64)
-    assert new.table.embeddings.shape == (2, 5056, 3) and new.bias.shape == (2, 5040)
-    np.testing.assert_array_equal(new.table.embeddings[:, :40], arrays)
-    for array, grown, bias, sign in zip(arrays, new.table.embeddings, new.bias, (1, -1)):
+    assert new.embeddings.shape == (2, 5056, 3) and new.bias.shape == (2, 5056)
+    np.testing.assert_array_equal(new.embeddings[:, :40], arrays)
+    np.testing.assert_array_equal(new.bias[:, :40], biases)
+    np.testing.assert_array_equal(new.bias[:, 5040:], 0)
+    for array, grown, bias, sign in zip(arrays, new.embeddings, new.bias, (1, -1)):
         rows = float64(grown)[40:5040]
         assert sample_error(rows, float64(array).mean(0), np.cov(float64(array), rowvar=False)) < 5
-        assert_close(bias[40:], sign * rows[:, 0], 1e-4, 1e-4)  # drawn with its row
+        assert_close(bias[40:5040], sign * rows[:, 0], 1e-4, 1e-4)  # drawn with its row
     correlation = np.corrcoef(
-        float64(new.table.embeddings[0, 40:5040, 0]), float64(new.table.embeddings[1, 40:5040, 0])
+        float64(new.embeddings[0, 40:5040, 0]), float64(new.embeddings[1, 40:5040, 0])
     )
     assert abs(correlation[0, 1]) < 0.1
 
 
 def test_it_gives_the_same_under_jit(getkey):
-    key, decode = getkey(), EmbeddingDecode(make_table("last"), jnp.arange(7.0))
+    key, decode = getkey(), EmbeddingDecode(make_table("last", with_bias=True))
     plain = resize_vocabulary(decode, 9, key=key)
     jitted = eqx.filter_jit(resize_vocabulary)(decode, 9, key=key)
     assert eqx.tree_equal(plain, jitted, rtol=1e-6, atol=1e-6)
@@ -180,7 +188,7 @@ def test_it_gives_the_same_under_jit(getkey):
 class Model(eqx.Module):
     tokens: EmbeddingTable
     positions: EmbeddingTable
-    decode_bias: EmbeddingDecode
+    untied: EmbeddingTable
     layer: eqx.nn.Linear
 
     def __init__(self, key):
@@ -189,8 +197,9 @@ class Model(eqx.Module):
             13, {"embedding": 8}, pad_to_multiple_of=8, key=keys[0]
         )
         self.positions = EmbeddingTable.from_config(6, {"embedding": 8}, "position", key=keys[1])
-        untied = EmbeddingTable.from_config(13, {"embedding": 8}, pad_to_multiple_of=8, key=keys[2])
-        self.decode_bias = EmbeddingDecode(untied, jnp.zeros(13))
+        self.untied = EmbeddingTable.from_config(
+            13, {"embedding": 8}, use_bias=True, pad_to_multiple_of=8, key=keys[2]
+        )
         self.layer = eqx.nn.Linear(8, 8, key=keys[3])
 
     def hidden(self, tokens):
@@ -199,7 +208,8 @@ class Model(eqx.Module):
 
     def loss(self, tokens, targets):
         tied = EmbeddingDecode(self.tokens).cross_entropy(self.hidden(tokens), targets)
-        return tied + self.decode_bias.cross_entropy(self.hidden(tokens), targets)
+        untied = EmbeddingDecode(self.untied)
+        return tied + untied.cross_entropy(self.hidden(tokens), targets)
 
 
 TOKENS = jnp.asarray([0, 3, 12, 5, 5, 1])
@@ -224,7 +234,7 @@ def decays(params):
 def test_training_goes_on_after_a_resize_with_the_loss_that_the_new_tokens_leave():
     optimizer = optax.adamw(1e-2, weight_decay=0.1, mask=decays)
     step = make_step(optimizer)
-    model = Model(jax.random.key(0))
+    model: Any = Model(jax.random.key(0))
     opt_state: Any = optimizer.init(eqx.filter(model, eqx.is_array))
     for _ in range(10):
         _, model, opt_state = step(model, opt_state)
@@ -242,20 +252,21 @@ def test_training_goes_on_after_a_resize_with_the_loss_that_the_new_tokens_leave
         (opt_state[0].mu, grown_state[0].mu),
         (opt_state[0].nu, grown_state[0].nu),
     ):
-        for part in (lambda m: m.tokens, lambda m: m.decode_bias.table):
+        for part in (lambda m: m.tokens, lambda m: m.untied):
             np.testing.assert_array_equal(part(new).embeddings[:13], part(old).embeddings[:13])
             assert np.all(float64(part(old).embeddings[:13]).any(axis=1)), "no row is untrained"
-        np.testing.assert_array_equal(new.decode_bias.bias[:13], old.decode_bias.bias)
+        np.testing.assert_array_equal(new.untied.bias[:13], old.untied.bias[:13])
+        assert np.all(float64(old.untied.bias[:13]))
     for moments in grown_state[0].mu, grown_state[0].nu:
         np.testing.assert_array_equal(moments.tokens.embeddings[13:], 0)
-        np.testing.assert_array_equal(moments.decode_bias.bias[13:], 0)
+        np.testing.assert_array_equal(moments.untied.bias[13:], 0)
 
     # The loss rises by what the new tokens take of the probability, and by nothing else.
     hidden = float64(model.hidden(TOKENS))
     expected = float(model.loss(TOKENS, TARGETS))
     for table, bias in (
         (grown.tokens, np.zeros(15)),
-        (grown.decode_bias.table, float64(grown.decode_bias.bias)),
+        (grown.untied, float64(grown.untied.bias)[:15]),
     ):
         weights = np.exp(hidden @ rows_first(table).T + bias)
         expected += np.log(weights.sum(1) / weights[:, :13].sum(1)).mean()
@@ -276,7 +287,7 @@ def test_training_goes_on_after_a_resize_with_the_loss_that_the_new_tokens_leave
 def test_shrinking_and_growing_again_loses_only_what_was_cut():
     model = Model(jax.random.key(0))
     small = resize_vocabulary(model, 8)
-    assert small.tokens.padding_rows == 0 and small.decode_bias.bias.shape == (8,)
+    assert small.tokens.padding_rows == 0 and small.untied.bias.shape == (8,)
     assert_close(
         EmbeddingDecode(small.tokens)(model.layer.weight),
         EmbeddingDecode(model.tokens)(model.layer.weight)[:, :8],
@@ -287,8 +298,8 @@ def test_shrinking_and_growing_again_loses_only_what_was_cut():
 
 
 def test_a_table_shared_by_eqx_nn_shared_is_resized_once_and_the_bias_with_it(getkey):
-    lookup = EmbeddingLookup(make_table("first"))
-    decode = EmbeddingDecode(make_table("first"), jnp.arange(7.0))
+    lookup = EmbeddingLookup(make_table("first", with_bias=True))
+    decode = EmbeddingDecode(make_table("first", with_bias=True))
     shared = eqx.nn.Shared((lookup, decode), where=lambda s: s[1].table, get=lambda s: s[0].table)
     key = getkey()
     new = resize_vocabulary(shared, 10, key=key)
@@ -303,11 +314,11 @@ def test_a_table_shared_by_eqx_nn_shared_is_resized_once_and_the_bias_with_it(ge
     assert eqx.tree_equal(moments, expected)
 
 
-def test_a_decode_whose_table_is_elsewhere_and_that_has_no_bias_stays():
+def test_a_decode_whose_table_is_elsewhere_stays():
     table = make_table("first")
     decode = eqx.tree_at(lambda decode: decode.table, EmbeddingDecode(table, soft_cap=3.0), None)
     resized, new = resize_vocabulary((decode, table), 10)
-    assert resized is decode and new.vocab_size == 10
+    assert eqx.tree_equal(resized, decode) and new.vocab_size == 10
 
 
 @pytest.mark.parametrize(
@@ -378,7 +389,7 @@ def test_both_parameters_of_lookahead_grow(getkey):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_skeleton_becomes_that_of_the_resized_table(layout, getkey):
-    decode = EmbeddingDecode(make_table(layout, "bfloat16"), jnp.zeros(7))
+    decode = EmbeddingDecode(make_table(layout, "bfloat16", with_bias=True))
     skeleton = eqx.filter_eval_shape(lambda: decode)
     for key in None, getkey():
         new = resize_vocabulary(skeleton, 9, key=key, pad_to_multiple_of=4)
@@ -396,7 +407,7 @@ def test_a_skeleton_stays_on_its_device():
 
 
 def test_arrays_of_numpy_grow_as_those_of_jax(getkey):
-    key, table = getkey(), make_table("middle")
+    key, table = getkey(), make_table("middle", with_bias=True)
     new = resize_vocabulary(jax.tree.map(np.asarray, table), 9, key=key)
     assert eqx.tree_equal(new, resize_vocabulary(table, 9, key=key))
 
@@ -453,18 +464,12 @@ def state_of(optimizer, params: Any) -> Any:
             r"v_row has an array of shape \(4,\) .* Adafactor, make a new state",
         ),
         (
-            [
-                eqx.tree_at(
-                    lambda d: d.table, EmbeddingDecode(make_table("first"), jnp.zeros(7)), None
-                ),
-                make_table("first"),
-                EmbeddingTable(make_array((7, 3)), ("bytes", "embedding"), "bytes"),
-            ],
+            [eqx.tree_at(lambda t: t.bias, make_table("first", with_bias=True), jnp.ones(7))],
             (9,),
-            "has 7 entries, and its table is elsewhere. .* 2 of the vocabularies",
+            r"differ in size: 7 tokens at tree\[0\], 5 tokens at tree\[0\].bias",
         ),
     ],
-    ids=["no table", "other name", "size 0", "two sizes", "factored", "whose bias"],
+    ids=["no table", "other name", "size 0", "two sizes", "factored", "stale bias"],
 )
 def test_what_cannot_be_resized_is_refused(tree, sizes, message):
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import re
 
 import jax
@@ -32,6 +33,11 @@ def make_table(rows: int, padding_rows: int = 0) -> EmbeddingTable:
     """Its padding rows are NaN, so that a leak shows."""
     embeddings = random((rows, 8)).at[rows - padding_rows :].set(jnp.nan)
     return EmbeddingTable(embeddings, ("vocabulary", "embedding"), padding_rows=padding_rows)
+
+
+def with_bias(table: EmbeddingTable) -> EmbeddingTable:
+    bias = random(table.vocab_size + table.padding_rows, seed=4).at[table.vocab_size :].set(jnp.nan)
+    return dataclasses.replace(table, bias=bias)
 
 
 def place(mesh, tree, *axes):

@@ -1,6 +1,7 @@
 """Lookup, decode and loss over eight devices equal those of one."""
 
 import contextlib
+import functools
 
 import equinox as eqx
 import jax
@@ -23,6 +24,7 @@ from .helpers import (
     RULES,
     SETTINGS,
     split,
+    with_bias,
 )
 
 
@@ -86,8 +88,10 @@ def test_a_lookup_equals_that_of_one_device(setting, padding_rows, precision):
 
 @settings
 @pytest.mark.parametrize("padding_rows", [0, 1, 3])
-def test_a_decode_equals_that_of_one_device(setting, padding_rows, precision):
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_decode_equals_that_of_one_device(setting, padding_rows, biased, precision):
     table, hidden = make_table(V, padding_rows), random((B, T, D), seed=1)
+    table = with_bias(table) if biased else table
     factors = random((B, T, table.vocab_size), seed=3)
 
     def decode(rules, table, hidden):
@@ -132,20 +136,20 @@ def test_a_loss_equals_that_of_one_device(setting, padding_rows, reduction, prec
         assert_trees_close(actual, expected)
 
 
-@padded
-@pytest.mark.parametrize("setting", ["automatic", "rules", "explicit"])
+@settings
+@pytest.mark.parametrize("padding_rows", [0, 1, 3])
 def test_a_loss_with_a_bias_equals_that_of_one_device(setting, padding_rows):
     table, hidden, targets, weights = arguments_of_a_loss(padding_rows)
-    bias = random(table.vocab_size, seed=4)
+    table = with_bias(table)
+    loss = functools.partial(cross_entropy, soft_cap=5.0)
+    arguments = table, hidden, targets, weights
 
-    def loss(rules, table, hidden, bias):
-        return cross_entropy(rules, table, hidden, targets, bias=bias, soft_cap=5.0)
+    def differentiate(function):
+        return jax.jit(jax.value_and_grad(function, (0, 1)))
 
-    differentiate = jax.value_and_grad(loss, (1, 2, 3))
-    expected = jax.jit(lambda *a: differentiate(None, *a))(table, hidden, bias)
-    with split(setting, table, hidden) as arguments:
-        function = jax.jit(on_mesh(setting, differentiate, []))
-        assert_trees_close(function(*arguments, bias), expected)
+    expected = differentiate(functools.partial(loss, None))(*arguments)
+    with split(setting, *arguments) as arguments:
+        assert_trees_close(differentiate(on_mesh(setting, loss, []))(*arguments), expected)
 
 
 def test_the_gradient_may_be_taken_inside_a_shard_map():
@@ -480,12 +484,3 @@ def test_a_split_that_a_shard_map_does_not_show_is_refused():
             inside(lambda *a, use=use: use(rules, *a), P("model"), P("model"))
         with pytest.raises(ValueError, match="table differs along.*'model'.*a table of its own"):
             inside(lambda *a, use=use: use(None, *a), P("model"), P("model"))
-
-    def biased(table, tokens):
-        decode = EmbeddingDecode(table, bias=jnp.zeros(V // 4 - table.padding_rows))
-        return decode.cross_entropy(jnp.zeros((B, T, D)), tokens, rules={"vocabulary": "model"})
-
-    for padding_rows in (1, 3):
-        table = make_table(V, padding_rows)
-        with pytest.raises(ValueError, match="padding rows or a bias, not both"):
-            inside(biased, P("model"), P())

@@ -59,23 +59,18 @@ def test_a_resized_table_equals_that_of_one_device_and_stays_split(setting, spec
         np.testing.assert_array_equal(np.asarray(new.embeddings)[:17], table.embeddings[:17])
 
 
-def test_a_decode_bias_and_stacked_tables_stay_split_where_the_mesh_divides_them():
-    stacked = EmbeddingTable(random((2, 16, 8)), ("vocabulary", "embedding"))
-    bias, key = random((2, 16)), jax.random.key(0)
-    expected = resize_vocabulary((stacked, bias), 18, key=key, pad_to_multiple_of=4)[0]
-    mesh = make_mesh("explicit")
-    new = resize_vocabulary(place(mesh, stacked, None, "model"), 18, key=key, pad_to_multiple_of=4)
-    assert is_split(new.embeddings, P(None, "model"))
-    assert_trees_close(new, expected)
-
-    decode = EmbeddingDecode(make_table(16), random((16,)))
-    here = place(mesh, decode, "model")
-    for vocab_size, axis in (20, "model"), (18, None):  # a bias has no padding
-        new = resize_vocabulary(here, vocab_size, key=key, pad_to_multiple_of=4)
-        assert is_split(new.table.embeddings, P("model")) and is_split(new.bias, P(axis))
-        assert_trees_close(
-            new, resize_vocabulary(decode, vocab_size, key=key, pad_to_multiple_of=4)
-        )
+@settings
+def test_a_bias_and_stacked_tables_stay_split(setting):
+    names, rules = ("vocabulary", "embedding"), {"vocabulary": "model"}
+    mesh, key = make_mesh(setting), jax.random.key(0)
+    for stacked in (), (2,):
+        table = EmbeddingTable(random((*stacked, 16, 8)), names, bias=random((*stacked, 16)))
+        expected = resize_vocabulary(table, 18, key=key, pad_to_multiple_of=4)
+        here = jax.device_put(table, table.shardings(mesh, rules))
+        new = resize_vocabulary(here, 18, key=key, pad_to_multiple_of=4)
+        axes = (*(None for _ in stacked), "model")
+        assert is_split(new.embeddings, P(*axes)) and is_split(new.bias, P(*axes))
+        assert_trees_close(new, expected)
 
 
 def test_under_jit_a_split_table_is_not_gathered():
@@ -137,7 +132,7 @@ def test_rows_of_a_split_table_are_trained_as_on_one_device(setting, spec):
             moved = combine(jax.tree.map(lambda x: x + 1, trained), frozen).embeddings
             assert is_split(moved, spec)
             np.testing.assert_array_equal(
-                moved, table.embeddings.at[jnp.asarray(rows)].add(1), strict=True
+                moved, jnp.asarray(table.embeddings).at[jnp.asarray(rows)].add(1), strict=True
             )
     assert is_split(combine_rows(*partition_rows(here, rows)).embeddings, spec)
 
