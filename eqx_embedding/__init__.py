@@ -6,6 +6,7 @@ from . import _beartype as _beartype  # before the hook, which would check it by
 
 
 with install_import_hook("eqx_embedding", "eqx_embedding._beartype.beartype"):
+    from ._blockwise import TokenScores as TokenScores
     from ._decode import EmbeddingDecode as EmbeddingDecode
     from ._lookup import EmbeddingLookup as EmbeddingLookup
     from ._rows import combine_rows as combine_rows, partition_rows as partition_rows

@@ -1,24 +1,57 @@
-"""`EmbeddingDecode`: vectors to logits, and to the loss."""
+"""`EmbeddingDecode`: vectors to logits, and to everything that follows from logits."""
 
-import math
-from typing import final
+import functools
+from collections.abc import Callable
+from typing import Any, final, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Shaped
 
-from ._cross_entropy import make_plan, Options, weighted_cross_entropy
-from ._numbers import as_float_dtype, as_int, as_real, at_least_float32, Real, Whole
-from ._sharding import explicit_axes, find_split, remaining, without_padding
+from ._blockwise import (
+    close_over,
+    Options,
+    score_tokens,
+    TokenFunction,
+    TokenScores,
+    total_loss,
+    Used,
+    weighted_losses,
+)
+from ._inputs import (
+    as_array,
+    as_data,
+    as_float_dtype,
+    as_int,
+    as_real,
+    at_least_float32,
+    prepare_tokens,
+    Real,
+    Tokens,
+    Whole,
+)
+from ._sharding import explicit_axes, find_split, remaining, Split, without_padding
 from ._table import EmbeddingTable, Rules
-from ._tokens import as_whole_array, tokens_in_range
 
 
 # Beside a soft cap or a z-loss above this, float32 would lose the logits.
 LARGEST = 1e30
+
+Hidden = Float[Array | np.ndarray, "..."]
+Targets = Integer[ArrayLike, "..."]
+Weights = Bool[ArrayLike, "..."] | Integer[ArrayLike, "..."] | Float[ArrayLike, "..."]
+
+
+class _Head(NamedTuple):
+    """The operands of all logits."""
+
+    hidden: Array  # *batch *embedding
+    rows: Array  # rows *embedding
+    bias: Array | None  # rows
 
 
 @final
@@ -26,29 +59,38 @@ class EmbeddingDecode(eqx.Module):
     """Scores every token of a vocabulary by the product of its embedding and a hidden vector.
 
     ```python
-    logits = EmbeddingDecode(table)(hidden)
+    decode = EmbeddingDecode(table)
+    logits = decode(hidden)                        # *batch embedding -> *batch vocabulary
+    loss = decode.cross_entropy(hidden, targets)   # without ever holding the logits
     ```
+
+    The logits are `hidden @ embeddings.T`, plus the bias of the table if it has one, then capped.
 
     **Fields:**
 
-    - `table`: the [`eqx_embedding.EmbeddingTable`][], whose bias, if it has one, is added to the
-        logits.
+    - `table`: the [`eqx_embedding.EmbeddingTable`][].
     - `soft_cap`: keeps the logits between `-soft_cap` and `soft_cap`, as
         `soft_cap * tanh(logits / soft_cap)`, after the bias, as in
         [Gemma 2](https://arxiv.org/abs/2408.00118). A number, not traced, of at most 1e30.
         Defaults to `None`, which is no cap.
-    - `logits_dtype`: the dtype of the logits. Defaults to `None`, JAX's promotion of the hidden
-        vector, the embeddings and the bias. They are computed in float32 at least.
+    - `logits_dtype`: the dtype of the logits. Defaults to `None`: `dtype` if that is given, else
+        JAX's promotion of the hidden vector, the embeddings and the bias. Losses and scores do not
+        depend on it.
+    - `dtype`: the dtype of the factors of every product, as in flax, for mixed precision: a float32
+        table with `dtype=jnp.bfloat16` computes in bfloat16. Sums are float32 at least, and
+        gradients are not rounded to `dtype` on their way to the table and to `hidden`. Defaults to
+        `None`, JAX's promotion of the hidden vector and the embeddings.
 
     **Raises:**
 
-    A `ValueError` for a soft cap that is not positive or above 1e30, or a
-    `logits_dtype` that is not floating.
+    A `ValueError` for a soft cap that is not positive or above 1e30, or for a `logits_dtype` or
+    `dtype` that is not floating.
     """
 
     table: EmbeddingTable
     soft_cap: float | int | None = eqx.field(static=True, converter=as_real, default=None)
     logits_dtype: DTypeLike | None = eqx.field(static=True, default=None)
+    dtype: DTypeLike | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         if self.soft_cap is not None and not 0 < self.soft_cap <= LARGEST:
@@ -58,13 +100,12 @@ class EmbeddingDecode(eqx.Module):
             )
         if self.logits_dtype is not None:
             as_float_dtype("logits", "logits_dtype", self.logits_dtype)
+        if self.dtype is not None:
+            as_float_dtype("factors", "dtype", self.dtype)
 
+    @jax.named_scope("EmbeddingDecode")
     def __call__(
-        self,
-        hidden: Float[Array, "..."],
-        *,
-        rules: Rules | None = None,
-        key: PRNGKeyArray | None = None,
+        self, hidden: Hidden, *, rules: Rules | None = None, key: PRNGKeyArray | None = None
     ) -> Float[Array, "... vocab_size"]:
         """**Arguments:**
 
@@ -84,63 +125,138 @@ class EmbeddingDecode(eqx.Module):
         stacked table, or for rules that do not fit the mesh.
         """
         del key
-        table, (rows, bias) = self.table, self.table._rows_first()
-        batch_axes = self._check_hidden(hidden)
-        dtype, wide, product_dtype = self._dtypes(hidden)
-        split = find_split(table, rows, hidden, 0, rules)
-        vocab_size = split.vocab_size(table)
-        part_of_padded = table.padding_rows > 0 and bool(split.all_vocabulary)
-        if bias is not None:
-            bias = split.place(bias.astype(wide), [explicit_axes(rows)[0]])
-        # Before the product, so that not even a NaN in a padding row reaches the gradients.
-        if part_of_padded:
-            rows = without_padding(rows, split, vocab_size)
-            bias = None if bias is None else without_padding(bias, split, vocab_size)
-        else:
-            rows = rows[: table.vocab_size]
-            bias = None if bias is None else bias[: table.vocab_size]
-        batch = explicit_axes(hidden)[:batch_axes]
-        columns = remaining(explicit_axes(rows)[0], batch)
-        logits = lax.dot_general(
-            hidden.astype(product_dtype),
-            rows.astype(product_dtype),
-            ((range(batch_axes, hidden.ndim), range(1, rows.ndim)), ((), ())),
-            preferred_element_type=wide,
-            out_sharding=split.sharding([*batch, columns]),
-        )
-        if bias is not None:
-            bias = split.place(bias, [columns])
+        head, batch_axes = self._head(hidden)
+        split = find_split(self.table, head.rows, head.hidden, 0, rules)
+        batch = explicit_axes(head.hidden)[:batch_axes]
+        columns = remaining(explicit_axes(head.rows)[0], batch)
+        sharding, vocab_size = split.sharding([*batch, columns]), split.vocab_size(self.table)
+        logits = _product(self._products(head), split, vocab_size, sharding, *head[:2])
+        if head.bias is not None:
+            bias = split.place(head.bias.astype(logits.dtype), [columns])
             logits = logits + jnp.expand_dims(bias, range(batch_axes))
-        if part_of_padded:
-            if split.manual_vocabulary:
-                logits = lax.all_gather(
-                    logits, split.manual_vocabulary, axis=batch_axes, tiled=True, to="invarying"
-                )
-            logits = split.place(logits, [*batch, ()])
-            logits = lax.slice_in_dim(logits, 0, vocab_size, axis=batch_axes)
+        if self.table.padding_rows > 0:
+            logits = _drop_padding(logits, split, [*batch, ()], vocab_size)
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
-        return logits.astype(dtype if self.logits_dtype is None else self.logits_dtype)
+        dtype = self.logits_dtype or self.dtype or jnp.result_type(*jax.tree.leaves(head))
+        return logits.astype(dtype)
 
+    @jax.named_scope("EmbeddingDecode.score")
+    def score(
+        self,
+        hidden: Hidden,
+        targets: Targets,
+        *,
+        weights: Weights | None = None,
+        ignore_index: Whole | None = None,
+        chunk_size: Whole | None = None,
+        rules: Rules | None = None,
+    ) -> TokenScores:
+        """Log-probability, entropy and more of each target, as if from the logits.
+
+        ```python
+        scores = decode.score(hidden, targets)
+        perplexity = jnp.exp(-jnp.mean(scores.log_prob))
+        ```
+
+        The scores are differentiable in reverse mode, with respect to `hidden`, the table and its
+        bias; their gradient computes the logits again. For a loss that is a sum over tokens,
+        [`eqx_embedding.EmbeddingDecode.token_loss`][] is faster.
+
+        **Arguments:**
+
+        - `hidden`, `targets`, `ignore_index`, `chunk_size`, `rules`: as in
+            [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
+        - `weights`: of shape `*batch`; tokens of weight zero are not scored. Other weights make no
+            difference. Defaults to `None`, which scores all.
+
+        **Returns:**
+
+        [`eqx_embedding.TokenScores`][], each of shape `*batch`, in float32, or in float64 for
+        operands in float64. All scores of a token of weight zero are 0. A target out of range has
+        the log-probability NaN.
+
+        **Raises:**
+
+        As [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
+        """
+        call = self._call(hidden, targets, weights, ignore_index, "none", chunk_size, rules)
+        used = Used(mean_log_prob=True, entropy=True, is_top=True)
+        return call.scores(used)
+
+    @jax.named_scope("EmbeddingDecode.token_loss")
+    def token_loss(
+        self,
+        fn: Callable[..., Any],
+        hidden: Hidden,
+        targets: Targets,
+        *data: Shaped[ArrayLike, "..."],
+        weights: Weights | None = None,
+        ignore_index: Whole | None = None,
+        reduction: str = "mean",
+        return_scores: bool = False,
+        chunk_size: Whole | None = None,
+        rules: Rules | None = None,
+    ) -> Float[Array, "..."] | tuple[Float[Array, "..."], TokenScores]:
+        """Any loss of the scores of tokens, at the price and in the memory of a cross-entropy.
+
+        ```python
+        def policy_gradient(scores, advantage, old_log_prob):
+            ratio = jnp.exp(scores.log_prob - old_log_prob)
+            clipped = jnp.clip(ratio, 0.8, 1.2)
+            return -jnp.minimum(ratio * advantage, clipped * advantage) - 0.01 * scores.entropy
+
+        loss = decode.token_loss(policy_gradient, hidden, targets, advantages, old_log_probs)
+        ```
+
+        **Arguments:**
+
+        - `fn`: `fn(scores, *data)` returns the loss of one token, a real scalar. It is written for
+            one token, and mapped over all: `scores` is a [`eqx_embedding.TokenScores`][] of
+            scalars, and each of `data` has lost its batch axes. It may be any JAX code that has a
+            gradient in reverse mode. Gradients reach what it closes over, too.
+        - `hidden`, `targets`, `weights`, `ignore_index`, `chunk_size`, `rules`: as in
+            [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
+        - `data`: arrays of shape `*batch ...`, such as advantages; they have gradients.
+        - `reduction`: `"mean"`, weighted, and 0 when all weights are zero; `"sum"`; or `"none"`,
+            of shape `*batch`: the loss of each token times its weight, whose gradient computes the
+            logits again. Defaults to `"mean"`.
+        - `return_scores`: whether to return the scores as well. Defaults to `False`.
+
+        **Returns:**
+
+        The loss: a scalar, or of shape `*batch` for `reduction="none"`, in float32, or in float64
+        for operands in float64. A target out of range at a weight other than zero makes it NaN.
+        With `return_scores=True`, `(loss, scores)`: the [`eqx_embedding.TokenScores`][] of the same
+        pass, `*batch` and without gradient.
+
+        **Raises:**
+
+        As [`eqx_embedding.EmbeddingDecode.cross_entropy`][]; a `TypeError` if `fn` returns
+        something other than a real scalar, and a `ValueError` for data of another shape.
+        """
+        call = self._call(hidden, targets, weights, ignore_index, reduction, chunk_size, rules)
+        return call.loss(fn, data, reduction, return_scores)
+
+    @jax.named_scope("EmbeddingDecode.cross_entropy")
     def cross_entropy(
         self,
-        hidden: Float[Array, "..."],
-        targets: Integer[ArrayLike, "..."],
+        hidden: Hidden,
+        targets: Targets,
         *,
-        weights: Bool[ArrayLike, "..."]
-        | Integer[ArrayLike, "..."]
-        | Float[ArrayLike, "..."]
-        | None = None,
+        weights: Weights | None = None,
+        ignore_index: Whole | None = None,
         label_smoothing: Real = 0.0,
         z_loss: Real = 0.0,
         reduction: str = "mean",
+        return_scores: bool = False,
         chunk_size: Whole | None = None,
         rules: Rules | None = None,
-    ) -> Float[Array, "..."]:
+    ) -> Float[Array, "..."] | tuple[Float[Array, "..."], TokenScores]:
         """The cross-entropy of the targets, as if from the logits, which never all exist at once.
 
         ```python
-        loss = EmbeddingDecode(table).cross_entropy(hidden, targets)
+        loss = decode.cross_entropy(hidden, targets)
         ```
 
         With the logits `z`, their `lse = logsumexp(z)`, and `e = label_smoothing`, the loss of a
@@ -151,9 +267,10 @@ class EmbeddingDecode(eqx.Module):
         with label smoothing as in [Inception v3](https://arxiv.org/abs/1512.00567) and the
         z-loss of [PaLM](https://arxiv.org/abs/2204.02311).
 
-        It has gradients with respect to `hidden`, the table, the bias and `weights`. They are
+        It has gradients with respect to `hidden`, the table, its bias and `weights`. They are
         computed together with the loss, a chunk of tokens at a time, by a derivative of its own:
-        for reverse mode (`jax.grad`), while JAX refuses forward mode (`jax.jvp`).
+        for reverse mode (`jax.grad`), while JAX refuses forward mode (`jax.jvp`). Under `jax.vmap`
+        with a table that is not mapped, the examples become tokens of one call.
 
         **Arguments:**
 
@@ -161,31 +278,36 @@ class EmbeddingDecode(eqx.Module):
         - `targets`: integers of shape `*batch`: the token that each vector should score highest.
             As in [`eqx_embedding.EmbeddingLookup`][], host data is checked at 64 bits.
         - `weights`: of shape `*batch`, how much each token counts; booleans are a mask. A token
-            of weight zero costs nothing, whatever its vector and target are: -100 may mark
-            padding. Nor has its loss a part in the gradient of its weight. Defaults to `None`,
+            of weight zero costs no time and has no part in anything, whatever its vector and its
+            target are: nor has its loss a part in the gradient of its weight. Defaults to `None`,
             which counts each token once.
+        - `ignore_index`: targets of this number have weight zero, such as -100. Defaults to `None`.
         - `label_smoothing`: the part of the target, below 1, that is spread over all tokens.
-            Defaults to 0. A number, not traced: another one compiles anew.
+            Defaults to 0. A number, not traced: another one compiles again.
         - `z_loss`: the factor of `lse**2`, which keeps the logits from drifting. 1e-4 in PaLM;
             defaults to 0. A number, not traced.
         - `reduction`: `"mean"`, weighted, and 0 when all weights are zero; `"sum"`; or `"none"`,
             of shape `*batch`: the loss of each token times its weight, whose gradient computes the
             logits again. Defaults to `"mean"`.
+        - `return_scores`: whether to return the scores as well, for accuracy or perplexity.
+            Defaults to `False`.
         - `chunk_size`: how many tokens have logits at once. Less takes less memory. Defaults to
             `None`, which chooses what is fast. Each device counts its own tokens.
         - `rules`: the axes of the device mesh that split the first axis of the batch and the
             vocabulary, such as `{"batch": "data", "vocabulary": "model"}`. Not needed for
             explicit mesh axes, which are part of the types of the arrays. Automatic axes are
             hidden from this call: without rules the loss is right and the table is not gathered,
-            but its gradient is summed over devices once a chunk, rather than once. Inside a
-            `jax.shard_map` rules are needed for all axes of it that split either; with
-            `check_vma=False` nothing can tell that they are missing.
+            but its gradient is summed over devices once a chunk, rather than once, and weights move
+            hidden vectors between devices. Inside a `jax.shard_map` rules are needed for all axes
+            of it that split either; with `check_vma=False` nothing can tell that they are missing.
 
         **Returns:**
 
         The loss: a scalar, or of shape `*batch` for `reduction="none"`. It is computed and
         returned in float32, or in float64 for operands in float64, whatever `logits_dtype` is.
         A target out of range at a weight other than zero makes it, and its gradient, NaN.
+        With `return_scores=True`, `(loss, scores)`: the [`eqx_embedding.TokenScores`][] of the same
+        pass, `*batch` and without gradient.
 
         **Raises:**
 
@@ -194,105 +316,162 @@ class EmbeddingDecode(eqx.Module):
         not divide. A `TypeError` for targets that are not integers, weights that are not real, and
         64-bit targets that are traced outside of JAX's 64-bit mode.
         """
-        table, (embeddings, bias) = self.table, self.table._rows_first()
-        batch = hidden.shape[: self._check_hidden(hidden)]
+        smoothing, z_loss = as_real(label_smoothing), as_real(z_loss)
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {smoothing}.")
+        if not 0 <= z_loss <= LARGEST:
+            raise ValueError(f"z_loss must be at least 0 and at most {LARGEST}, got {z_loss}.")
+
+        def loss(scores: TokenScores) -> Array:
+            loss = -(1 - smoothing) * scores.log_prob
+            if smoothing > 0:
+                loss = loss - smoothing * scores.mean_log_prob
+            return loss if z_loss == 0 else loss + z_loss * scores.logsumexp**2
+
+        call = self._call(hidden, targets, weights, ignore_index, reduction, chunk_size, rules)
+        return call.loss(loss, (), reduction, return_scores)
+
+    def _head(self, hidden: Hidden) -> tuple[_Head, int]:
+        """The operands of all logits, and the number of batch axes."""
+        hidden = jnp.asarray(as_array("hidden", hidden))
+        if not jnp.issubdtype(hidden.dtype, jnp.floating):
+            raise TypeError(f"hidden must be floating, got {hidden.dtype.name}.")
+        rows, bias = self.table._rows_first()
+        batch_axes = hidden.ndim - (rows.ndim - 1)
+        if batch_axes < 0 or hidden.shape[batch_axes:] != rows.shape[1:]:
+            axes = self.table.embedding_axes
+            expected = ", ".join(f"{name}={size}" for name, size in axes.items())
+            raise ValueError(
+                f"hidden must end with the embedding axes ({expected}) of the table, got the "
+                f"shape {hidden.shape}."
+            )
+        return _Head(hidden, rows, bias), batch_axes
+
+    def _products(self, head: _Head) -> tuple[np.dtype, np.dtype]:
+        """The dtype of the factors of products, and that of their sums."""
+        factors = jnp.dtype(self.dtype or jnp.result_type(head.hidden, head.rows))
+        return factors, at_least_float32(jnp.result_type(factors, *jax.tree.leaves(head)))
+
+    def _call(
+        self,
+        hidden: Hidden,
+        targets: Targets,
+        weights: Weights | None,
+        ignore_index: Whole | None,
+        reduction: str,
+        chunk_size: Whole | None,
+        rules: Rules | None,
+    ) -> "_Call":
+        head, batch_axes = self._head(hidden)
+        batch = head.hidden.shape[:batch_axes]
         for name, array in ("targets", targets), ("weights", weights):
             if array is not None and np.shape(array) != batch:
                 raise ValueError(
                     f"{name} must have the shape {batch} of hidden without its embedding axes, "
                     f"got {np.shape(array)}."
                 )
-        label_smoothing, z_loss = as_real(label_smoothing), as_real(z_loss)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
-        if not 0 <= z_loss <= LARGEST:
-            raise ValueError(f"z_loss must be at least 0 and at most {LARGEST}, got {z_loss}.")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-
-        _, wide, dtype = self._dtypes(hidden)
-        split = find_split(table, embeddings, hidden, len(batch), rules)
-        rows = embeddings.astype(dtype)
-        vocab_size = split.vocab_size(table)
-        targets, in_range = tokens_in_range("targets", targets, vocab_size)
-        xp = jnp if isinstance(targets, Array) else np
-        targets = jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32))
-        weights = _real_weights(jnp.ones(batch, wide) if weights is None else weights)
-        alive = jnp.asarray(weights != 0)  # before anything narrows or scales them
-        if reduction == "mean":
-            weights = _shares(weights, alive, wide, split.manual_batch)
-        weights = jnp.asarray(weights.astype(wide))  # a large integer is narrowed after that
-        targets = jnp.where(alive, targets, -1)
-        local_rows = len(rows) // split.size(split.vocabulary)
-        plan = make_plan(local_rows, math.prod(rows.shape[1:]), dtype, wide, tiles=split.known)
+        split = find_split(self.table, head.rows, head.hidden, batch_axes, rules)
+        dtype, wide = self._products(head)
         options = Options(
-            vocab_size=vocab_size,
-            padded=table.padding_rows > 0,
-            split=split,
-            label_smoothing=float(label_smoothing),
-            z_loss=float(z_loss),
+            vocab_size=split.vocab_size(self.table),
+            padded=self.table.padding_rows > 0,
             soft_cap=None if self.soft_cap is None else float(self.soft_cap),
-            reduce=reduction != "none",
-            plan=plan if chunk_size is None else plan._replace(chunk_size=as_int(chunk_size)),
+            dtype=dtype,
+            wide=wide,
+            chunk_size=None if chunk_size is None else as_int(chunk_size),
+            tiles=split.known,
         )
-        bias = None if bias is None else split.place(bias.astype(wide), [split.vocabulary])
-        loss: Array = weighted_cross_entropy(
-            options,
-            split.place(hidden.astype(dtype), split.batch),
-            split.place(rows, [split.vocabulary]),
-            bias,
-            split.place(weights, split.batch),
-            split.place(targets, split.batch),
-        )  # pyright: ignore[reportAssignmentType]
-        return lax.psum(loss, split.manual_batch) if options.reduce else loss
+        tokens = prepare_tokens(
+            targets,
+            weights,
+            ignore_index,
+            options.vocab_size,
+            wide,
+            normalize=reduction == "mean",
+            mesh_axes=split.manual_batch,
+            place=lambda array: split.place(array, split.batch),
+        )
+        return _Call(options, split, head, tokens)
 
-    def _dtypes(self, hidden: Float[Array, "..."]) -> tuple[DTypeLike, DTypeLike, DTypeLike]:
-        """The promotion of all operands; the dtype to compute in; that of the products' factors."""
-        table = self.table
-        operands = [hidden, table.embeddings] + ([] if table.bias is None else [table.bias])
-        dtype = jnp.result_type(*operands)
-        return dtype, at_least_float32(dtype), jnp.result_type(*operands[:2])
 
-    def _check_hidden(self, hidden: Float[Array, "..."]) -> int:
-        """The number of batch axes of `hidden`."""
-        if not jnp.issubdtype(hidden.dtype, jnp.floating):
-            raise TypeError(f"hidden must be floating, got {hidden.dtype.name}.")
-        sizes = tuple(self.table.embedding_axes.values())
-        batch_axes = hidden.ndim - len(sizes)
-        if batch_axes < 0 or hidden.shape[batch_axes:] != sizes:
-            expected = ", ".join(f"{n}={size}" for n, size in self.table.embedding_axes.items())
-            raise ValueError(
-                f"hidden must end with the embedding axes ({expected}) of the table, got the "
-                f"shape {hidden.shape}."
+class _Call(NamedTuple):
+    """What scores and losses are computed from, checked and in one form."""
+
+    options: Options
+    split: Split
+    head: _Head
+    tokens: Tokens
+
+    def scores(self, used: Used) -> TokenScores:
+        targets, _, mask = self.tokens
+        return score_tokens(self.options, self.split, used, *self.head, targets, mask)
+
+    def loss(
+        self, fn: Callable[..., Any], data: tuple[Any, ...], reduction: str, return_scores: bool
+    ) -> Any:
+        targets, weights, mask = self.tokens
+        arrays = tuple(as_data(i, array, weights.shape) for i, array in enumerate(data))
+        of_token = (jax.ShapeDtypeStruct(a.shape[weights.ndim :], a.dtype) for a in arrays)
+        function, closure = close_over(fn, self.options.wide, tuple(of_token))
+        if reduction == "none":
+            scores = self.scores(function.used(return_scores))
+            loss = weighted_losses(
+                self.split, function, None, scores, weights, arrays, closure, mask
             )
-        return batch_axes
+            scores = lax.stop_gradient(scores)
+        else:
+            tokens = weights, arrays, closure, targets, mask
+            loss, scores = total_loss(
+                self.options, self.split, function, return_scores, *self.head, *tokens
+            )
+        return (loss, scores) if return_scores else loss
 
 
-def _real_weights(weights: ArrayLike) -> Array | np.ndarray:
-    weights = as_whole_array("weights", weights)
-    kinds = (jnp.bool_, jnp.integer, jnp.floating)
-    if not any(jnp.issubdtype(weights.dtype, kind) for kind in kinds):
-        raise TypeError(f"weights must be bool, integer or floating, got {weights.dtype.name}.")
-    return weights
-
-
-def _shares(
-    weights: Array | np.ndarray, alive: Array, dtype: DTypeLike, mesh_axes: tuple[str, ...]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _product(
+    dtypes: tuple[np.dtype, np.dtype],
+    split: Split,
+    num_tokens: int,
+    out_sharding: Any,
+    hidden: Array,
+    rows: Array,
 ) -> Array:
-    """The weights divided by their sum, or all zero, if none is `alive`."""
-    of_host = isinstance(weights, np.ndarray)
-    xp = np if of_host else jnp
-    weights = weights.astype(np.float64 if of_host else dtype)
-    # The largest becomes 1 first, so that no sum overflows.
-    largest = xp.max(xp.abs(weights), initial=0)
-    if not of_host:
-        largest = lax.stop_gradient(largest)
-        largest = lax.pmax(largest, mesh_axes) if mesh_axes else largest
-    # in two steps, for the reciprocal of the largest may be too small for XLA
-    factor = 1 / xp.sqrt(xp.where((largest > 0) & (largest < math.inf), largest, 1.0))
-    weights = jnp.asarray((weights * factor * factor).astype(dtype))
-    # A sum of zero does not say that none is alive: 1 and -1
-    some, total = lax.psum((jnp.sum(alive), jnp.sum(weights)), mesh_axes)
-    return weights / jnp.where(some > 0, total, 1.0)
+    """The product of hidden vectors and all rows, padding included: `*batch rows`."""
+    factors, wide = dtypes
+    return _contract(hidden.astype(factors), rows.astype(factors), wide, out_sharding)
+
+
+@_product.defjvp
+def _product_jvp(dtypes, split, num_tokens, out_sharding, primals, tangents):
+    (hidden, rows), (d_hidden, d_rows) = primals, tangents
+    factors, wide = dtypes
+    # Not even a NaN in a padding row must reach the gradient of `hidden`. To take the padding rows
+    # out here, and not before the product, spares a copy of the table where no gradient is needed.
+    tokens = without_padding(rows, split, num_tokens).astype(factors)
+    d_logits = _contract(d_hidden.astype(wide), tokens, wide, out_sharding) + _contract(
+        hidden.astype(factors), d_rows.astype(wide), wide, out_sharding
+    )
+    return _product(dtypes, split, num_tokens, out_sharding, hidden, rows), d_logits
+
+
+def _contract(hidden: Array, rows: Array, dtype: np.dtype, out_sharding: Any) -> Array:
+    batch_axes = hidden.ndim - (rows.ndim - 1)
+    axes = range(batch_axes, hidden.ndim), range(1, rows.ndim)
+    return lax.dot_general(
+        hidden, rows, (axes, ((), ())), preferred_element_type=dtype, out_sharding=out_sharding
+    )
+
+
+def _drop_padding(logits: Array, split: Split, axes: Any, vocab_size: int) -> Array:
+    """The logits of tokens, of those of all rows. A mesh that divided the rows divides no more."""
+    position = logits.ndim - 1
+    if split.manual_vocabulary:
+        logits = lax.all_gather(
+            logits, split.manual_vocabulary, axis=position, tiled=True, to="invarying"
+        )
+    logits = split.place(logits, axes)
+    return lax.slice_in_dim(logits, 0, vocab_size, axis=position)

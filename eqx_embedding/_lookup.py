@@ -11,38 +11,33 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
-from ._numbers import at_least_float32
+from ._inputs import at_least_float32, nan_where, tokens_in_range
 from ._sharding import explicit_axes, find_split, remaining
 from ._table import EmbeddingTable, Rules
-from ._tokens import nan_where, tokens_in_range
 
 
 OutOfRange = Literal["nan", "raise", "clip"]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _take(
-    table: Array, rows: Array, axis: int, fill_value: float, out_sharding: NamedSharding | None
-) -> Array:
-    """The `rows` of `table` along `axis`, which come first; `fill_value` for rows past the end."""
-    # To index the axis where it stands moves the axes of the result, not those of the table.
-    taken = table.at[(slice(None),) * axis + (rows,)].get(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _take(rows: Array, index: Array, fill_value: float, out_sharding: NamedSharding | None) -> Array:
+    """The `rows` of an index; `fill_value` where it is past the end."""
+    return rows.at[index].get(
         mode="fill",
         fill_value=fill_value,
         wrap_negative_indices=False,
         out_sharding=out_sharding,
     )
-    return jnp.moveaxis(taken, range(axis, axis + rows.ndim), range(rows.ndim))
 
 
 @_take.defjvp
-def _take_jvp(axis, fill_value, out_sharding, primals, tangents):
-    table, rows = primals
+def _take_jvp(fill_value, out_sharding, primals, tangents):
+    rows, index = primals
     # The gradient is the transpose of this line: a scatter-add, in float32 at least, for bfloat16
     # stops counting the repeats of a token at 256, and float16 at 2048.
-    wide = tangents[0].astype(at_least_float32(table.dtype))
-    tangent = _take(wide, rows, axis, 0.0, out_sharding)
-    return _take(table, rows, axis, fill_value, out_sharding), tangent.astype(table.dtype)
+    wide = tangents[0].astype(at_least_float32(rows.dtype))
+    tangent = _take(wide, index, 0.0, out_sharding)
+    return _take(rows, index, fill_value, out_sharding), tangent.astype(rows.dtype)
 
 
 @final
@@ -79,6 +74,7 @@ class EmbeddingLookup(eqx.Module):
                 f"out_of_range must be one of {get_args(OutOfRange)}, got {self.out_of_range!r}."
             )
 
+    @jax.named_scope("EmbeddingLookup")
     def __call__(
         self,
         tokens: Integer[ArrayLike, "*batch"],
@@ -112,35 +108,30 @@ class EmbeddingLookup(eqx.Module):
         that do not fit the mesh, or under `"nan"` for a table of float4, which has no NaN.
         """
         del key
-        table, (embeddings, axis) = self.table, self.table._checked_embeddings()
-        if self.out_of_range == "nan" and not np.isnan(np.asarray(np.nan, embeddings.dtype)):
-            raise ValueError(
-                f"{embeddings.dtype.name} has no NaN for a token out of range: say "
-                'out_of_range="raise" or "clip".'
-            )
+        table, (rows, _) = self.table, self.table._rows_first()
         of_device = tokens if isinstance(tokens, jax.Array) else None
-        split = find_split(table, embeddings, of_device, 0, rules, axis)
+        split = find_split(table, rows, of_device, 0, rules)
         vocab_size, mesh_axes = split.vocab_size(table), split.manual_vocabulary
-        num_rows = vocab_size + table.padding_rows
+        past_the_end = vocab_size + table.padding_rows
         tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
         xp = jnp if isinstance(tokens, jax.Array) else np
         if self.out_of_range == "clip":
-            rows = xp.where(tokens < 0, 0, xp.where(in_range, tokens, vocab_size - 1))
+            index = xp.where(tokens < 0, 0, xp.where(in_range, tokens, vocab_size - 1))
         else:  # a row past the end has no value and no gradient
-            rows = xp.where(in_range, tokens, num_rows)
-        rows = jnp.asarray(rows)
+            index = xp.where(in_range, tokens, past_the_end)
+        index = jnp.asarray(index)
         # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
-        batch = explicit_axes(rows)
-        others = [remaining(axes, batch) for axes in explicit_axes(embeddings)]
-        sharding = split.sharding([*others[:axis], *batch, *others[axis + 1 :]])
+        batch = explicit_axes(index)
+        embedding = [remaining(axes, batch) for axes in explicit_axes(rows)[1:]]
+        sharding = split.sharding([*batch, *embedding])
         if mesh_axes:  # each device has some of the rows
-            start = lax.axis_index(mesh_axes) * embeddings.shape[axis]
-            here = rows - start.astype(rows.dtype)
-            vectors = lax.psum(_take(embeddings, here, axis, 0.0, sharding), mesh_axes)
-            missing = jnp.expand_dims(rows == num_rows, range(rows.ndim, vectors.ndim))
+            start = lax.axis_index(mesh_axes) * len(rows)
+            vectors = _take(rows, index - start.astype(index.dtype), 0.0, sharding)
+            vectors = lax.psum(vectors, mesh_axes)
+            missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
             vectors = nan_where(missing, vectors)
         else:
-            vectors = _take(embeddings, rows, axis, jnp.nan, sharding)
+            vectors = _take(rows, index, jnp.nan, sharding)
         if self.out_of_range == "raise":
             vectors = eqx.error_if(
                 vectors,

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from ._sharding import Axes, explicit_axes, find_mesh, Split
-from ._tokens import as_array
+from ._inputs import as_array
 from ._vocabulary import map_vocabulary, Place
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ._numbers import as_float_dtype
+from ._inputs import as_float_dtype
 from ._table import EmbeddingTable
 
 

@@ -38,6 +38,10 @@ class Split(NamedTuple):
         return tuple(axis for axes in (*self.batch, self.vocabulary) for axis in axes)
 
     @property
+    def all_batch(self) -> Axes:
+        return self.manual_batch + tuple(axis for axes in self.batch for axis in axes)
+
+    @property
     def all_vocabulary(self) -> Axes:
         return self.manual_vocabulary + self.vocabulary
 
@@ -74,35 +78,54 @@ class Split(NamedTuple):
         sharding = self.sharding(axes)
         return array if sharding is None else jax.reshard(array, sharding)
 
+    def with_examples(self, axes: Axes) -> "Split":
+        """Of a batch with one more axis in front, which the mesh axes split."""
+        vocabulary = remaining(self.vocabulary, [axes])
+        return self._replace(batch=(axes, *self.batch), vocabulary=vocabulary)
+
     def map(
-        self, function: Callable[..., Any], inputs: PyTree, outputs: PyTree, arguments: PyTree
+        self,
+        function: Callable[..., Any],
+        in_specs: tuple[Any, ...],
+        out_specs: PyTree,
+        arguments: tuple[PyTree, ...],
     ) -> Any:
         """`function` of the parts that each device has of the arguments."""
-        if not self.mapped:
+        def place(spec: PartitionSpec, tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda array: self.place(array, as_entries(spec)), tree)
+
+        is_spec = lambda node: isinstance(node, PartitionSpec)
+        arguments = jax.tree.map(place, in_specs, arguments, is_leaf=is_spec)
+        if self.mapped:
+            function = jax.shard_map(
+                function,
+                mesh=self.mesh,
+                in_specs=in_specs,
+                out_specs=out_specs,
+                axis_names=set(self.mapped),
+            )
             return function(*arguments)
-        in_specs, out_specs = jax.tree.map(
-            _spec, (tuple(inputs), outputs), is_leaf=lambda node: isinstance(node, list)
-        )
-        mapped = jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            axis_names=set(self.mapped),
-        )
-        return mapped(*arguments)
+        if self.mesh is None or not jax.sharding.get_abstract_mesh().empty:
+            return function(*arguments)
+        # of arrays on an explicit mesh that is not set
+        with jax.sharding.use_abstract_mesh(self.mesh):
+            return function(*arguments)
+
+
+def as_entries(spec: PartitionSpec) -> list[Axes]:
+    return [as_axes(entry) for entry in spec]
 
 
 def _spec(axes: Iterable[Axes]) -> PartitionSpec:
     return PartitionSpec(*(entry or None for entry in axes))
 
 
-def without_padding(array: Array, split: Split, vocab_size: int) -> Array:
-    """Embeddings or a bias, or the part that this device has, with zeros for the padding rows."""
+def without_padding(rows: Array, split: Split, vocab_size: int) -> Array:
+    """The rows that this device has of a table, with zeros for the padding rows."""
     mesh_axes = split.manual_vocabulary
-    start = lax.axis_index(mesh_axes) * len(array) if mesh_axes else 0
-    rows = lax.broadcasted_iota(np.int32, array.shape, 0) + start
-    return jnp.where(rows < vocab_size, array, jnp.zeros((), array.dtype))
+    start = lax.axis_index(mesh_axes) * len(rows) if mesh_axes else 0
+    row = lax.broadcasted_iota(np.int32, rows.shape, 0) + start
+    return jnp.where(row < vocab_size, rows, jnp.zeros((), rows.dtype))
 
 
 def as_axes(entry: str | tuple[str, ...] | None) -> Axes:
@@ -143,17 +166,16 @@ def sum_over(axes: Iterable[str], array: Array) -> Array:
 
 def find_split(
     table: EmbeddingTable,
-    embeddings: Array,
+    rows: Array,
     batched: Array | None,
     batch_axes: int,
     rules: Rules | None,
-    axis: int = 0,
 ) -> Split:
     """Which mesh axes split the vocabulary of a table, and a batch of tokens that it is used on.
 
     **Arguments:**
 
-    - `table`: not a stacked one; `embeddings`: its own, with the vocabulary at `axis`.
+    - `table`: not a stacked one; `rows`: its embeddings, the vocabulary axis first.
     - `batched`: tokens or hidden vectors, of which the first `batch_axes` axes may be split;
         `None` for tokens of the host.
     - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and the
@@ -163,45 +185,59 @@ def find_split(
 
     A `ValueError` for rules that do not fit the mesh or the arrays.
     """
-    name = table.vocabulary_axis
-    rules = {} if rules is None else rules
-    ruled = {key: as_axes(rules.get(key)) for key in ("batch", name)}
-    mesh = find_mesh(embeddings, batched)
+    name, rules = table.vocabulary_axis, {} if rules is None else rules
+    mesh = find_mesh(rows, batched)
     types = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    for key, axes in ruled.items():
-        if unknown := [axis for axis in axes if axis not in types]:
+    _check_rules(rules, ("batch", name), types)
+    if mesh is None:
+        return Split(None, known=jax.device_count() == 1)
+    split = _read_split(mesh, rows, batched, batch_axes, rules, name)
+    if split.batch and batched is not None:
+        _check_divides(split, "batch", batched.shape[0], split.batch[0], "")
+    advice = " Make the table with `pad_to_multiple_of`."
+    _check_divides(split, name, len(rows), split.vocabulary, advice)
+    _check_manual(split, name, rows, batched, has_rule=name in rules)
+    return split
+
+
+def _read_split(
+    mesh: AbstractMesh,
+    rows: Array,
+    batched: Array | None,
+    batch_axes: int,
+    rules: Rules,
+    name: str,
+) -> Split:
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    batch = [] if batched is None else explicit_axes(batched)[:batch_axes]
+
+    def ruled(kind: AxisType, key: str) -> Axes:
+        return tuple(axis for axis in as_axes(rules.get(key)) if types[axis] == kind)
+
+    # Rules for explicit axes are not needed: types know better.
+    if batch:
+        batch[0] += ruled(AxisType.Auto, "batch")
+    # An axis that splits the batch, too, cannot stay with the vocabulary: the table is gathered.
+    vocabulary = remaining(explicit_axes(rows)[0] + ruled(AxisType.Auto, name), batch)
+    automatic = tuple(axis for axis, kind in types.items() if kind == AxisType.Auto)
+    return Split(
+        mesh=mesh,
+        batch=tuple(batch),
+        vocabulary=vocabulary,
+        manual_batch=ruled(AxisType.Manual, "batch"),
+        manual_vocabulary=ruled(AxisType.Manual, name),
+        known=jax.device_count() == 1 or bool(vocabulary) or not remaining(automatic, batch),
+    )
+
+
+def _check_rules(rules: Rules, keys: tuple[str, ...], types: dict[str, AxisType]) -> None:
+    for key in keys:
+        if unknown := [axis for axis in as_axes(rules.get(key)) if axis not in types]:
             has = f"has the axes {tuple(types)}" if types else "is not set: use `jax.set_mesh`"
             raise ValueError(
                 f"rules={dict(rules)} split {key!r} over the mesh axis {unknown[0]!r}, but the "
                 f"mesh {has}."
             )
-    if mesh is None:
-        return Split(None, known=jax.device_count() == 1)
-    batch = [] if batched is None else explicit_axes(batched)[:batch_axes]
-
-    def of_type(kind: AxisType, key: str) -> Axes:
-        return tuple(axis for axis in ruled[key] if types[axis] == kind)
-
-    # Rules for explicit axes are not needed: types know better.
-    if batch:
-        batch[0] += of_type(AxisType.Auto, "batch")
-    # An axis that splits the batch, too, cannot stay with the vocabulary: the table is gathered.
-    rows = remaining(explicit_axes(embeddings)[axis] + of_type(AxisType.Auto, name), batch)
-    automatic = [axis for axis, kind in types.items() if kind == AxisType.Auto]
-    split = Split(
-        mesh=mesh,
-        batch=tuple(batch),
-        vocabulary=rows,
-        manual_batch=of_type(AxisType.Manual, "batch"),
-        manual_vocabulary=of_type(AxisType.Manual, name),
-        known=jax.device_count() == 1 or bool(rows) or not remaining(tuple(automatic), batch),
-    )
-    if batch and batched is not None:
-        _check_divides(split, "batch", batched.shape[0], batch[0], "")
-    advice = " Make the table with `pad_to_multiple_of`."
-    _check_divides(split, name, embeddings.shape[axis], rows, advice)
-    _check_manual(split, name, embeddings, batched, has_rule=name in rules)
-    return split
 
 
 def _check_divides(split: Split, name: str, size: int, axes: Axes, advice: str) -> None:
@@ -213,10 +249,10 @@ def _check_divides(split: Split, name: str, size: int, axes: Axes, advice: str) 
 
 
 def _check_manual(
-    split: Split, name: str, embeddings: Array, batched: Array | None, has_rule: bool
+    split: Split, name: str, rows: Array, batched: Array | None, has_rule: bool
 ) -> None:
     """Inside `jax.shard_map`, types say along which axes an array differs, though not why."""
-    of_table, of_batch = varying_axes(embeddings), varying_axes(batched)
+    of_table, of_batch = varying_axes(rows), varying_axes(batched)
     for what, axes, differs in (
         (f"the table of {name!r}", split.manual_vocabulary, of_table),
         ("the batch", split.manual_batch, of_batch),

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._numbers import as_float_dtype, as_int, Whole
+from ._inputs import as_float_dtype, as_int, Whole
 
 
 Rules = Mapping[str, str | tuple[str, ...] | None]

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._numbers import as_int, at_least_float32, Whole
+from ._inputs import as_int, at_least_float32, Whole
 from ._sharding import as_axes, Split
 from ._table import EmbeddingTable
 

@@ -1,0 +1,119 @@
+"""Loops over chunks of tokens, and over tiles of the vocabulary within a chunk."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, PyTree
+
+
+def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """`carry = body(i, carry)` for each `i` below `count`."""
+    # int32 also in 64-bit mode, as the targets are
+    zero = np.int32(0)
+    return body(zero, carry) if count == 1 else lax.fori_loop(zero, np.int32(count), body, carry)
+
+
+def over_tiles(
+    size: int, tile_size: int, body: Callable[[Any, int, Any], Any], carry: Any
+) -> Any:
+    """`carry = body(start, length, carry)` for tiles of `size` rows; the last may be shorter."""
+    count, rest = divmod(size, tile_size)
+    carry = loop(count, lambda i, carry: body(i * tile_size, tile_size, carry), carry)
+    return body(size - rest, rest, carry) if rest > 0 else carry
+
+
+def tile(array: Array, start: Any, length: int) -> Array:
+    return lax.dynamic_slice_in_dim(array, start, length)
+
+
+class Chunks:
+    """How N tokens are arranged in chunks of C.
+
+    Chunk `i` has every `count`-th token, so that tokens which are split over devices stay where
+    they are. With a `mask`, tokens that it leaves out cost no time: the others fill the first
+    chunks, and the rest are skipped.
+
+    Places without a token repeat one that counts; what is computed there is thrown away.
+    """
+
+    def __init__(self, num_tokens: int, chunk_size: int, mask: Bool[Array, " N"] | None):
+        N = num_tokens
+        count = max(-(-N // chunk_size), 1)
+        C = -(-N // count)
+        if count > 1:
+            C = -(-C // 16) * 16  # whole vectors, whatever N is
+            count = -(-N // C)
+        self.num_tokens, self.count, self.size = N, count, C
+        self.mask = mask if N > 0 else None
+        if self.mask is not None:
+            self._gather(self.mask)
+
+    def _gather(self, mask: Bool[Array, " N"]) -> None:
+        """Puts the tokens of the mask first, chunk after chunk."""
+        N, count, C = self.num_tokens, self.count, self.size
+        counted = jnp.sum(mask, dtype="int32")
+        first = jnp.argsort(~mask, stable=True).astype("int32")
+        place = jnp.arange(C * count, dtype="int32").reshape(count, C).T
+        self.valid = place < counted
+        self.token = first[jnp.where(self.valid, place, 0)]  # in each place, (C, count)
+        rank = jnp.cumsum(mask, dtype="int32") - 1
+        self.place = jnp.where(mask, rank % C * count + rank // C, 0)  # of each token, (N,)
+        self.used = -(-counted // C)  # the number of chunks with tokens
+
+    def split(self, array: Array) -> Array:
+        """`(N, ...)` to `(C, count, ...)`."""
+        if self.mask is not None:
+            return array[self.token]
+        rest = self.size * self.count - self.num_tokens
+        if rest > 0:
+            array = jnp.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode="edge")
+        return array.reshape(self.size, self.count, *array.shape[1:])
+
+    def join(self, array: Array) -> Array:
+        """`(C, count, ...)` to `(N, ...)`, with zeros for tokens that the mask leaves out."""
+        array = array.reshape(-1, *array.shape[2:])
+        if self.mask is None:
+            return array[: self.num_tokens]
+        mask = jnp.expand_dims(self.mask, range(1, array.ndim))
+        return jnp.where(mask, array[self.place], jnp.zeros((), array.dtype))
+
+    def is_token(self, i: Any) -> Array | None:
+        """Which places of chunk `i` have a token, or `None` if all have."""
+        if self.mask is not None:
+            return lax.dynamic_index_in_dim(self.valid, i, 1, keepdims=False)
+        if self.size * self.count == self.num_tokens:
+            return None
+        place = jnp.arange(self.size, dtype="int32") * self.count + i
+        return place < self.num_tokens
+
+    def run(self, body: Callable[..., Any], tokens: PyTree, sums: PyTree) -> tuple[PyTree, PyTree]:
+        """`sums, results = body(sums, is_token, *tokens of a chunk)`, chunk after chunk.
+
+        `tokens` and `results` have arrays `(N, ...)`. Returns the last `sums`, and all `results`.
+        """
+        chunks = jax.tree.map(self.split, tokens)
+
+        def chunk(sums: PyTree, i: Any) -> tuple[PyTree, PyTree]:
+            of_chunk = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 1, False), chunks)
+            return body(sums, self.is_token(i), *of_chunk)
+
+        def step(i: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            sums, results = chunk(carry[0], i)
+            update = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=1)
+            return sums, jax.tree.map(update, carry[1], results)
+
+        def step_if_used(i: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            return lax.cond(i < self.used, step, lambda i, carry: carry, i, carry)
+
+        shapes = jax.eval_shape(lambda sums: chunk(sums, np.int32(0))[1], sums)
+        results = jax.tree.map(
+            lambda a: jnp.zeros((a.shape[0], self.count, *a.shape[1:]), a.dtype), shapes
+        )
+        carry = sums, results
+        sums, results = loop(self.count, step if self.mask is None else step_if_used, carry)
+        return sums, jax.tree.map(self.join, results)

@@ -1,0 +1,129 @@
+"""Code that knows no devices, run on the parts of arrays that one device has.
+
+JAX types an array with its mesh, and inside a `jax.shard_map` with the mesh axes along which it
+differs from device to device; an operation of two arrays wants equal types. Code that was written
+without devices in mind, such as the loss function of a user, does not see to that: a loop that
+starts with zeros is an error. `without_devices` takes mesh and axes out of the types, and puts them
+back into those of the results. That is right for code which treats the part of each device by
+itself; sums over devices are `sum_over_devices` and its kind.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from .._sharding import varying_axes
+
+
+NO_MESH = AbstractMesh((), ())
+
+
+class DeviceType(NamedTuple):
+    """What the type of an array says of devices."""
+
+    mesh: AbstractMesh
+    varying: frozenset[str]  # the manual mesh axes along which it differs
+
+
+def device_type(*trees: PyTree) -> DeviceType:
+    """Of arrays of one mesh, some of which may have none."""
+    meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(trees)]
+    mesh = next((mesh for mesh in meshes if not mesh.empty), NO_MESH)
+    return DeviceType(mesh, varying_axes(*jax.tree.leaves(trees)))
+
+
+def cast_to_varying(axes: frozenset[str], tree: PyTree) -> PyTree:
+    """The same arrays, which from here on may differ along the axes. The transpose is a sum."""
+
+    def cast(array: Array) -> Array:
+        new = tuple(sorted(axes - varying_axes(array)))
+        return lax.pcast(array, new, to="varying") if new else array
+
+    return jax.tree.map(cast, tree)
+
+
+def without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called while no mesh is set."""
+
+    @functools.wraps(function)
+    def without(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(NO_MESH):
+            return function(*arguments)
+
+    return without
+
+
+def without_devices(function: Callable[..., Any], types: PyTree, *arguments: PyTree) -> Any:
+    """`function(*arguments)`, whose results are given the `types`, a prefix of their tree."""
+    results = without_mesh(function)(*jax.tree.map(_erase_type, arguments))
+    is_type = lambda node: isinstance(node, DeviceType)
+    return jax.tree.map(_restore_type, types, results, is_leaf=is_type)
+
+
+def sum_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
+    """Inside of `without_devices`."""
+    return _collective(lax.psum, mesh, axes, array)
+
+
+def max_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
+    return _collective(lax.pmax, mesh, axes, array)
+
+
+def min_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
+    return _collective(lax.pmin, mesh, axes, array)
+
+
+def index_of_device(mesh: AbstractMesh, axes: tuple[str, ...]) -> Array:
+    with jax.sharding.use_abstract_mesh(mesh):
+        return _erase_type(lax.axis_index(axes))
+
+
+def _collective(
+    operation: Callable[..., Array], mesh: AbstractMesh, axes: tuple[str, ...], array: Array
+) -> Array:
+    with jax.sharding.use_abstract_mesh(mesh):
+        array = _restore_type(DeviceType(mesh, frozenset(axes)), array)
+        return _erase_type(operation(array, axes))
+
+
+def _erase_type(array: Array) -> Array:
+    kind = device_type(array)
+    return array if kind.mesh.empty else _erase.bind(array, kind=kind)
+
+
+def _restore_type(kind: DeviceType, tree: PyTree) -> PyTree:
+    if kind.mesh.empty:
+        return tree
+    return jax.tree.map(lambda array: _restore.bind(array, kind=kind), tree)
+
+
+_erase, _restore = Primitive("erase_device_type"), Primitive("restore_device_type")
+
+
+def _define(primitive: Primitive, reverse: Primitive, get_type: Callable[..., Any]) -> None:
+    def abstract(aval, *, kind):
+        mesh, varying = get_type(kind)
+        return aval.update(
+            sharding=NamedSharding(mesh, PartitionSpec(*[None] * aval.ndim)),
+            manual_axis_type=aval.manual_axis_type.update(varying=varying),
+        )
+
+    primitive.def_impl(lambda array, *, kind: array)
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, lambda context, array, *, kind: [array])
+    ad.deflinear2(primitive, lambda cotangent, _, *, kind: [reverse.bind(cotangent, kind=kind)])
+    batching.primitive_batchers[primitive] = lambda arrays, dims, *, kind: (
+        primitive.bind(*arrays, kind=kind),
+        dims[0],
+    )
+
+
+_define(_erase, _restore, lambda kind: DeviceType(NO_MESH, frozenset()))
+_define(_restore, _erase, lambda kind: kind)

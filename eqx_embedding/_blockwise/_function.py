@@ -1,0 +1,137 @@
+"""A loss function of a user, as a value: what it computes, apart from the arrays it closes over."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, Literal
+from jax.interpreters import partial_eval
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from .._sharding import varying_axes
+from ._devices import without_mesh
+from ._scores import TokenScores, Used
+
+
+class TokenFunction:
+    """`function(scores, data, closure)`: the loss of one token.
+
+    Two of them are equal if they compute the same by the same operations, so that a function which
+    is defined anew for each call is compiled once.
+    """
+
+    def __init__(self, jaxpr: Jaxpr):
+        self.jaxpr = jaxpr
+        _, used = partial_eval.dce_jaxpr(jaxpr, [True])
+        self.uses = TokenScores(*used[: len(TokenScores._fields)])
+        self._structure = _structure(jaxpr)
+
+    def __call__(
+        self, scores: TokenScores, data: tuple[Array, ...], closure: tuple[Array, ...]
+    ) -> Array:
+        return jaxpr_as_fun(ClosedJaxpr(self.jaxpr, closure))(*scores, *data)[0]
+
+    def of_tokens(
+        self, scores: TokenScores, data: tuple[Array, ...], closure: tuple[Array, ...]
+    ) -> Array:
+        """The losses of tokens, whose scores and data have one more axis in front."""
+        return jax.vmap(self, in_axes=(0, 0, None))(scores, data, closure)
+
+    def used(self, return_scores: bool) -> Used:
+        """Which scores to compute."""
+        uses = self.uses
+        return Used(*(u or return_scores for u in (uses.mean_log_prob, uses.entropy, uses.is_top)))
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, TokenFunction) and self._structure == other._structure
+
+    def __hash__(self) -> int:
+        return hash(self._structure)
+
+
+def close_over(
+    fn: Callable[..., Any], dtype: DTypeLike, data: tuple[jax.ShapeDtypeStruct, ...]
+) -> tuple[TokenFunction, tuple[Array, ...]]:
+    """`fn` as a value, and the arrays that it closes over. `data` are those of one token.
+
+    **Raises:**
+
+    A `TypeError` if `fn` returns something other than a real scalar. A `ValueError` if it closes
+    over an array that differs from device to device.
+    """
+    number = jax.ShapeDtypeStruct((), dtype)
+    scores = TokenScores(number, number, number, number, jax.ShapeDtypeStruct((), bool))
+
+    def checked(*arguments: Any) -> Array:
+        loss = fn(*arguments)
+        _check_real_scalar(loss, data)
+        return jnp.asarray(loss).astype(dtype)
+
+    closed = without_mesh(jax.make_jaxpr(checked))(scores, *data)
+    closure = tuple(map(jnp.asarray, closed.consts))
+    if differs := varying_axes(*closure):
+        raise ValueError(
+            f"fn closes over an array that differs along the mesh axes {sorted(differs)} of this "
+            "`jax.shard_map`: hand it over as one of the data instead, with the shape of the batch."
+        )
+    return TokenFunction(closed.jaxpr), closure
+
+
+def _check_real_scalar(loss: Any, data: tuple[jax.ShapeDtypeStruct, ...]) -> None:
+    try:
+        kind = jax.typeof(loss)
+    except TypeError:
+        kind = type(loss).__name__  # not an array
+    else:
+        real = (jnp.floating, jnp.integer, jnp.bool_)
+        if kind.shape == () and any(jnp.issubdtype(kind.dtype, r) for r in real):
+            return
+    raise TypeError(
+        f"fn must return the loss of one token, a real number of shape (), but returned {kind}. It "
+        f"is called with the scores of one token, each of shape (), and data of the shapes "
+        f"{[part.shape for part in data]}, and mapped over all tokens."
+    )
+
+
+def _structure(jaxpr: Jaxpr) -> Any:
+    """The operations of a program without the names of its variables; equal for equal programs.
+
+    What cannot be compared is equal to itself alone.
+    """
+    numbers: dict[Any, int] = {}
+
+    def atom(variable: Any) -> Any:
+        if isinstance(variable, Literal):
+            value = np.asarray(variable.val)
+            return variable.aval, value.dtype, value.shape, value.tobytes()
+        return numbers.setdefault(variable, len(numbers)), variable.aval
+
+    def parameter(value: Any) -> Any:
+        if isinstance(value, Jaxpr):
+            return _structure(value)
+        if isinstance(value, ClosedJaxpr):
+            return _structure(value.jaxpr), tuple(map(id, value.consts))
+        if isinstance(value, tuple | list):
+            return type(value), tuple(map(parameter, value))
+        if isinstance(value, float):
+            return float, repr(value)  # 0.0 and -0.0 are equal, and what they compute is not
+        try:
+            hash(value)
+        except TypeError:
+            return id(value)
+        return type(value), value
+
+    inputs = tuple(map(atom, (*jaxpr.constvars, *jaxpr.invars)))
+    operations = tuple(
+        (
+            operation.primitive,
+            tuple(map(atom, operation.invars)),
+            tuple(map(atom, operation.outvars)),
+            tuple((name, parameter(operation.params[name])) for name in sorted(operation.params)),
+        )
+        for operation in jaxpr.eqns
+    )
+    return inputs, operations, tuple(map(atom, jaxpr.outvars))

@@ -1,0 +1,218 @@
+"""Scores and losses of all tokens of a device, and their gradients.
+
+The loss of a token is any function of its scores (`_scores.py`). Loss and gradients need three
+products of 2NVD operations: the logits, the gradient of `hidden`, and that of the rows.
+
+- A sum of losses has one cotangent. So the gradients are made in the forward pass, one chunk of
+  tokens after the other, and the backward pass scales them: 6NVD.
+- Scores that stay apart have a cotangent each: the backward pass makes the logits again: 8NVD.
+
+Shapes: `hidden` is (N, D), `rows` (V, D), `bias` (V,) or `None`; `weights`, `targets`, and `mask`,
+which says what tokens count, are (N,); `mask` may be `None`. Floats are of `Options.wide`.
+"""
+
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from .._inputs import nan_where
+from ._chunks import Chunks
+from ._devices import without_mesh
+from ._function import TokenFunction
+from ._primitive import call_as_one
+from ._scores import (
+    chunk_gradients,
+    chunk_scores,
+    Head,
+    HeadGradient,
+    make_head,
+    Options,
+    TokenScores,
+    Used,
+)
+
+
+def _zeros_like(head: Head, dtype: Any) -> HeadGradient:
+    bias = None if head.bias is None else jnp.zeros(len(head.rows), dtype)
+    return HeadGradient(jnp.zeros(head.rows.shape, dtype), bias)
+
+
+def _chunks_of(options: Options, hidden: Array, rows: Array, mask: Array | None) -> Chunks:
+    return Chunks(len(hidden), options.plan(*rows.shape).chunk_size, mask)
+
+
+# Scores
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def device_scores(
+    options: Options,
+    used: Used,
+    hidden: Array,
+    rows: Array,
+    bias: Array | None,
+    targets: Array,
+    mask: Array | None,
+) -> TokenScores:
+    """The scores of N tokens; zeros for those that the mask leaves out."""
+    operands = hidden, rows, bias, targets, mask
+    return call_as_one(functools.partial(_scores, options, used), *operands)
+
+
+def _scores(
+    options: Options,
+    used: Used,
+    hidden: Array,
+    rows: Array,
+    bias: Array | None,
+    targets: Array,
+    mask: Array | None,
+) -> TokenScores:
+    head = make_head(options, rows, bias)
+
+    def chunk(sums: Any, is_token: Array | None, x: Array, y: Array) -> Any:
+        return sums, chunk_scores(options, used, head, x, y)
+
+    _, scores = _chunks_of(options, hidden, rows, mask).run(chunk, (hidden, targets), ())
+    return scores
+
+
+def _device_scores_forward(options: Options, used: Used, *operands: Any) -> Any:
+    return device_scores(options, used, *operands), operands
+
+
+@without_mesh
+def _device_scores_backward(
+    options: Options, used: Used, operands: Any, cotangents: TokenScores
+) -> Any:
+    hidden, rows, bias, targets, mask = operands
+    # A token whose scores are not used must not poison the others, whatever its vector is.
+    needed = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents[:4]])
+    mask = needed if mask is None else needed & mask
+    unknown = ((targets < 0) | (targets >= options.vocab_size)) & (cotangents.log_prob != 0)
+    cotangents = cotangents._replace(log_prob=nan_where(unknown, cotangents.log_prob))
+    head = make_head(options, rows, bias)
+
+    def chunk(d_head: HeadGradient, is_token: Array | None, x: Array, y: Array, *given: Any) -> Any:
+        def of_tokens(scores: TokenScores) -> Any:
+            if is_token is None:
+                return TokenScores(*given, scores.is_top), None
+            return TokenScores(*(jnp.where(is_token, c, 0.0) for c in given), scores.is_top), None
+
+        d_x, d_head, _ = chunk_gradients(options, used, head, x, y, of_tokens, d_head)
+        return d_head, d_x
+
+    chunks, tokens = _chunks_of(options, hidden, rows, mask), (hidden, targets, *cotangents[:4])
+    d_head, d_hidden = chunks.run(chunk, tokens, _zeros_like(head, options.wide))
+    return d_hidden, *d_head, None, None
+
+
+device_scores.defvjp(_device_scores_forward, _device_scores_backward)
+
+
+# Sums of losses
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def device_total(
+    options: Options,
+    function: TokenFunction,
+    return_scores: bool,
+    hidden: Array,
+    rows: Array,
+    bias: Array | None,
+    weights: Array,
+    data: tuple[Array, ...],
+    closure: tuple[Array, ...],
+    targets: Array,
+    mask: Array | None,
+) -> tuple[Array, TokenScores | None]:
+    """The sum of weighted losses, and the scores.
+
+    `data` are arrays `(N, ...)`, of which the `function` gets a row for each token; `closure` are
+    the arrays that it gets as they are.
+    """
+    head, used = make_head(options, rows, bias), function.used(return_scores)
+
+    def chunk(
+        total: Array, is_token: Array | None, x: Array, y: Array, w: Array, data: tuple[Array, ...]
+    ) -> Any:
+        scores = chunk_scores(options, used, head, x, y)
+        losses = _weigh(is_token, w, function.of_tokens(scores, data, closure))
+        return total + jnp.sum(losses), scores if return_scores else None
+
+    chunks, zero = _chunks_of(options, hidden, rows, mask), jnp.zeros((), weights.dtype)
+    return chunks.run(chunk, (hidden, targets, weights, data), zero)
+
+
+def _device_total_forward(
+    options: Options, function: TokenFunction, return_scores: bool, *operands: Any
+) -> Any:
+    both = functools.partial(_total_and_gradients, options, function, return_scores)
+    return call_as_one(both, *operands)
+
+
+def _total_and_gradients(
+    options: Options, function: TokenFunction, return_scores: bool, *operands: Any
+) -> Any:
+    hidden, rows, bias, weights, data, closure, targets, mask = operands
+    head, used = make_head(options, rows, bias), function.used(return_scores)
+
+    def chunk(
+        sums: Any, is_token: Array | None, x: Array, y: Array, w: Array, data: tuple[Array, ...]
+    ) -> Any:
+        total, d_closure, d_head = sums
+
+        def of_tokens(scores: TokenScores) -> Any:
+            losses, pullback = eqx.filter_vjp(function.of_tokens, scores, data, closure)
+            w_or_zero = w if is_token is None else jnp.where(is_token, w, 0.0)
+            d_scores, *others = pullback(w_or_zero.astype(losses.dtype))
+            return d_scores, (scores, losses, *others)
+
+        d_x, d_head, (scores, losses, d_data, new) = chunk_gradients(
+            options, used, head, x, y, of_tokens, d_head
+        )
+        total = total + jnp.sum(_weigh(is_token, w, losses))
+        d_closure = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_closure, new)
+        return (total, d_closure, d_head), (
+            d_x,
+            losses,
+            d_data,
+            scores if return_scores else None,
+        )
+
+    d_closure = jax.tree.map(_wide_zeros, eqx.filter(closure, eqx.is_inexact_array))
+    sums = jnp.zeros((), weights.dtype), d_closure, _zeros_like(head, options.wide)
+    chunks = _chunks_of(options, hidden, rows, mask)
+    sums, results = chunks.run(chunk, (hidden, targets, weights, data), sums)
+    (total, d_closure, d_head), (d_hidden, losses, d_data, scores) = sums, results
+    d_closure = jax.tree.map(lambda d, a: d.astype(a.dtype), d_closure, closure)
+    gradients = d_hidden, *d_head, losses, d_data, d_closure
+    return (total, scores), gradients
+
+
+@without_mesh
+def _device_total_backward(
+    options: Options, function: TokenFunction, return_scores: bool, gradients: Any, cotangents: Any
+) -> Any:
+    cotangent, _ = cotangents  # the scores have no gradient
+    gradients = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
+    return *gradients, None, None
+
+
+device_total.defvjp(_device_total_forward, _device_total_backward)
+
+
+def _wide_zeros(array: Array) -> Array:
+    return jnp.zeros(array.shape, jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _weigh(is_token: Array | None, weights: Array, losses: Array) -> Array:
+    losses = weights * losses
+    return losses if is_token is None else jnp.where(is_token, losses, 0.0)

@@ -1,0 +1,103 @@
+"""Functions that JAX takes as one operation: it differentiates them as they stand, maps them by a
+rule of their own, and does not take them apart.
+
+- A loss that is written for one example and mapped over many would have a gradient of the table for
+  each. With a rule, the examples become tokens of one call. `jax.custom_batching.custom_vmap` would
+  do that, but has no reverse mode.
+- To linearize a loop, JAX moves what does not depend on the chunk out of it, and keeps that for all
+  tiles at once: twice the memory.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Primitive
+from jax.interpreters import ad, batching, mlir
+
+from .._sharding import as_axes, Axes
+
+
+# `rule(size, mesh_axes, mapped, *arguments)` returns the results of `size` calls, with one axis more
+# in front. Of `arguments`, those that are `mapped` have it, too, split over `mesh_axes`. It returns
+# `None` to leave it to JAX.
+VmapRule = Callable[..., Any]
+
+
+def call_as_one(
+    function: Callable[..., Any], *arguments: Any, vmap_rule: VmapRule | None = None
+) -> Any:
+    """`function(*arguments)`; it closes over no array."""
+    leaves, structure = jax.tree.flatten(arguments)
+
+    def on_leaves(*leaves: Any) -> Any:
+        return function(*structure.unflatten(leaves))
+
+    def rule(size: int, mesh_axes: Axes, mapped: list[bool], leaves: list[Any]) -> Any:
+        if vmap_rule is None:
+            return None
+        flags = structure.unflatten(mapped)
+        return vmap_rule(size, mesh_axes, flags, *structure.unflatten(leaves))
+
+    jaxpr, shapes = jax.make_jaxpr(on_leaves, return_shape=True)(*leaves)
+    results = _call.bind(*leaves, jaxpr=jaxpr, rule=rule)
+    return jax.tree.structure(shapes).unflatten(results)
+
+
+_call = Primitive("call_as_one")
+_call.multiple_results = True
+
+
+@_call.def_impl
+def _run(*arguments, jaxpr, rule):
+    return jaxpr_as_fun(jaxpr)(*arguments)
+
+
+@_call.def_effectful_abstract_eval
+def _abstract(*_, jaxpr: ClosedJaxpr, rule):
+    return jaxpr.out_avals, jaxpr.effects
+
+
+def _differentiate(primals, tangents, *, jaxpr, rule):
+    active = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+
+    def of_active(*given: Any) -> Any:
+        arguments = list(primals)
+        for i, argument in zip(active, given, strict=True):
+            arguments[i] = argument
+        return jaxpr_as_fun(jaxpr)(*arguments)
+
+    results, results_tangents = jax.jvp(
+        of_active, [primals[i] for i in active], [tangents[i] for i in active]
+    )
+    # results that are no floats have none
+    return results, [
+        ad.Zero(jax.typeof(x).to_tangent_aval()) if t.dtype == jax.dtypes.float0 else t
+        for x, t in zip(results, results_tangents, strict=True)
+    ]
+
+
+def _map(axis, arguments, dims, *, jaxpr, rule):
+    mapped = [dim is not None for dim in dims]
+    moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arguments, dims)]
+    mesh_axes = as_axes(axis.explicit_mesh_axis or axis.spmd_name)
+    results = rule(axis.size, mesh_axes, mapped, moved)
+    if results is None:
+        function = jax.vmap(
+            jaxpr_as_fun(jaxpr),
+            in_axes=[0 if m else None for m in mapped],
+            axis_size=axis.size,
+            spmd_axis_name=axis.spmd_name,
+        )
+        results = function(*moved)
+    results = jax.tree.leaves(results)
+    return results, [0] * len(results)
+
+
+ad.primitive_jvps[_call] = _differentiate
+batching.fancy_primitive_batchers[_call] = _map
+mlir.register_lowering(
+    _call,
+    mlir.lower_fun(lambda *arguments, jaxpr, rule: jaxpr_as_fun(jaxpr)(*arguments), True),
+)
