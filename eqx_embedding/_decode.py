@@ -16,7 +16,6 @@ from ._blockwise import (
     close_over,
     Options,
     score_tokens,
-    TokenFunction,
     TokenScores,
     total_loss,
     Used,

@@ -42,7 +42,9 @@ def as_float_dtype(what: str, name: str, dtype: DTypeLike) -> np.dtype:
     try:
         found = jnp.dtype(dtype)
     except TypeError:  # does not say which argument it is about
-        raise ValueError(f"{what} are floats, got {name}={dtype!r}, which is not a dtype.") from None
+        raise ValueError(
+            f"{what} are floats, got {name}={dtype!r}, which is not a dtype."
+        ) from None
     if not jnp.issubdtype(found, jnp.floating):
         raise ValueError(f"{what} are floats, got {name}={found.name}.")
     return found
@@ -150,7 +152,7 @@ def prepare_tokens(
 
 
 def _fits(number: Whole, dtype: np.dtype) -> bool:
-    return np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
+    return np.iinfo(dtype).min <= as_int(number) <= np.iinfo(dtype).max
 
 
 def _as_weights(weights: ArrayLike) -> Array | np.ndarray:
@@ -189,7 +191,7 @@ def as_data(position: int, array: ArrayLike, batch: tuple[int, ...]) -> Array:
         limits = np.iinfo(narrow.dtype)
         if whole.size > 0 and not limits.min <= whole.min() <= whole.max() <= limits.max:
             raise ValueError(
-                f"data[{position}] of {whole.dtype.name} does not fit {narrow.dtype.name}, to which "
-                "JAX would narrow it: turn on its 64-bit mode, or convert the data before."
+                f"data[{position}] of {whole.dtype.name} does not fit {narrow.dtype.name}, to "
+                "which JAX would narrow it: turn on its 64-bit mode, or convert the data before."
             )
     return narrow

@@ -20,7 +20,9 @@ OutOfRange = Literal["nan", "raise", "clip"]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _take(rows: Array, index: Array, fill_value: float, out_sharding: NamedSharding | None) -> Array:
+def _take(
+    rows: Array, index: Array, fill_value: float, out_sharding: NamedSharding | None
+) -> Array:
     """The `rows` of an index; `fill_value` where it is past the end."""
     return rows.at[index].get(
         mode="fill",

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
-from ._sharding import Axes, explicit_axes, find_mesh, Split
 from ._inputs import as_array
+from ._sharding import Axes, explicit_axes, find_mesh, Split
 from ._vocabulary import map_vocabulary, Place
 
 

@@ -91,11 +91,13 @@ class Split(NamedTuple):
         arguments: tuple[PyTree, ...],
     ) -> Any:
         """`function` of the parts that each device has of the arguments."""
+
         def place(spec: PartitionSpec, tree: PyTree) -> PyTree:
             return jax.tree.map(lambda array: self.place(array, as_entries(spec)), tree)
 
-        is_spec = lambda node: isinstance(node, PartitionSpec)
-        arguments = jax.tree.map(place, in_specs, arguments, is_leaf=is_spec)
+        arguments = jax.tree.map(
+            place, in_specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec)
+        )
         if self.mapped:
             function = jax.shard_map(
                 function,

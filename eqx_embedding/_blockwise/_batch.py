@@ -14,12 +14,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from .._sharding import Axes, Split, sum_over
+from .._sharding import Split, sum_over
 from ._devices import cast_to_varying, device_type, DeviceType, without_devices
 from ._function import TokenFunction
+from ._logits import Options
 from ._losses import device_scores, device_total
 from ._primitive import call_as_one
-from ._scores import Options, TokenScores, Used
+from ._scores import TokenScores, Used
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -50,9 +51,7 @@ def score_tokens(
     def on_examples(size, mesh_axes, mapped, hidden, rows, bias, targets, mask):
         if any(jax.tree.leaves(mapped[1:3])):
             return None  # each example has a table of its own
-        hidden, targets, mask = _repeat(
-            size, (mapped[0], *mapped[3:]), (hidden, targets, mask)
-        )
+        hidden, targets, mask = _repeat(size, (mapped[0], *mapped[3:]), (hidden, targets, mask))
         wider = split.with_examples(mesh_axes)
         return score_tokens(options, wider, used, hidden, rows, bias, targets, mask)
 
@@ -83,7 +82,9 @@ def total_loss(
         weights, data, targets, mask = _flatten(weights.ndim, (weights, data, targets, mask))
         tokens = weights, data, closure, targets, mask
         head, tokens, kind = _mark_shared(split, head, tokens)
-        local = functools.partial(device_total, _for_device(options, split), function, return_scores)
+        local = functools.partial(
+            device_total, _for_device(options, split), function, return_scores
+        )
         total, scores = without_devices(local, kind, *head, *tokens)
         scores = jax.tree.map(lambda s: s.reshape(batch_shape), scores)
         return sum_over(split.all_batch, total), scores
@@ -97,9 +98,7 @@ def total_loss(
         if any(jax.tree.leaves(mapped[1:3])):
             return None
         wider = split.with_examples(mesh_axes)
-        return _totals_of_examples(
-            options, wider, function, return_scores, size, mapped, operands
-        )
+        return _totals_of_examples(options, wider, function, return_scores, size, mapped, operands)
 
     operands = hidden, rows, bias, weights, data, closure, targets, mask
     total, scores = call_as_one(on_devices, *operands, vmap_rule=on_examples)
@@ -129,15 +128,13 @@ def _totals_of_examples(
         some = mask if mask is None or not mapped[7] else jnp.any(mask, axis=0)
         one = split._replace(batch=split.batch[1:])
         scores = score_tokens(options, one, used, hidden, rows, bias, targets, some)
-        scores = _repeat(size, TokenScores(*[False] * len(scores)), scores)
-    weights, data, mask = _repeat(
-        size, (mapped[3], mapped[4], mapped[7]), (weights, data, mask)
-    )
+        scores = TokenScores(*_repeat(size, (False,) * len(scores), tuple(scores)))
+    weights, data, mask = _repeat(size, (mapped[3], mapped[4], mapped[7]), (weights, data, mask))
     losses = weighted_losses(split, function, mapped[5], scores, weights, data, closure, mask)
     total = sum_over(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
     if not return_scores:
         return total, None
-    return total, _where(mask, scores, TokenScores(0.0, 0.0, 0.0, 0.0, False))
+    return total, TokenScores(*(_where(mask, score, 0) for score in scores))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -159,10 +156,10 @@ def weighted_losses(
     def on_device(scores, weights, data, closure, mask):
         # In the place of what the mask leaves out stand numbers that hardly any function turns into
         # NaN or infinity, for zero times these would reach the gradient of `closure`.
-        tokens = (
-            _where(mask, scores, TokenScores(-0.5, -1.0, 0.5, 1.0, False)),
-            _where(mask, data, jax.tree.map(lambda x: 0.5, data)),
+        benign = TokenScores(
+            *map(functools.partial(_where, mask), scores, (-0.5, -1.0, 0.5, 1.0, 0.0))
         )
+        tokens = benign, tuple(_where(mask, array, 0.5) for array in data)
         of_tokens = function
         for _ in range(weights.ndim - (of_example is not None)):
             of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, None))
@@ -181,16 +178,12 @@ def weighted_losses(
     return split.map(on_device, specs, batch, (scores, weights, data, closure, mask))
 
 
-def _where(mask: Array | None, arrays: PyTree, values: PyTree) -> PyTree:
-    """The arrays, `*batch ...`, with the values where the mask leaves a token out."""
-    if mask is None:
-        return arrays
-
-    def replace(array, value):
-        wide_mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
-        return jnp.where(wide_mask, array, jnp.asarray(value).astype(array.dtype))
-
-    return jax.tree.map(replace, arrays, values)
+def _where(mask: Array | None, array: Array, value: float) -> Array:
+    """The array, `*batch ...`, with the value where the mask leaves a token out."""
+    if mask is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return array
+    mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
+    return jnp.where(mask, array, jnp.asarray(value).astype(array.dtype))
 
 
 def _for_device(options: Options, split: Split) -> Options:
@@ -216,9 +209,7 @@ def _flatten(batch_axes: int, arrays: PyTree) -> PyTree:
     return jax.tree.map(flatten, arrays)
 
 
-def _mark_shared(
-    split: Split, head: PyTree, tokens: PyTree
-) -> tuple[PyTree, PyTree, DeviceType]:
+def _mark_shared(split: Split, head: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree, DeviceType]:
     """Marks arrays that devices share as differing between them.
 
     So JAX sums their gradients over the devices: once, and in the wide dtype that they have here.

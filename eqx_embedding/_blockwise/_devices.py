@@ -63,8 +63,9 @@ def without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
 def without_devices(function: Callable[..., Any], types: PyTree, *arguments: PyTree) -> Any:
     """`function(*arguments)`, whose results are given the `types`, a prefix of their tree."""
     results = without_mesh(function)(*jax.tree.map(_erase_type, arguments))
-    is_type = lambda node: isinstance(node, DeviceType)
-    return jax.tree.map(_restore_type, types, results, is_leaf=is_type)
+    return jax.tree.map(
+        _restore_type, types, results, is_leaf=lambda node: isinstance(node, DeviceType)
+    )
 
 
 def sum_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:

@@ -26,7 +26,7 @@ class TokenFunction:
     def __init__(self, jaxpr: Jaxpr):
         self.jaxpr = jaxpr
         _, used = partial_eval.dce_jaxpr(jaxpr, [True])
-        self.uses = TokenScores(*used[: len(TokenScores._fields)])
+        self._uses = dict(zip(TokenScores._fields, used, strict=False))
         self._structure = _structure(jaxpr)
 
     def __call__(
@@ -42,8 +42,7 @@ class TokenFunction:
 
     def used(self, return_scores: bool) -> Used:
         """Which scores to compute."""
-        uses = self.uses
-        return Used(*(u or return_scores for u in (uses.mean_log_prob, uses.entropy, uses.is_top)))
+        return Used(*(return_scores or self._uses[name] for name in Used._fields))
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, TokenFunction) and self._structure == other._structure
@@ -62,8 +61,9 @@ def close_over(
     A `TypeError` if `fn` returns something other than a real scalar. A `ValueError` if it closes
     over an array that differs from device to device.
     """
-    number = jax.ShapeDtypeStruct((), dtype)
-    scores = TokenScores(number, number, number, number, jax.ShapeDtypeStruct((), bool))
+    number: Any = jax.ShapeDtypeStruct((), dtype)
+    truth: Any = jax.ShapeDtypeStruct((), bool)
+    scores = TokenScores(number, number, number, number, truth)
 
     def checked(*arguments: Any) -> Array:
         loss = fn(*arguments)

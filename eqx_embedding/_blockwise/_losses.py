@@ -17,25 +17,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jaxtyping import Array
 
 from .._inputs import nan_where
 from ._chunks import Chunks
 from ._devices import without_mesh
 from ._function import TokenFunction
+from ._gradients import chunk_gradients, HeadGradient
+from ._logits import Head, make_head, Options
 from ._primitive import call_as_one
-from ._scores import (
-    chunk_gradients,
-    chunk_scores,
-    Head,
-    HeadGradient,
-    make_head,
-    Options,
-    TokenScores,
-    Used,
-)
+from ._scores import chunk_scores, TokenScores, Used
 
 
 def _zeros_like(head: Head, dtype: Any) -> HeadGradient:
@@ -99,16 +90,19 @@ def _device_scores_backward(
     cotangents = cotangents._replace(log_prob=nan_where(unknown, cotangents.log_prob))
     head = make_head(options, rows, bias)
 
-    def chunk(d_head: HeadGradient, is_token: Array | None, x: Array, y: Array, *given: Any) -> Any:
+    def chunk(
+        d_head: HeadGradient, is_token: Array | None, x: Array, y: Array, given: tuple[Array, ...]
+    ) -> Any:
+        log_prob, mean_log_prob, entropy, logsumexp = (_only(is_token, c) for c in given)
+
         def of_tokens(scores: TokenScores) -> Any:
-            if is_token is None:
-                return TokenScores(*given, scores.is_top), None
-            return TokenScores(*(jnp.where(is_token, c, 0.0) for c in given), scores.is_top), None
+            new = TokenScores(log_prob, mean_log_prob, entropy, logsumexp, scores.is_top)
+            return new, None
 
         d_x, d_head, _ = chunk_gradients(options, used, head, x, y, of_tokens, d_head)
         return d_head, d_x
 
-    chunks, tokens = _chunks_of(options, hidden, rows, mask), (hidden, targets, *cotangents[:4])
+    chunks, tokens = _chunks_of(options, hidden, rows, mask), (hidden, targets, cotangents[:4])
     d_head, d_hidden = chunks.run(chunk, tokens, _zeros_like(head, options.wide))
     return d_hidden, *d_head, None, None
 
@@ -144,7 +138,7 @@ def device_total(
         total: Array, is_token: Array | None, x: Array, y: Array, w: Array, data: tuple[Array, ...]
     ) -> Any:
         scores = chunk_scores(options, used, head, x, y)
-        losses = _weigh(is_token, w, function.of_tokens(scores, data, closure))
+        losses = _only(is_token, w * function.of_tokens(scores, data, closure))
         return total + jnp.sum(losses), scores if return_scores else None
 
     chunks, zero = _chunks_of(options, hidden, rows, mask), jnp.zeros((), weights.dtype)
@@ -171,14 +165,13 @@ def _total_and_gradients(
 
         def of_tokens(scores: TokenScores) -> Any:
             losses, pullback = eqx.filter_vjp(function.of_tokens, scores, data, closure)
-            w_or_zero = w if is_token is None else jnp.where(is_token, w, 0.0)
-            d_scores, *others = pullback(w_or_zero.astype(losses.dtype))
+            d_scores, *others = pullback(_only(is_token, w))
             return d_scores, (scores, losses, *others)
 
         d_x, d_head, (scores, losses, d_data, new) = chunk_gradients(
             options, used, head, x, y, of_tokens, d_head
         )
-        total = total + jnp.sum(_weigh(is_token, w, losses))
+        total = total + jnp.sum(_only(is_token, w * losses))
         d_closure = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_closure, new)
         return (total, d_closure, d_head), (
             d_x,
@@ -213,6 +206,6 @@ def _wide_zeros(array: Array) -> Array:
     return jnp.zeros(array.shape, jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _weigh(is_token: Array | None, weights: Array, losses: Array) -> Array:
-    losses = weights * losses
-    return losses if is_token is None else jnp.where(is_token, losses, 0.0)
+def _only(is_token: Array | None, array: Array) -> Array:
+    """The array, with zeros in places that have no token."""
+    return array if is_token is None else jnp.where(is_token, array, 0.0)

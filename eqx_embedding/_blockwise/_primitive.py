@@ -19,9 +19,9 @@ from jax.interpreters import ad, batching, mlir
 from .._sharding import as_axes, Axes
 
 
-# `rule(size, mesh_axes, mapped, *arguments)` returns the results of `size` calls, with one axis more
-# in front. Of `arguments`, those that are `mapped` have it, too, split over `mesh_axes`. It returns
-# `None` to leave it to JAX.
+# `rule(size, mesh_axes, mapped, *arguments)` returns the results of `size` calls, with an axis for
+# them in front. Of `arguments`, those that are `mapped` have it, too, split over `mesh_axes`. It
+# returns `None` to leave it to JAX.
 VmapRule = Callable[..., Any]
 
 
