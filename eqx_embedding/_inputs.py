@@ -112,7 +112,7 @@ class Tokens(NamedTuple):
     """The targets of a batch, and how much each counts."""
 
     targets: Int[Array, "*batch"]  # int32; `vocab_size` stands for any out of range
-    weights: Float[Array, "*batch"]  # NaN for a target out of range that counts
+    weights: Float[Array, "*batch"]
     mask: Bool[Array, "*batch"] | None  # which tokens count; `None` if all do
 
 
@@ -133,7 +133,7 @@ def prepare_tokens(
     """
     targets, in_range = tokens_in_range("targets", targets, vocab_size)
     all_count = weights is None and ignore_index is None
-    weights = np.ones(targets.shape) if weights is None else _as_weights(weights)
+    weights = jnp.ones(targets.shape, dtype) if weights is None else _as_weights(weights)
     mask = None if all_count else place(jnp.asarray(weights != 0))  # before anything narrows them
     weights = place(_narrow(weights, dtype, normalize, mesh_axes))
     if mask is not None and ignore_index is not None and _fits(ignore_index, targets.dtype):
@@ -144,8 +144,6 @@ def prepare_tokens(
         counted = jnp.asarray(weights.size) if mask is None else jnp.sum(mask)
         counted, total = lax.psum((counted, jnp.sum(weights)), mesh_axes)
         weights = weights / jnp.where(counted > 0, total, 1)
-    wrong = place(jnp.asarray(~in_range))
-    weights = nan_where(wrong if mask is None else wrong & mask, weights)
     xp = np if isinstance(targets, np.ndarray) else jnp
     targets = place(jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32)))
     return Tokens(targets, weights, mask)
@@ -174,7 +172,9 @@ def _narrow(
         if xp is jnp:
             largest = lax.stop_gradient(largest)
             largest = lax.pmax(largest, mesh_axes) if mesh_axes else largest
-        weights = weights / xp.where((largest > 0) & (largest < math.inf), largest, 1)
+        # in two steps, for the reciprocal of the largest may be too small for XLA
+        factor = 1 / xp.sqrt(xp.where((largest > 0) & (largest < math.inf), largest, 1))
+        weights = weights * factor * factor
     return jnp.asarray(weights.astype(dtype))
 
 

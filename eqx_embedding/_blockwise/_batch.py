@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
+from .._inputs import nan_where
 from .._sharding import Split, sum_over
 from ._devices import cast_to_varying, device_type, DeviceType, without_devices
 from ._function import TokenFunction
@@ -156,10 +157,9 @@ def weighted_losses(
     def on_device(scores, weights, data, closure, mask):
         # In the place of what the mask leaves out stand numbers that hardly any function turns into
         # NaN or infinity, for zero times these would reach the gradient of `closure`.
-        benign = TokenScores(
-            *map(functools.partial(_where, mask), scores, (-0.5, -1.0, 0.5, 1.0, 0.0))
-        )
-        tokens = benign, tuple(_where(mask, array, 0.5) for array in data)
+        numbers = -0.5, -1.0, 0.5, 1.0, 0.0
+        of_counted = TokenScores(*map(functools.partial(_where, mask), scores, numbers))
+        tokens = of_counted, tuple(_where(mask, array, 0.5) for array in data)
         of_tokens = function
         for _ in range(weights.ndim - (of_example is not None)):
             of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, None))
@@ -167,8 +167,10 @@ def weighted_losses(
             axes = tuple(0 if mapped else None for mapped in of_example)
             of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, axes))
         _, (*tokens, closure), kind = _mark_shared(split, (), (*tokens, closure))
-        losses = without_devices(of_tokens, kind, *tokens, closure)
-        return _where(mask, weights * losses, 0.0)
+        losses = weights * without_devices(of_tokens, kind, *tokens, closure)
+        # a target out of range makes the loss NaN, even if `function` does not look at it
+        nan = nan_where(jnp.isnan(scores.log_prob), jnp.zeros_like(losses))
+        return _where(mask, losses + lax.stop_gradient(nan), 0.0)
 
     batch = P(*split.batch)
     of_closure = P(split.batch[0]) if split.batch else P()

@@ -39,7 +39,7 @@ class Chunks:
     Places without a token repeat one that counts; what is computed there is thrown away.
     """
 
-    def __init__(self, num_tokens: int, chunk_size: int, mask: Bool[Array, " N"] | None):
+    def __init__(self, num_tokens: Any, chunk_size: int, mask: Bool[Array, " N"] | None):
         N = num_tokens
         count = max(-(-N // chunk_size), 1)
         C = -(-N // count)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .._sharding import varying_axes
-from ._devices import without_mesh
+from ._devices import no_mesh
 from ._scores import TokenScores, Used
 
 
@@ -70,7 +70,8 @@ def close_over(
         _check_real_scalar(loss, data)
         return jnp.asarray(loss).astype(dtype)
 
-    closed = without_mesh(jax.make_jaxpr(checked))(scores, *data)
+    with no_mesh():
+        closed = jax.make_jaxpr(checked)(scores, *data)
     closure = tuple(map(jnp.asarray, closed.consts))
     if differs := varying_axes(*closure):
         raise ValueError(

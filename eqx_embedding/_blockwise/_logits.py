@@ -76,3 +76,8 @@ def without_padding(options: Options, head: Head, array: Array, start: Any, fill
 def tokens_before(options: Options, head: Head, row: Any) -> Array:
     """How many of the rows before `row` are tokens."""
     return jnp.clip(options.vocab_size - head.start, 0, row).astype(options.wide)
+
+
+def is_unknown(options: Options, targets: Array) -> Array:
+    """Which targets are out of range."""
+    return (targets < 0) | (targets >= options.vocab_size)

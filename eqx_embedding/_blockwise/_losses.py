@@ -21,10 +21,10 @@ from jaxtyping import Array
 
 from .._inputs import nan_where
 from ._chunks import Chunks
-from ._devices import without_mesh
+from ._devices import no_mesh
 from ._function import TokenFunction
 from ._gradients import chunk_gradients, HeadGradient
-from ._logits import Head, make_head, Options
+from ._logits import Head, is_unknown, make_head, Options
 from ._primitive import call_as_one
 from ._scores import chunk_scores, TokenScores, Used
 
@@ -35,7 +35,7 @@ def _zeros_like(head: Head, dtype: Any) -> HeadGradient:
 
 
 def _chunks_of(options: Options, hidden: Array, rows: Array, mask: Array | None) -> Chunks:
-    return Chunks(len(hidden), options.plan(*rows.shape).chunk_size, mask)
+    return Chunks(hidden.shape[0], options.plan(*rows.shape).chunk_size, mask)
 
 
 # Scores
@@ -78,15 +78,19 @@ def _device_scores_forward(options: Options, used: Used, *operands: Any) -> Any:
     return device_scores(options, used, *operands), operands
 
 
-@without_mesh
 def _device_scores_backward(
     options: Options, used: Used, operands: Any, cotangents: TokenScores
 ) -> Any:
+    with no_mesh():
+        return _score_gradients(options, used, operands, cotangents)
+
+
+def _score_gradients(options: Options, used: Used, operands: Any, cotangents: TokenScores) -> Any:
     hidden, rows, bias, targets, mask = operands
     # A token whose scores are not used must not poison the others, whatever its vector is.
     needed = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents[:4]])
     mask = needed if mask is None else needed & mask
-    unknown = ((targets < 0) | (targets >= options.vocab_size)) & (cotangents.log_prob != 0)
+    unknown = is_unknown(options, targets) & (cotangents.log_prob != 0)
     cotangents = cotangents._replace(log_prob=nan_where(unknown, cotangents.log_prob))
     head = make_head(options, rows, bias)
 
@@ -138,6 +142,7 @@ def device_total(
         total: Array, is_token: Array | None, x: Array, y: Array, w: Array, data: tuple[Array, ...]
     ) -> Any:
         scores = chunk_scores(options, used, head, x, y)
+        w = nan_where(jnp.isnan(scores.log_prob), w)
         losses = _only(is_token, w * function.of_tokens(scores, data, closure))
         return total + jnp.sum(losses), scores if return_scores else None
 
@@ -165,13 +170,15 @@ def _total_and_gradients(
 
         def of_tokens(scores: TokenScores) -> Any:
             losses, pullback = eqx.filter_vjp(function.of_tokens, scores, data, closure)
-            d_scores, *others = pullback(_only(is_token, w))
-            return d_scores, (scores, losses, *others)
+            # a target out of range makes the loss NaN, even if `function` does not look at it
+            checked = nan_where(jnp.isnan(scores.log_prob), w)
+            d_scores, *others = pullback(_only(is_token, checked))
+            return d_scores, (scores, checked * losses, losses, *others)
 
-        d_x, d_head, (scores, losses, d_data, new) = chunk_gradients(
+        d_x, d_head, (scores, weighted, losses, d_data, new) = chunk_gradients(
             options, used, head, x, y, of_tokens, d_head
         )
-        total = total + jnp.sum(_only(is_token, w * losses))
+        total = total + jnp.sum(_only(is_token, weighted))
         d_closure = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_closure, new)
         return (total, d_closure, d_head), (
             d_x,
@@ -190,12 +197,12 @@ def _total_and_gradients(
     return (total, scores), gradients
 
 
-@without_mesh
 def _device_total_backward(
     options: Options, function: TokenFunction, return_scores: bool, gradients: Any, cotangents: Any
 ) -> Any:
     cotangent, _ = cotangents  # the scores have no gradient
-    gradients = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
+    with no_mesh():
+        gradients = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
     return *gradients, None, None
 
 

@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .._inputs import nan_where
 from ._chunks import over_tiles
 from ._devices import max_over_devices, min_over_devices, sum_over_devices
-from ._logits import Head, Options, tile_logits, tokens_before, without_padding
+from ._logits import Head, is_unknown, Options, tile_logits, tokens_before, without_padding
 
 
 class TokenScores(NamedTuple):
@@ -128,10 +128,9 @@ def find_statistics(
 def as_scores(options: Options, targets: Int[Array, " C"], statistics: Statistics) -> TokenScores:
     maximum, total, target_z, below, weighted, top = statistics
     log_total = jnp.log(total)
-    out_of_range = (targets < 0) | (targets >= options.vocab_size)
     # Differences to the maximum come first, so that large logits keep their precision.
     return TokenScores(
-        log_prob=nan_where(out_of_range, (target_z - maximum) - log_total),
+        log_prob=nan_where(is_unknown(options, targets), (target_z - maximum) - log_total),
         mean_log_prob=below / options.vocab_size - log_total,
         entropy=jnp.maximum(log_total - weighted / total, 0.0),
         logsumexp=maximum + log_total,
