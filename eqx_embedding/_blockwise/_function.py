@@ -32,7 +32,8 @@ class TokenFunction:
     def __call__(
         self, scores: TokenScores, data: tuple[Array, ...], closure: tuple[Array, ...]
     ) -> Array:
-        return jaxpr_as_fun(ClosedJaxpr(self.jaxpr, closure))(*scores, *data)[0]
+        (loss,) = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, closure))(*scores, *data)
+        return jnp.asarray(loss)  # a constant is a number of NumPy
 
     def of_tokens(
         self, scores: TokenScores, data: tuple[Array, ...], closure: tuple[Array, ...]

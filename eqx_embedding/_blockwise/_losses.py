@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._inputs import nan_where
+from .._inputs import at_least_float32, nan_where
 from ._chunks import Chunks
 from ._devices import no_mesh
 from ._function import TokenFunction
@@ -210,7 +210,7 @@ device_total.defvjp(_device_total_forward, _device_total_backward)
 
 
 def _wide_zeros(array: Array) -> Array:
-    return jnp.zeros(array.shape, jnp.promote_types(array.dtype, jnp.float32))
+    return jnp.zeros(array.shape, at_least_float32(array.dtype))
 
 
 def _only(is_token: Array | None, array: Array) -> Array:
