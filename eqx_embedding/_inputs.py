@@ -133,8 +133,10 @@ def prepare_tokens(
     """
     targets, in_range = tokens_in_range("targets", targets, vocab_size)
     all_count = weights is None and ignore_index is None
-    weights = jnp.ones(targets.shape, dtype) if weights is None else _as_weights(weights)
-    mask = None if all_count else place(jnp.asarray(weights.astype(bool)))  # before anything narrows them
+    weights = jnp.ones_like(targets, dtype) if weights is None else _as_weights(weights)
+    mask = (
+        None if all_count else place(jnp.asarray(weights.astype(bool)))
+    )  # before anything narrows them
     weights = place(_narrow(weights, dtype, normalize, mesh_axes))
     if mask is not None and ignore_index is not None and _fits(ignore_index, targets.dtype):
         counts = place(jnp.asarray(targets != as_int(ignore_index)))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -76,7 +77,9 @@ class Split(NamedTuple):
     def place(self, array: Array, axes: Sequence[Axes]) -> Array:
         """The same array, with the first of its axes split by the given explicit mesh axes."""
         sharding = self.sharding(axes)
-        return array if sharding is None else jax.reshard(array, sharding)
+        if sharding is None or (_mesh_is_unset() and not isinstance(array, Tracer)):
+            return array  # outside of `jax.jit`, JAX cannot tell the devices of such a mesh
+        return jax.reshard(array, sharding)
 
     def with_examples(self, axes: Axes) -> "Split":
         """Of a batch with one more axis in front, which the mesh axes split."""
@@ -107,11 +110,15 @@ class Split(NamedTuple):
                 axis_names=set(self.mapped),
             )
             return function(*arguments)
-        if self.mesh is None or not jax.sharding.get_abstract_mesh().empty:
+        if self.mesh is None or not _mesh_is_unset():
             return function(*arguments)
         # of arrays on an explicit mesh that is not set
         with jax.sharding.use_abstract_mesh(self.mesh):
             return function(*arguments)
+
+
+def _mesh_is_unset() -> bool:
+    return jax.sharding.get_abstract_mesh().empty
 
 
 def as_entries(spec: PartitionSpec) -> list[Axes]:

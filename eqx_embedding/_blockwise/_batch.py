@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 from .._inputs import nan_where
 from .._sharding import Split, sum_over
-from ._devices import cast_to_varying, device_type, DeviceType, without_devices
+from ._devices import cast_to_varying, device_type, without_devices
 from ._function import TokenFunction
 from ._logits import Options
 from ._losses import device_scores, device_total
@@ -39,9 +39,8 @@ def score_tokens(
 
     def on_device(hidden, rows, bias, targets, mask):
         head = _flatten_head(options, hidden, rows, bias)
-        head, tokens, kind = _mark_shared(split, head, _flatten(targets.ndim, (targets, mask)))
-        function = functools.partial(device_scores, _for_device(options, split), used)
-        scores = without_devices(function, kind, *head, *tokens)
+        head, tokens = _mark_shared(split, head, _flatten(targets.ndim, (targets, mask)))
+        scores = device_scores(_for_device(options, split), used, *head, *tokens)
         return jax.tree.map(lambda s: s.reshape(targets.shape), scores)
 
     def on_devices(*operands):
@@ -82,11 +81,9 @@ def total_loss(
         head = _flatten_head(options, hidden, rows, bias)
         weights, data, targets, mask = _flatten(weights.ndim, (weights, data, targets, mask))
         tokens = weights, data, closure, targets, mask
-        head, tokens, kind = _mark_shared(split, head, tokens)
-        local = functools.partial(
-            device_total, _for_device(options, split), function, return_scores
-        )
-        total, scores = without_devices(local, kind, *head, *tokens)
+        head, tokens = _mark_shared(split, head, tokens)
+        local = _for_device(options, split)
+        total, scores = device_total(local, function, return_scores, *head, *tokens)
         scores = jax.tree.map(lambda s: s.reshape(batch_shape), scores)
         return sum_over(split.all_batch, total), scores
 
@@ -166,8 +163,8 @@ def weighted_losses(
         if of_example is not None:
             axes = tuple(0 if mapped else None for mapped in of_example)
             of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, axes))
-        _, (*tokens, closure), kind = _mark_shared(split, (), (*tokens, closure))
-        losses = weights * without_devices(of_tokens, kind, *tokens, closure)
+        _, tokens = _mark_shared(split, (), (*tokens, closure))
+        losses = weights * without_devices(of_tokens, device_type(tokens), *tokens)
         # a target out of range makes the loss NaN, even if `function` does not look at it
         nan = nan_where(jnp.isnan(scores.log_prob), jnp.zeros_like(losses))
         return _where(mask, losses + lax.stop_gradient(nan), 0.0)
@@ -211,16 +208,14 @@ def _flatten(batch_axes: int, arrays: PyTree) -> PyTree:
     return jax.tree.map(flatten, arrays)
 
 
-def _mark_shared(split: Split, head: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree, DeviceType]:
+def _mark_shared(split: Split, head: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree]:
     """Marks arrays that devices share as differing between them.
 
     So JAX sums their gradients over the devices: once, and in the wide dtype that they have here.
-    Returns the type of the tokens as well, which are the same where the vocabulary is split.
     """
-    kind = device_type(head, tokens)
-    of_tokens = kind._replace(varying=kind.varying - {*split.all_vocabulary})
-    head = cast_to_varying(kind.varying, head)
-    return head, cast_to_varying(of_tokens.varying, tokens), of_tokens
+    axes = device_type(head, tokens).varying
+    of_tokens = axes - {*split.all_vocabulary}  # where the vocabulary is split, tokens are the same
+    return cast_to_varying(axes, head), cast_to_varying(of_tokens, tokens)
 
 
 def _repeat(size: int, mapped: PyTree, arrays: PyTree) -> PyTree:

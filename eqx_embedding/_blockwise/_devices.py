@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from .._sharding import varying_axes
+from ._primitive import call_as_one
 
 
 NO_MESH = AbstractMesh((), ())
@@ -54,7 +55,7 @@ def without_devices(function: Callable[..., Any], types: PyTree, *arguments: PyT
     """`function(*arguments)`, whose results are given the `types`, a prefix of their tree."""
     arguments = jax.tree.map(_erase_type, arguments)
     with no_mesh():
-        results = function(*arguments)
+        results = call_as_one(function, *arguments)
     return jax.tree.map(
         _restore_type, types, results, is_leaf=lambda node: isinstance(node, DeviceType)
     )
@@ -109,8 +110,13 @@ def _transpose(reverse, cotangent, _, *, kind):
     return [reverse.bind(cotangent, kind=kind)]
 
 
-def _map(primitive, arrays, dims, *, kind):
-    return primitive.bind(*arrays, kind=kind), dims[0]
+def _map(primitive, axis, arrays, dims, *, kind):
+    result, (dim,) = primitive.bind(*arrays, kind=kind), dims
+    if primitive is _restore and axis.explicit_mesh_axis and dim is not None:
+        spec = [None] * result.ndim
+        spec[dim] = axis.explicit_mesh_axis
+        result = jax.reshard(result, NamedSharding(kind.mesh, PartitionSpec(*spec)))
+    return result, dim
 
 
 _erase, _restore = Primitive("erase_device_type"), Primitive("restore_device_type")
@@ -125,4 +131,4 @@ for primitive, reverse, new_type in (
     primitive.def_abstract_eval(functools.partial(_with_type, new_type))
     mlir.register_lowering(primitive, lambda context, array, *, kind: [array])
     ad.deflinear2(primitive, functools.partial(_transpose, reverse))
-    batching.primitive_batchers[primitive] = functools.partial(_map, primitive)
+    batching.fancy_primitive_batchers[primitive] = functools.partial(_map, primitive)

@@ -21,11 +21,10 @@ from jaxtyping import Array
 
 from .._inputs import at_least_float32, nan_where
 from ._chunks import Chunks
-from ._devices import no_mesh
+from ._devices import device_type, without_devices
 from ._function import TokenFunction
 from ._gradients import chunk_gradients, HeadGradient
 from ._logits import Head, is_unknown, make_head, Options
-from ._primitive import call_as_one
 from ._scores import chunk_scores, TokenScores, Used
 
 
@@ -53,7 +52,9 @@ def device_scores(
 ) -> TokenScores:
     """The scores of N tokens; zeros for those that the mask leaves out."""
     operands = hidden, rows, bias, targets, mask
-    return call_as_one(functools.partial(_scores, options, used), *operands)
+    return without_devices(
+        functools.partial(_scores, options, used), device_type(targets), *operands
+    )
 
 
 def _scores(
@@ -81,17 +82,26 @@ def _device_scores_forward(options: Options, used: Used, *operands: Any) -> Any:
 def _device_scores_backward(
     options: Options, used: Used, operands: Any, cotangents: TokenScores
 ) -> Any:
-    with no_mesh():
-        return _score_gradients(options, used, operands, cotangents)
+    types = tuple(map(device_type, operands[:3]))
+    gradients = functools.partial(_score_gradients, options, used)
+    return *without_devices(gradients, types, *operands, cotangents[:4]), None, None
 
 
-def _score_gradients(options: Options, used: Used, operands: Any, cotangents: TokenScores) -> Any:
-    hidden, rows, bias, targets, mask = operands
+def _score_gradients(
+    options: Options,
+    used: Used,
+    hidden: Array,
+    rows: Array,
+    bias: Array | None,
+    targets: Array,
+    mask: Array | None,
+    cotangents: tuple[Array, ...],
+) -> tuple[Array, Array, Array | None]:
     # A token whose scores are not used must not poison the others, whatever its vector is.
-    needed = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents[:4]])
+    needed = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents])
     mask = needed if mask is None else needed & mask
-    unknown = is_unknown(options, targets) & (cotangents.log_prob != 0)
-    cotangents = cotangents._replace(log_prob=nan_where(unknown, cotangents.log_prob))
+    d_log_prob, *others = cotangents
+    d_log_prob = nan_where(is_unknown(options, targets) & (d_log_prob != 0), d_log_prob)
     head = make_head(options, rows, bias)
 
     def chunk(
@@ -106,9 +116,10 @@ def _score_gradients(options: Options, used: Used, operands: Any, cotangents: To
         d_x, d_head, _ = chunk_gradients(options, used, head, x, y, of_tokens, d_head)
         return d_head, d_x
 
-    chunks, tokens = _chunks_of(options, hidden, rows, mask), (hidden, targets, cotangents[:4])
+    tokens = hidden, targets, (d_log_prob, *others)
+    chunks = _chunks_of(options, hidden, rows, mask)
     d_head, d_hidden = chunks.run(chunk, tokens, _zeros_like(head, options.wide))
-    return d_hidden, *d_head, None, None
+    return d_hidden, *d_head
 
 
 device_scores.defvjp(_device_scores_forward, _device_scores_backward)
@@ -136,6 +147,15 @@ def device_total(
     `data` are arrays `(N, ...)`, of which the `function` gets a row for each token; `closure` are
     the arrays that it gets as they are.
     """
+    operands = hidden, rows, bias, weights, data, closure, targets, mask
+    total = functools.partial(_total, options, function, return_scores)
+    return without_devices(total, device_type(weights), *operands)
+
+
+def _total(
+    options: Options, function: TokenFunction, return_scores: bool, *operands: Any
+) -> tuple[Array, TokenScores | None]:
+    hidden, rows, bias, weights, data, closure, targets, mask = operands
     head, used = make_head(options, rows, bias), function.used(return_scores)
 
     def chunk(
@@ -154,7 +174,8 @@ def _device_total_forward(
     options: Options, function: TokenFunction, return_scores: bool, *operands: Any
 ) -> Any:
     both = functools.partial(_total_and_gradients, options, function, return_scores)
-    return call_as_one(both, *operands)
+    types = tuple(map(device_type, operands[:6]))
+    return without_devices(both, (device_type(operands[3]), types), *operands)
 
 
 def _total_and_gradients(
@@ -201,9 +222,12 @@ def _device_total_backward(
     options: Options, function: TokenFunction, return_scores: bool, gradients: Any, cotangents: Any
 ) -> Any:
     cotangent, _ = cotangents  # the scores have no gradient
-    with no_mesh():
-        gradients = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
-    return *gradients, None, None
+
+    def scale(cotangent: Array, gradients: Any) -> Any:
+        return jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
+
+    types = jax.tree.map(device_type, gradients)
+    return *without_devices(scale, types, cotangent, gradients), None, None
 
 
 device_total.defvjp(_device_total_forward, _device_total_backward)
