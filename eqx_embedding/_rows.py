@@ -18,7 +18,7 @@ class FrozenRows(eqx.Module):
     """The second result of [`eqx_embedding.partition_rows`][]."""
 
     model: PyTree  # whole tables, and the other leaves that are not trained
-    rows: Int[Array, " rows"]
+    rows: Int[Array | np.ndarray, " rows"]
     vocabulary_axis: str = eqx.field(static=True)
     vocab_size: int = eqx.field(static=True)
 
@@ -152,7 +152,7 @@ def _take(rows: np.ndarray, place: Place, array: Any) -> Array:
     return selected.get(unique_indices=True, out_sharding=sharding)
 
 
-def _put(rows: Array, place: Place, array: Any, new: Any) -> Array:
+def _put(rows: Array | np.ndarray, place: Place, array: Any, new: Any) -> Array:
     array, axis = jnp.asarray(array), place.axis
     expected = (*array.shape[:axis], len(rows), *array.shape[axis + 1 :])
     if np.shape(new) != expected:  # which JAX might broadcast

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from ._table import EmbeddingTable
@@ -90,7 +90,7 @@ def map_arrays(
     shape = [padding_rows + 1 if name == vocabulary_axis else 1 for name in names]
     return eqx.tree_at(
         lambda table: (table.embeddings, table.bias),
-        EmbeddingTable(jnp.zeros(shape), names, vocabulary_axis, padding_rows),
+        EmbeddingTable(np.zeros(shape), names, vocabulary_axis, padding_rows),
         (new["embeddings"], new["bias"]),
         is_leaf=lambda leaf: leaf is None,
     )

@@ -287,6 +287,16 @@ def test_rows_that_make_no_sense_are_refused(rows, message):
         partition_rows(make_table("first"), rows)
 
 
+def test_numpy_arrays_are_split_and_combined_like_jax_arrays():
+    table = make_table("last", with_bias=True)
+    for dtype in np.float32, np.float64:  # JAX narrows float64 outside of its 64-bit mode
+        given = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), table)
+        trained, frozen = partition_rows(given, np.asarray([6, 2]))
+        assert eqx.tree_equal(combine_rows(trained, frozen), table)
+        restored = jax.tree.map(np.asarray, (trained, frozen))
+        assert eqx.tree_equal(combine_rows(*restored), table)
+
+
 def test_a_vocabulary_that_is_not_there_and_parts_of_two_models_are_refused():
     with pytest.raises(ValueError, match="'bytes': this tree has tables of 'vocabulary'"):
         partition_rows(make_table("first"), [1], "bytes")
