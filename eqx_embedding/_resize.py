@@ -129,6 +129,7 @@ def _new_size(
 
 
 def _resize_array(sizes: _Sizes, place: Place, array: Any, key: PRNGKeyArray | None) -> Any:
+    """The array or skeleton with its new number of rows, split over a mesh as before."""
     if sizes.old_tokens == sizes.tokens and array.shape[place.axis] == sizes.rows:
         return array
     sharding = _mesh_sharding(array)
@@ -159,7 +160,7 @@ def _mesh_sharding(array: Any) -> NamedSharding | None:
 
 
 def _check_mesh_divides(sharding: NamedSharding, axis: int, rows: int) -> None:
-    spec = (*sharding.spec, *[None] * axis)[axis]
+    spec = (*sharding.spec, *[None] * (axis + 1))[axis]  # it may be shorter than the shape
     mesh_axes = () if spec is None else (spec,) if isinstance(spec, str) else spec
     parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes)
     if rows % parts != 0:
@@ -170,17 +171,18 @@ def _check_mesh_divides(sharding: NamedSharding, axis: int, rows: int) -> None:
 
 
 def _change_rows(sizes: _Sizes, place: Place, array: Array, key: PRNGKeyArray | None) -> Array:
+    """Old rows that stay, then new rows, then padding."""
     axis, num_stacked = place
     if num_stacked > 0:
         keys = None if key is None else jax.random.split(key, len(array))
         inner = Place(axis - 1, num_stacked - 1)
         return eqx.filter_vmap(functools.partial(_change_rows, sizes, inner))(array, keys)
     rows = jnp.moveaxis(array, axis, 0)[: min(sizes.old_tokens, sizes.tokens)]
-    if key is not None and len(rows) < sizes.tokens:
-        new = _draw_rows(sizes.tokens - len(rows), key, rows)
-        rows = jnp.concatenate([rows, new])
-    zeros = jnp.zeros((sizes.rows - len(rows), *rows.shape[1:]), rows.dtype)
-    return jnp.moveaxis(jnp.concatenate([rows, zeros]), 0, axis)
+    num_new, drawn = sizes.tokens - len(rows), []
+    if key is not None and num_new > 0:
+        drawn, num_new = [_draw_rows(num_new, key, rows)], 0
+    zeros = jnp.zeros((num_new + sizes.padding_rows, *rows.shape[1:]), rows.dtype)
+    return jnp.moveaxis(jnp.concatenate([rows, *drawn, zeros]), 0, axis)
 
 
 @functools.partial(jax.jit, static_argnums=0)
