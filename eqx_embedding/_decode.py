@@ -196,7 +196,7 @@ class EmbeddingDecode(eqx.Module):
         return_scores: bool = False,
         chunk_size: Whole | None = None,
         rules: Rules | None = None,
-    ) -> Float[Array, "..."] | tuple[Float[Array, "..."], TokenScores]:
+    ) -> Float[Array, "..."] | Any:  # or a tuple of that and `TokenScores`
         """Any loss of the scores of tokens, at the price and in the memory of a cross-entropy.
 
         ```python
@@ -251,7 +251,7 @@ class EmbeddingDecode(eqx.Module):
         return_scores: bool = False,
         chunk_size: Whole | None = None,
         rules: Rules | None = None,
-    ) -> Float[Array, "..."] | tuple[Float[Array, "..."], TokenScores]:
+    ) -> Float[Array, "..."] | Any:  # or a tuple of that and `TokenScores`
         """The cross-entropy of the targets, as if from the logits, which never all exist at once.
 
         ```python

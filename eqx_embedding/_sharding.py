@@ -52,14 +52,7 @@ class Split(NamedTuple):
 
     def vocab_size(self, table: EmbeddingTable) -> int:
         """The number of tokens of the whole table of which this device may have a part."""
-        rows = table.vocab_size + table.padding_rows
-        size = rows * self.size(self.manual_vocabulary) - table.padding_rows
-        if size < 1:
-            raise ValueError(
-                f"this table has {rows} rows, {table.padding_rows} of them padding, and none for a "
-                "token. If these are rows of `partition_rows`, use `combine_rows` first."
-            )
-        return size
+        return table._count_tokens(table._num_rows * self.size(self.manual_vocabulary))
 
     def sharding(self, axes: Sequence[Axes]) -> NamedSharding | None:
         """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""

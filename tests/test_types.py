@@ -1,8 +1,11 @@
 """Runtime type checks: on by default, off with `JAXTYPING_DISABLE=1`, each in a fresh process."""
 
+import pydoc
 import re
 
 import pytest
+
+import eqx_embedding
 
 from .helpers import run_python
 
@@ -45,6 +48,7 @@ calls = {
     "a layer of what": lambda: EmbeddingLookup(jnp.ones((5, 3))),
     "text as size": lambda: make(5, {"embedding": "3"}, key=key),
     "float as second size": lambda: make(5, {"heads": 3, "features": 2.5}, key=key),
+    "size as axes": lambda: make(5, 8, key=key),
     "pairs of axes": lambda: make(5, [("embedding", 3)], key=key),
     "number as axis": lambda: make(5, {"embedding": 3}, 0, key=key),
     "text as initializer": lambda: make(5, {"embedding": 3}, initializer="normal", key=key),
@@ -114,7 +118,8 @@ def error(call):
     try:
         call()
     except Exception as e:
-        return f"{type(e).__name__}: {e}"
+        notes = [note for note in getattr(e, "__notes__", []) if note.startswith("Instead of")]
+        return "\\n".join([f"{type(e).__name__}: {e}", *notes])
 
 
 errors = {name: error(call) for name, call in calls.items()}
@@ -207,6 +212,7 @@ def unchecked():
         ("float size", "vocab_size", "5.0"),
         ("a layer of what", "table", r"f32\[5,3\]"),
         ("text as size", "embedding_axes", "{'embedding': '3'}"),
+        ("size as axes", "embedding_axes", "8"),
         ("pairs of axes", "embedding_axes", r"\[\('embedding', 3\)\]"),
         ("number as axis", "vocabulary_axis", "0"),
         ("text as initializer", "initializer", "'normal'"),
@@ -347,6 +353,29 @@ def test_wrong_tokens_and_policies_are_clear_errors_without_checks(unchecked):
     assert unchecked["bool tokens"] == "TypeError: tokens must be integers, got bool."
     assert unchecked["numpy bools"] == "TypeError: tokens must be integers, got bool."
     assert unchecked["text"].startswith("TypeError: tokens must be integers")
+
+
+@pytest.mark.parametrize(
+    "call, suggestion",
+    [
+        ("size as axes", "Instead of embedding_axes=8, use {'embedding': 8}."),
+        ("number as key", "Instead of key=0, use jax.random.key(0)."),
+        ("number as key of a resize", "Instead of key=0, use jax.random.key(0)."),
+    ],
+)
+def test_a_common_mistake_ends_with_what_to_write(checked, unchecked, call, suggestion):
+    for error in checked[call], unchecked[call]:
+        assert re.match("(TypeCheck|Type)Error: ", error) and error.endswith(f"\n{suggestion}")
+
+
+def test_help_shows_the_public_names_and_no_other():
+    names = run_python("import eqx_embedding, json; print(json.dumps(eqx_embedding.__all__))")
+    text = pydoc.plain(pydoc.render_doc(eqx_embedding))
+    sections = dict(re.findall(r"^([A-Z]+)\n((?:    .*\n|\n)+)", text, re.MULTILINE))
+    functions = set(re.findall(r"^    (\w+)\(", sections["FUNCTIONS"], re.MULTILINE))
+    classes = set(re.findall(r"^    class (\w+)\(", sections["CLASSES"], re.MULTILINE))
+    assert functions | classes == set(names)
+    assert re.findall(r"^    (\w+) =", sections["DATA"], re.MULTILINE) == ["__all__"]
 
 
 def test_checks_are_off_with_jaxtyping_disable(unchecked):
