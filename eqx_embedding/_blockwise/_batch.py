@@ -83,7 +83,8 @@ def total_loss(
         tokens = weights, data, closure, targets, mask
         head, tokens = _mark_shared(split, head, tokens)
         local = _for_device(options, split)
-        total, scores = device_total(local, function, return_scores, *head, *tokens)
+        both: Any = device_total(local, function, return_scores, *head, *tokens)
+        total, scores = both
         scores = jax.tree.map(lambda s: s.reshape(batch_shape), scores)
         return sum_over(split.all_batch, total), scores
 
