@@ -208,12 +208,13 @@ def _total_and_gradients(
             scores if return_scores else None,
         )
 
-    d_closure = jax.tree.map(_wide_zeros, eqx.filter(closure, eqx.is_inexact_array))
+    floats = eqx.filter(closure, eqx.is_inexact_array)
+    d_closure = jax.tree.map(_wide_zeros, floats)
     sums = jnp.zeros((), weights.dtype), d_closure, _zeros_like(head, options.wide)
     chunks = _chunks_of(options, hidden, rows, mask)
     sums, results = chunks.run(chunk, (hidden, targets, weights, data), sums)
     (total, d_closure, d_head), (d_hidden, losses, d_data, scores) = sums, results
-    d_closure = jax.tree.map(lambda d, a: d.astype(a.dtype), d_closure, closure)
+    d_closure = jax.tree.map(lambda d, a: d.astype(a.dtype), d_closure, floats)
     gradients = d_hidden, *d_head, losses, d_data, d_closure
     return (total, scores), gradients
 
@@ -224,7 +225,12 @@ def _device_total_backward(
     cotangent, _ = cotangents  # the scores have no gradient
 
     def scale(cotangent: Array, gradients: Any) -> Any:
-        return jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
+        def scale_one(gradient: Array) -> Array:
+            dtype = at_least_float32(gradient.dtype)
+            product = cotangent.astype(dtype) * gradient.astype(dtype)
+            return product.astype(gradient.dtype)
+
+        return jax.tree.map(scale_one, gradients)
 
     types = jax.tree.map(device_type, gradients)
     return *without_devices(scale, types, cotangent, gradients), None, None
