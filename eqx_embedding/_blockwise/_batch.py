@@ -40,7 +40,7 @@ def score_tokens(
     def on_device(hidden, rows, bias, targets, mask):
         head = _flatten_head(options, hidden, rows, bias)
         head, tokens = _mark_shared(split, head, _flatten(targets.ndim, (targets, mask)))
-        scores = device_scores(_for_device(options, split), used, *head, *tokens)
+        scores = device_scores(_for_device(options, split, head), used, *head, *tokens)
         return jax.tree.map(lambda s: s.reshape(targets.shape), scores)
 
     def on_devices(*operands):
@@ -82,7 +82,7 @@ def total_loss(
         weights, data, targets, mask = _flatten(weights.ndim, (weights, data, targets, mask))
         tokens = weights, data, closure, targets, mask
         head, tokens = _mark_shared(split, head, tokens)
-        local = _for_device(options, split)
+        local = _for_device(options, split, head)
         both: Any = device_total(local, function, return_scores, *head, *tokens)
         total, scores = both
         scores = jax.tree.map(lambda s: s.reshape(batch_shape), scores)
@@ -186,10 +186,11 @@ def _where(mask: Array | None, array: Array, value: float) -> Array:
     return jnp.where(mask, array, jnp.asarray(value).astype(array.dtype))
 
 
-def _for_device(options: Options, split: Split) -> Options:
+def _for_device(options: Options, split: Split, head: PyTree) -> Options:
     """Inside of the devices, which have a mesh of their own."""
     mesh = jax.sharding.get_abstract_mesh() if split.all_vocabulary else None
-    return options._replace(mesh=mesh, vocabulary_axes=split.all_vocabulary)
+    outer = device_type(head).varying - {*split.mapped} if split.mapped else frozenset()
+    return options._replace(mesh=mesh, vocabulary_axes=split.all_vocabulary, outer_axes=outer)
 
 
 def _flatten_head(options: Options, hidden: Array, rows: Array, bias: Array | None) -> Any:

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from .._inputs import at_least_float32, nan_where
 from ._chunks import Chunks
-from ._devices import device_type, without_devices
+from ._devices import device_type, DeviceType, without_devices
 from ._function import TokenFunction
 from ._gradients import chunk_gradients, HeadGradient
 from ._logits import Head, is_unknown, make_head, Options
@@ -76,13 +76,14 @@ def _scores(
 
 
 def _device_scores_forward(options: Options, used: Used, *operands: Any) -> Any:
-    return device_scores(options, used, *operands), operands
+    saved = tuple(map(functools.partial(_hide, options), operands))
+    return device_scores(options, used, *operands), saved
 
 
 def _device_scores_backward(
     options: Options, used: Used, operands: Any, cotangents: TokenScores
 ) -> Any:
-    types = tuple(map(device_type, operands[:3]))
+    types = tuple(_shown(options, device_type(operand)) for operand in operands[:3])
     gradients = functools.partial(_score_gradients, options, used)
     return *without_devices(gradients, types, *operands, cotangents[:4]), None, None
 
@@ -174,7 +175,7 @@ def _device_total_forward(
     options: Options, function: TokenFunction, return_scores: bool, *operands: Any
 ) -> Any:
     both = functools.partial(_total_and_gradients, options, function, return_scores)
-    types = tuple(map(device_type, operands[:6]))
+    types = tuple(_hidden(options, device_type(operand)) for operand in operands[:6])
     return without_devices(both, (device_type(operands[3]), types), *operands)
 
 
@@ -232,11 +233,30 @@ def _device_total_backward(
 
         return jax.tree.map(scale_one, gradients)
 
-    types = jax.tree.map(device_type, gradients)
+    head = tuple(_shown(options, device_type(gradient)) for gradient in gradients[:3])
+    tokens = device_type(cotangent)
+    types = *head, tokens, tokens, tokens
     return *without_devices(scale, types, cotangent, gradients), None, None
 
 
 device_total.defvjp(_device_total_forward, _device_total_backward)
+
+
+# JAX cannot save what differs along the axes of two `jax.shard_map`, one inside the other, from the
+# forward pass for the backward pass. So the types of what is saved do not name the outer axes.
+
+
+def _hidden(options: Options, kind: DeviceType) -> DeviceType:
+    return kind._replace(varying=kind.varying - options.outer_axes)
+
+
+def _shown(options: Options, kind: DeviceType) -> DeviceType:
+    return kind._replace(varying=kind.varying | options.outer_axes)
+
+
+def _hide(options: Options, operand: Any) -> Any:
+    kind = _hidden(options, device_type(operand))
+    return without_devices(lambda operand: operand, kind, operand)
 
 
 def _wide_zeros(array: Array) -> Array:
