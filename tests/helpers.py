@@ -131,12 +131,11 @@ def scores_reference(layer, hidden, targets) -> TokenScores:
     targets, maximum = np.asarray(targets), z.max(-1, keepdims=True)
     lse = maximum + np.log(np.exp(z - maximum).sum(-1, keepdims=True))
     log_p = z - lse
+    terms = np.multiply(np.exp(log_p), log_p, where=z > -np.inf, out=np.zeros(z.shape))
     return TokenScores(
         log_prob=np.take_along_axis(log_p, targets[..., None], -1)[..., 0],
         mean_log_prob=log_p.mean(-1),
-        entropy=-np.multiply(np.exp(log_p), log_p, where=z > -np.inf, out=np.zeros(z.shape)).sum(
-            -1
-        ),
+        entropy=-terms.sum(-1),
         logsumexp=lse[..., 0],
         is_top=z.argmax(-1) == targets,
     )
@@ -164,6 +163,21 @@ def plain_scores(layer, hidden, targets) -> TokenScores:
         logsumexp=jax.nn.logsumexp(logits, -1),
         is_top=jnp.argmax(logits, -1) == targets,
     )
+
+
+def plain_loss(fn, layer, hidden, targets, *data, weights=None, reduction="mean") -> jax.Array:
+    """`EmbeddingDecode.token_loss` from all logits, for JAX to differentiate."""
+    scores = plain_scores(layer, hidden, targets)
+    for _ in targets.shape:
+        fn = jax.vmap(fn)
+    losses = fn(scores, *data).astype(hidden.dtype)
+    if weights is None:
+        weights = jnp.ones(targets.shape, hidden.dtype)
+    losses = weights * jnp.where(weights != 0, losses, 0)
+    if reduction == "none":
+        return losses
+    total = jnp.where(jnp.any(weights != 0), jnp.sum(weights), 1)
+    return jnp.sum(losses) / (total if reduction == "mean" else 1)
 
 
 def cross_entropy_reference(
