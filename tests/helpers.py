@@ -161,7 +161,7 @@ def plain_scores(layer, hidden, targets) -> TokenScores:
         mean_log_prob=jnp.mean(log_p, -1),
         entropy=-jnp.sum(jnp.exp(log_p) * log_p, -1),
         logsumexp=jax.nn.logsumexp(logits, -1),
-        is_top=jnp.argmax(logits, -1) == targets,
+        is_top=jnp.argmax(logits, -1).astype(targets.dtype) == targets,
     )
 
 

@@ -25,7 +25,7 @@ from .helpers import (
 
 
 BATCH = (3, 11)
-TARGETS = np.arange(33).reshape(BATCH) % VOCAB_SIZE
+TARGETS = (np.arange(33).reshape(BATCH) % VOCAB_SIZE).astype(np.int32)
 CHUNK_SIZE = 16  # two chunks and a token
 FLOATS = ("log_prob", "mean_log_prob", "entropy", "logsumexp")
 
