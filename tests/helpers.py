@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_embedding import EmbeddingTable
+from eqx_embedding import EmbeddingTable, TokenScores
 
 
 class Keys:
@@ -123,6 +123,61 @@ def token_losses_reference(layer, hidden, targets, label_smoothing=0.0, z_loss=0
     chosen = np.multiply(wanted, z, out=np.zeros(z.shape), where=wanted != 0)  # a logit may be -inf
     losses = lse[..., 0] - chosen.sum(-1) + z_loss * lse[..., 0] ** 2
     return losses, (1 + 2 * z_loss * lse) * np.exp(z - lse) - wanted
+
+
+def scores_reference(layer, hidden, targets) -> TokenScores:
+    """The scores in float64, for targets in range. 0 log 0 is 0."""
+    z = decode_reference(layer.table, hidden, layer.soft_cap)
+    targets, maximum = np.asarray(targets), z.max(-1, keepdims=True)
+    lse = maximum + np.log(np.exp(z - maximum).sum(-1, keepdims=True))
+    log_p = z - lse
+    terms = np.multiply(np.exp(log_p), log_p, where=z > -np.inf, out=np.zeros(z.shape))
+    return TokenScores(
+        log_prob=np.take_along_axis(log_p, targets[..., None], -1)[..., 0],
+        mean_log_prob=log_p.mean(-1),
+        entropy=-terms.sum(-1),
+        logsumexp=lse[..., 0],
+        is_top=z.argmax(-1) == targets,
+    )
+
+
+def plain_logits(layer, hidden) -> jax.Array:
+    """The logits, for JAX to differentiate."""
+    table = layer.table
+    axis = table.axis_names.index(table.vocabulary_axis)
+    rows = jnp.moveaxis(table.embeddings, axis, -1)[..., : table.vocab_size]
+    logits = jnp.tensordot(hidden, rows, rows.ndim - 1)
+    if table.bias is not None:
+        logits += jnp.expand_dims(table.bias[: table.vocab_size], range(logits.ndim - 1))
+    return logits if layer.soft_cap is None else layer.soft_cap * jnp.tanh(logits / layer.soft_cap)
+
+
+def plain_scores(layer, hidden, targets) -> TokenScores:
+    """The scores from all logits, for JAX to differentiate, for targets in range."""
+    logits = plain_logits(layer, hidden)
+    log_p = jax.nn.log_softmax(logits)
+    return TokenScores(
+        log_prob=jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0],
+        mean_log_prob=jnp.mean(log_p, -1),
+        entropy=-jnp.sum(jnp.exp(log_p) * log_p, -1),
+        logsumexp=jax.nn.logsumexp(logits, -1),
+        is_top=jnp.argmax(logits, -1).astype(targets.dtype) == targets,
+    )
+
+
+def plain_loss(fn, layer, hidden, targets, *data, weights=None, reduction="mean") -> jax.Array:
+    """`EmbeddingDecode.token_loss` from all logits, for JAX to differentiate."""
+    scores = plain_scores(layer, hidden, targets)
+    for _ in targets.shape:
+        fn = jax.vmap(fn)
+    losses = fn(scores, *data).astype(hidden.dtype)
+    if weights is None:
+        weights = jnp.ones(targets.shape, hidden.dtype)
+    losses = weights * jnp.where(weights != 0, losses, 0)
+    if reduction == "none":
+        return losses
+    total = jnp.where(jnp.any(weights != 0), jnp.sum(weights), 1)
+    return jnp.sum(losses) / (total if reduction == "mean" else 1)
 
 
 def cross_entropy_reference(
