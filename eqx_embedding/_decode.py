@@ -216,7 +216,9 @@ class EmbeddingDecode(eqx.Module):
             gradient in reverse mode. Gradients reach what it closes over, too.
         - `hidden`, `targets`, `weights`, `ignore_index`, `chunk_size`, `rules`: as in
             [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
-        - `data`: arrays of shape `*batch ...`, such as advantages; they have gradients.
+        - `data`: arrays of shape `*batch ...`, such as advantages; they have gradients. Those of
+            float16 data, and of float16 arrays that `fn` closes over, are rounded before the scale
+            of the loss reaches them: under loss scaling, give them in float32.
         - `reduction`: `"mean"`, weighted, and 0 when all weights are zero; `"sum"`; or `"none"`,
             of shape `*batch`: the loss of each token times its weight, whose gradient computes the
             logits again. Defaults to `"mean"`.

@@ -152,23 +152,10 @@ def weighted_losses(
     `of_example` says which arrays of the closure have the first axis of the batch, too.
     """
 
-    def on_device(scores, weights, data, closure, mask):
-        # In the place of what the mask leaves out stand numbers that hardly any function turns into
-        # NaN or infinity, for zero times these would reach the gradient of `closure`.
-        numbers = -0.5, -1.0, 0.5, 1.0, 0.0
-        of_counted = TokenScores(*map(functools.partial(_where, mask), scores, numbers))
-        tokens = of_counted, tuple(_where(mask, array, 0.5) for array in data)
-        of_tokens = function
-        for _ in range(weights.ndim - (of_example is not None)):
-            of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, None))
-        if of_example is not None:
-            axes = tuple(0 if mapped else None for mapped in of_example)
-            of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, axes))
-        _, tokens = _mark_shared(split, (), (*tokens, closure))
-        losses = weights * without_devices(of_tokens, device_type(tokens), *tokens)
-        # a target out of range makes the loss NaN, even if `function` does not look at it
-        nan = nan_where(jnp.isnan(scores.log_prob), jnp.zeros_like(losses))
-        return _where(mask, losses + lax.stop_gradient(nan), 0.0)
+    def on_device(*operands):
+        _, operands = _mark_shared(split, (), operands)
+        local = functools.partial(_weigh_losses, function, of_example)
+        return without_devices(local, device_type(operands), *operands)
 
     batch = P(*split.batch)
     of_closure = P(split.batch[0]) if split.batch else P()
@@ -178,12 +165,48 @@ def weighted_losses(
     return split.map(on_device, specs, batch, (scores, weights, data, closure, mask))
 
 
-def _where(mask: Array | None, array: Array, value: float) -> Array:
+def _weigh_losses(
+    function: TokenFunction,
+    of_example: tuple[bool, ...] | None,
+    scores: TokenScores,
+    weights: Array,
+    data: tuple[Array, ...],
+    closure: tuple[Array, ...],
+    mask: Array | None,
+) -> Array:
+    of_tokens = function
+    for _ in range(weights.ndim - (of_example is not None)):
+        of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, None))
+    if of_example is not None:
+        axes = tuple(0 if mapped else None for mapped in of_example)
+        of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, axes))
+    # What the mask leaves out must not reach the gradient of `closure`: NaN times zero is NaN.
+    counted = functools.partial(_repeat_counted, mask)
+    numbers = TokenScores(*map(counted, scores, (-0.5, -1.0, 0.5, 1.0, 0.0)))
+    losses = weights * of_tokens(numbers, tuple(counted(array, 0.5) for array in data), closure)
+    # a target out of range makes the loss NaN, even if `function` does not look at it
+    nan = nan_where(jnp.isnan(scores.log_prob), jnp.zeros_like(losses))
+    return _where(mask, losses + lax.stop_gradient(nan), 0.0)
+
+
+def _where(mask: Array | None, array: Array, value: float | Array) -> Array:
     """The array, `*batch ...`, with the value where the mask leaves a token out."""
     if mask is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
         return array
     mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
     return jnp.where(mask, array, jnp.asarray(value).astype(array.dtype))
+
+
+def _repeat_counted(mask: Array | None, array: Array, otherwise: float) -> Array:
+    """The array, with a token that counts in the place of those that the mask leaves out.
+
+    If none counts, it is a number that hardly any function turns into NaN or infinity.
+    """
+    if mask is None or mask.size == 0 or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return array
+    one = array.reshape(-1, *array.shape[mask.ndim :])[jnp.argmax(mask)]
+    value = jnp.where(jnp.any(mask), one, jnp.asarray(otherwise).astype(array.dtype))
+    return _where(mask, array, lax.stop_gradient(value)[(None,) * mask.ndim])
 
 
 def _for_device(options: Options, split: Split, head: PyTree) -> Options:

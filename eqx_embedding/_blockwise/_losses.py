@@ -51,10 +51,12 @@ def device_scores(
     mask: Array | None,
 ) -> TokenScores:
     """The scores of N tokens; zeros for those that the mask leaves out."""
-    operands = hidden, rows, bias, targets, mask
-    return without_devices(
-        functools.partial(_scores, options, used), device_type(targets), *operands
-    )
+    return _all_scores(options, used, hidden, rows, bias, targets, mask)
+
+
+def _all_scores(options: Options, used: Used, *operands: Any) -> TokenScores:
+    kind = device_type(operands[3])
+    return without_devices(functools.partial(_scores, options, used), kind, *operands)
 
 
 def _scores(
@@ -77,7 +79,7 @@ def _scores(
 
 def _device_scores_forward(options: Options, used: Used, *operands: Any) -> Any:
     saved = tuple(map(functools.partial(_hide, options), operands))
-    return device_scores(options, used, *operands), saved
+    return _all_scores(options, used, *operands), saved
 
 
 def _device_scores_backward(
@@ -163,8 +165,8 @@ def _total(
         total: Array, is_token: Array | None, x: Array, y: Array, w: Array, data: tuple[Array, ...]
     ) -> Any:
         scores = chunk_scores(options, used, head, x, y)
-        w = nan_where(jnp.isnan(scores.log_prob), w)
-        losses = _only(is_token, w * function.of_tokens(scores, data, closure))
+        losses = w * function.of_tokens(scores, data, closure)
+        losses = _only(is_token, nan_where(jnp.isnan(scores.log_prob), losses))
         return total + jnp.sum(losses), scores if return_scores else None
 
     chunks, zero = _chunks_of(options, hidden, rows, mask), jnp.zeros((), weights.dtype)
@@ -193,9 +195,9 @@ def _total_and_gradients(
         def of_tokens(scores: TokenScores) -> Any:
             losses, pullback = eqx.filter_vjp(function.of_tokens, scores, data, closure)
             # a target out of range makes the loss NaN, even if `function` does not look at it
-            checked = nan_where(jnp.isnan(scores.log_prob), w)
-            d_scores, *others = pullback(_only(is_token, checked))
-            return d_scores, (scores, checked * losses, losses, *others)
+            unknown = jnp.isnan(scores.log_prob)
+            d_scores, *others = pullback(_only(is_token, nan_where(unknown, w)))
+            return d_scores, (scores, nan_where(unknown, w * losses), losses, *others)
 
         d_x, d_head, (scores, weighted, losses, d_data, new) = chunk_gradients(
             options, used, head, x, y, of_tokens, d_head

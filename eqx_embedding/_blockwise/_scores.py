@@ -129,12 +129,13 @@ def as_scores(options: Options, targets: Int[Array, " C"], statistics: Statistic
     maximum, total, target_z, below, weighted, top = statistics
     log_total = jnp.log(total)
     # Differences to the maximum come first, so that large logits keep their precision.
+    log_prob = nan_where(is_unknown(options, targets), (target_z - maximum) - log_total)
     return TokenScores(
-        log_prob=nan_where(is_unknown(options, targets), (target_z - maximum) - log_total),
+        log_prob=log_prob,
         mean_log_prob=below / options.vocab_size - log_total,
         entropy=jnp.maximum(log_total - weighted / total, 0.0),
         logsumexp=maximum + log_total,
-        is_top=top == targets,
+        is_top=(top == targets) & ~jnp.isnan(log_prob),
     )
 
 
