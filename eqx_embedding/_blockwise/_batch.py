@@ -133,7 +133,7 @@ def _totals_of_examples(
     total = sum_over(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
     if not return_scores:
         return total, None
-    return total, TokenScores(*(_where(mask, score, 0) for score in scores))
+    return total, TokenScores(*(_where(mask, score, 0.0) for score in scores))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
