@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -238,7 +239,8 @@ def test_tokens_of_weight_zero_have_zeros(kind):
     poisoned = np.where(mask[..., None], hidden, np.nan)
     scores = score(layer, poisoned, targets, chunk_size=CHUNK_SIZE, **options)
     expected = scores_reference(layer, hidden, TARGETS)
-    assert_scores(scores, TokenScores(*(np.where(mask, e, 0) for e in expected)))
+    counted: Any = [np.where(mask, e, 0) for e in expected]
+    assert_scores(scores, TokenScores(*counted))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -292,7 +293,7 @@ def test_scores_of_examples_are_those_of_the_batch(mapped):
 @pytest.mark.parametrize("mapped, reduction", [("htw", "none"), ("w", "mean")])
 def test_scores_come_with_the_losses_of_examples(mapped, reduction):
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples(mapped)
-    options = dict(reduction=reduction, return_scores=True)
+    options: Any = dict(reduction=reduction, return_scores=True)
 
     def loss(hidden, targets, weights):
         return layer.cross_entropy(hidden, targets, weights=weights, **options)
@@ -347,7 +348,8 @@ def test_each_example_may_have_a_table_of_its_own(mapped):
     axes = 0 if mapped == "table" else None, 0
     tables = [make_layer(0.0, seed=i).table for i in range(EXAMPLES)]
     embeddings = np.stack([table.embeddings for table in tables])
-    arrays = embeddings if mapped == "table" else embeddings[0], np.stack([t.bias for t in tables])
+    biases: Any = [table.bias for table in tables]
+    arrays = embeddings if mapped == "table" else embeddings[0], np.stack(biases)
 
     def losses(token_loss):
         def of_example(embeddings, bias, *example):
@@ -462,7 +464,7 @@ def test_chunks_of_masked_tokens_are_skipped(gradients):
         return scores.log_prob + zero
 
     def loss(hidden, weights):
-        options = dict(weights=weights, chunk_size=CHUNK_SIZE)
+        options: Any = dict(weights=weights, chunk_size=CHUNK_SIZE)
         return layer.token_loss(fn, hidden, targets, **options)
 
     run = quick_jit(jax.grad(loss) if gradients else loss)
@@ -495,6 +497,7 @@ def test_chunks_are_skipped_under_vmap_too(mapped):
 
     def conditions(function):
         text = jax.jit(function).lower(hidden, weights).compile().as_text()
+        assert text is not None
         return text.count("conditional(")
 
     assert conditions(total) >= 1
