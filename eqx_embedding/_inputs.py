@@ -134,13 +134,17 @@ def prepare_tokens(
     targets, in_range = tokens_in_range("targets", targets, vocab_size)
     all_count = weights is None and ignore_index is None
     weights = jnp.ones_like(targets, dtype) if weights is None else _as_weights(weights)
-    mask = (
-        None if all_count else place(jnp.asarray(weights.astype(bool)))
-    )  # before anything narrows them
-    weights = place(_narrow(weights, dtype, normalize, mesh_axes))
+    # before anything narrows the weights
+    mask = None if all_count else place(jnp.asarray(weights.astype(bool)))
     if mask is not None and ignore_index is not None and _fits(ignore_index, targets.dtype):
-        counts = place(jnp.asarray(targets != as_int(ignore_index)))
-        mask, weights = mask & counts, jnp.where(counts, weights, 0)
+        counts = targets != as_int(ignore_index)
+        mask = mask & place(jnp.asarray(counts))
+        if isinstance(counts, np.ndarray) and isinstance(weights, np.ndarray):
+            weights = np.where(counts, weights, np.zeros((), weights.dtype))
+        else:
+            weights = place(jnp.asarray(weights.astype(dtype)))
+            weights = jnp.where(place(jnp.asarray(counts)), weights, 0)
+    weights = place(_narrow(weights, dtype, normalize, mesh_axes))
     if normalize:
         # A sum of zero does not say that no token counts: 1 and -1
         counted = jnp.asarray(weights.size) if mask is None else jnp.sum(mask)

@@ -502,3 +502,25 @@ def test_chunks_are_skipped_under_vmap_too(mapped):
 
     assert conditions(total) >= 1
     assert conditions(jax.value_and_grad(total)) >= 2
+
+
+def test_masked_places_repeat_tokens_of_their_own_example():
+    """Each example closes over another number, and no token of the other one is in its domain."""
+    layer, hidden = make_layer(), make_array((2, 3, 2, 3), seed=2)
+    targets, weights = np.arange(6).reshape(2, 3), jnp.asarray([[1.0, 1, 1], [1, 0, 1]])
+    smallest, data = jnp.asarray([0.0, 2.0]), jnp.asarray([[1.0] * 3, [3.0] * 3])
+
+    def loss(smallest, hidden, targets, weights, data):
+        def fn(scores, x):
+            return jnp.sqrt(x - smallest) * scores.log_prob
+
+        return layer.token_loss(fn, hidden, targets, data, weights=weights)
+
+    batch = hidden, targets, weights, data
+    together = jax.grad(lambda s: jnp.sum(jax.vmap(loss)(s, *batch)))(smallest)
+    alone = [jax.grad(loss)(smallest[i], *(array[i] for array in batch)) for i in range(2)]
+    assert_close(together, np.stack(alone))
+    broken = hidden.at[0, 0].set(jnp.nan), *batch[1:]
+    together = jax.grad(lambda s: jnp.sum(jax.vmap(loss)(s, *broken)))(smallest)
+    assert np.isnan(together[0])
+    assert_close(together[1], alone[1])

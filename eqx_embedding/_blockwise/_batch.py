@@ -174,12 +174,13 @@ def _weigh_losses(
     closure: tuple[Array, ...],
     mask: Array | None,
 ) -> Array:
-    of_tokens = function
-    for _ in range(weights.ndim - (of_example is not None)):
-        of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, None))
-    if of_example is not None:
+    if of_example is not None:  # with a closure of its own, each is mapped by itself
         axes = tuple(0 if mapped else None for mapped in of_example)
-        of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, axes))
+        each = functools.partial(_weigh_losses, function, None)
+        return jax.vmap(each, (0, 0, 0, axes, 0))(scores, weights, data, closure, mask)
+    of_tokens = function
+    for _ in range(weights.ndim):
+        of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, None))
     # What the mask leaves out must not reach the gradient of `closure`: NaN times zero is NaN.
     counted = functools.partial(_repeat_counted, mask)
     numbers = TokenScores(*map(counted, scores, (-0.5, -1.0, 0.5, 1.0, 0.0)))

@@ -46,6 +46,7 @@ class Chunks:
         if count > 1:
             C = -(-C // 16) * 16  # whole vectors, whatever N is
             count = -(-N // C)
+            C = N if count == 1 else C
         self.num_tokens, self.count, self.size = N, count, C
         self.mask = mask if N > 0 else None
         if self.mask is not None:

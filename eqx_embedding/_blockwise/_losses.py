@@ -78,14 +78,14 @@ def _scores(
 
 
 def _device_scores_forward(options: Options, used: Used, *operands: Any) -> Any:
-    saved = tuple(map(functools.partial(_hide, options), operands))
+    saved = tuple(map(functools.partial(_save, options), operands))
     return _all_scores(options, used, *operands), saved
 
 
 def _device_scores_backward(
     options: Options, used: Used, operands: Any, cotangents: TokenScores
 ) -> Any:
-    types = tuple(_shown(options, device_type(operand)) for operand in operands[:3])
+    types = tuple(_with_outer_axes(options, device_type(operand)) for operand in operands[:3])
     gradients = functools.partial(_score_gradients, options, used)
     return *without_devices(gradients, types, *operands, cotangents[:4]), None, None
 
@@ -177,7 +177,7 @@ def _device_total_forward(
     options: Options, function: TokenFunction, return_scores: bool, *operands: Any
 ) -> Any:
     both = functools.partial(_total_and_gradients, options, function, return_scores)
-    types = tuple(_hidden(options, device_type(operand)) for operand in operands[:6])
+    types = tuple(_without_outer_axes(options, device_type(operand)) for operand in operands[:6])
     return without_devices(both, (device_type(operands[3]), types), *operands)
 
 
@@ -235,7 +235,7 @@ def _device_total_backward(
 
         return jax.tree.map(scale_one, gradients)
 
-    head = tuple(_shown(options, device_type(gradient)) for gradient in gradients[:3])
+    head = tuple(_with_outer_axes(options, device_type(gradient)) for gradient in gradients[:3])
     tokens = device_type(cotangent)
     types = *head, tokens, tokens, tokens
     return *without_devices(scale, types, cotangent, gradients), None, None
@@ -248,16 +248,16 @@ device_total.defvjp(_device_total_forward, _device_total_backward)
 # forward pass for the backward pass. So the types of what is saved do not name the outer axes.
 
 
-def _hidden(options: Options, kind: DeviceType) -> DeviceType:
+def _without_outer_axes(options: Options, kind: DeviceType) -> DeviceType:
     return kind._replace(varying=kind.varying - options.outer_axes)
 
 
-def _shown(options: Options, kind: DeviceType) -> DeviceType:
+def _with_outer_axes(options: Options, kind: DeviceType) -> DeviceType:
     return kind._replace(varying=kind.varying | options.outer_axes)
 
 
-def _hide(options: Options, operand: Any) -> Any:
-    kind = _hidden(options, device_type(operand))
+def _save(options: Options, operand: Any) -> Any:
+    kind = _without_outer_axes(options, device_type(operand))
     return without_devices(lambda operand: operand, kind, operand)
 
 
