@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -206,8 +207,8 @@ def make_mixed(dtype, table_dtype="float32", **options):
     """A layer, and one for the references, whose embeddings are rounded to `dtype`."""
     table = make_table("middle", table_dtype, with_bias=True)
     exact = dataclasses.replace(table, embeddings=rounded(table.embeddings, dtype))
-    options = dict(soft_cap=3.0) | options
-    return EmbeddingDecode(table, dtype=dtype, **options), EmbeddingDecode(exact, **options)
+    given: Any = dict(soft_cap=3.0) | options
+    return EmbeddingDecode(table, dtype=dtype, **given), EmbeddingDecode(exact, **given)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -247,7 +248,7 @@ def test_a_loss_of_mixed_precision_rounds_factors_alone(reduction):
     layer, exact = make_mixed("bfloat16")
     hidden, targets = make_hidden(layer, (2, 3)), np.arange(6).reshape(2, 3)
     cotangent = 1.0 if reduction == "mean" else np.asarray(make_array((2, 3), seed=3))
-    options = dict(reduction=reduction, label_smoothing=0.1, z_loss=0.01)
+    options: Any = dict(reduction=reduction, label_smoothing=0.1, z_loss=0.01)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)

@@ -410,4 +410,5 @@ def test_examples_split_over_an_explicit_mesh_share_the_table():
     assert for_table.embeddings.sharding.spec == P("model", None)
     assert for_hidden.sharding.spec == P("data", None, None)
     text = compiled.as_text()
+    assert text is not None
     assert f",{V // 4},{D}]" not in text and f",{V},{D}]" not in text
