@@ -26,9 +26,7 @@ class Options(NamedTuple):
     tiles: bool  # whether a device can cut its rows into tiles
     mesh: AbstractMesh | None = None
     vocabulary_axes: tuple[str, ...] = ()  # manual axes of the mesh that split the rows
-    outer_axes: frozenset[str] = (
-        frozenset()
-    )  # those of a `jax.shard_map` around that of the devices
+    outer_axes: frozenset[str] = frozenset()  # of a `jax.shard_map` around that one
 
     def plan(self, V: int, D: int) -> Plan:
         plan = make_plan(V, D, self.dtype, self.wide, self.tiles)

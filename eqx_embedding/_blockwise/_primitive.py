@@ -29,9 +29,7 @@ def call_as_one(
     function: Callable[..., Any], *arguments: Any, vmap_rule: VmapRule | None = None
 ) -> Any:
     """`function(*arguments)`; it closes over no array."""
-    if getattr(
-        jax.config, "jax_disable_jit"
-    ):  # for who looks for a fault, and wants to see each line
+    if getattr(jax.config, "jax_disable_jit"):  # to find a fault line by line
         return function(*arguments)
     leaves, structure = jax.tree.flatten(arguments)
 
