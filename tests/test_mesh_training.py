@@ -122,11 +122,11 @@ def test_two_processes_reach_the_losses_of_one_and_the_first_alone_prints(alone,
     assert [process.returncode for process in processes] == [0, 0], printed
     np.testing.assert_allclose(losses(config), losses(alone), rtol=1e-5)
     assert (config.out / "sample.txt").exists()
-    assert "held out:" in printed[0][0]
-    # gloo, the library that connects them, speaks of itself on both, from several threads at once
-    ours, theirs = (set(out.splitlines()) for out, _ in printed)
-    of_gloo = {line for line in ours | theirs if "Gloo" in line or not line.strip()}
-    assert not ours & theirs - of_gloo, printed
+    # Not all of what is printed: gloo, which connects the two, prints from several threads at once.
+    ours, theirs = (out for out, _ in printed)
+    for words in ("bytes to learn from", "held out:", "parameters", "tokens a step", "8 steps,"):
+        assert words in ours, printed
+        assert words not in theirs, printed
 
 
 def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(text, tmp_path, jax_defaults):
