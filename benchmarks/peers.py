@@ -64,7 +64,7 @@ class Torch:
         def loss(hidden, rows, targets):
             return torch.nn.functional.cross_entropy(hidden @ rows.T, targets)
 
-        # it compiles when it is called, and then fails if there is no compiler of C++
+        # It compiles at its first call, which fails if there is no C++ compiler.
         self.loss = torch.compile(loss, dynamic=False) if compiled else loss
 
     def __call__(self):

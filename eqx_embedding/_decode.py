@@ -71,7 +71,7 @@ class EmbeddingDecode(eqx.Module):
     - `soft_cap`: keeps the logits between `-soft_cap` and `soft_cap`, as
         `soft_cap * tanh(logits / soft_cap)`, after the bias, as in
         [Gemma 2](https://arxiv.org/abs/2408.00118). A number, not traced, of at most 1e30.
-        Defaults to `None`, which is no cap.
+        Defaults to `None`: logits are not capped.
     - `logits_dtype`: the dtype of the logits. Defaults to `None`: `dtype` if that is given, else
         JAX's promotion of the hidden vector, the embeddings and the bias. Losses and scores do not
         depend on it.

@@ -63,8 +63,8 @@ def as_array(name: str, array: Any) -> Array | np.ndarray:
 
 
 def as_whole_array(name: str, array: Any) -> Array | np.ndarray:
-    """The same, and a 64-bit JAX array as a NumPy array where JAX would narrow it to compare it:
-    it was made in the 64-bit mode, and is used outside of it."""
+    """Like `as_array`, but a 64-bit JAX array that is used outside of JAX's 64-bit mode becomes a
+    NumPy array: JAX would narrow it to compare it."""
     array = as_array(name, array)
     if isinstance(array, np.ndarray) or array.dtype == jax.dtypes.canonicalize_dtype(array.dtype):
         return array

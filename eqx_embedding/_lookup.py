@@ -120,7 +120,7 @@ class EmbeddingLookup(eqx.Module):
                 'out_of_range="raise" or "clip".'
             )
         of_device = tokens if isinstance(tokens, jax.Array) else None
-        split = find_split(table, jnp.moveaxis(array, axis, 0), of_device, 0, rules)
+        split = find_split(table, array, of_device, 0, rules, axis)
         vocab_size, mesh_axes = split.vocab_size(table), split.manual_vocabulary
         past_the_end = vocab_size + table.padding_rows
         tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)

@@ -170,16 +170,17 @@ def sum_over(axes: Iterable[str], array: Array) -> Array:
 
 def find_split(
     table: EmbeddingTable,
-    rows: Array,
+    embeddings: Array,
     batched: Array | None,
     batch_axes: int,
     rules: Rules | None,
+    axis: int = 0,
 ) -> Split:
     """Which mesh axes split the vocabulary of a table, and a batch of tokens that it is used on.
 
     **Arguments:**
 
-    - `table`: not a stacked one; `rows`: its embeddings, the vocabulary axis first.
+    - `table`: not a stacked one; `embeddings`: its own, with the vocabulary at `axis`.
     - `batched`: tokens or hidden vectors, of which the first `batch_axes` axes may be split;
         `None` for tokens of the host.
     - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and the
@@ -190,23 +191,24 @@ def find_split(
     A `ValueError` for rules that do not fit the mesh or the arrays.
     """
     name, rules = table.vocabulary_axis, {} if rules is None else rules
-    mesh = find_mesh(rows, batched)
+    mesh = find_mesh(embeddings, batched)
     types = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     _check_rules(rules, ("batch", name), types)
     if mesh is None:
         return Split(None, known=jax.device_count() == 1)
-    split = _read_split(mesh, rows, batched, batch_axes, rules, name)
+    rows_axes = explicit_axes(embeddings)[axis]
+    split = _read_split(mesh, rows_axes, batched, batch_axes, rules, name)
     if split.batch and batched is not None:
         _check_divides(split, "batch", batched.shape[0], split.batch[0], "")
     advice = " Make the table with `pad_to_multiple_of`."
-    _check_divides(split, name, len(rows), split.vocabulary, advice)
-    _check_manual(split, name, rows, batched, has_rule=name in rules)
+    _check_divides(split, name, embeddings.shape[axis], split.vocabulary, advice)
+    _check_manual(split, name, embeddings, batched, has_rule=name in rules)
     return split
 
 
 def _read_split(
     mesh: AbstractMesh,
-    rows: Array,
+    rows_axes: Axes,
     batched: Array | None,
     batch_axes: int,
     rules: Rules,
@@ -222,7 +224,7 @@ def _read_split(
     if batch:
         batch[0] += ruled(AxisType.Auto, "batch")
     # An axis that splits the batch, too, cannot stay with the vocabulary: the table is gathered.
-    vocabulary = remaining(explicit_axes(rows)[0] + ruled(AxisType.Auto, name), batch)
+    vocabulary = remaining(rows_axes + ruled(AxisType.Auto, name), batch)
     automatic = tuple(axis for axis, kind in types.items() if kind == AxisType.Auto)
     return Split(
         mesh=mesh,
@@ -253,10 +255,10 @@ def _check_divides(split: Split, name: str, size: int, axes: Axes, advice: str) 
 
 
 def _check_manual(
-    split: Split, name: str, rows: Array, batched: Array | None, has_rule: bool
+    split: Split, name: str, embeddings: Array, batched: Array | None, has_rule: bool
 ) -> None:
     """Inside `jax.shard_map`, types say along which axes an array differs, though not why."""
-    of_table, of_batch = varying_axes(rows), varying_axes(batched)
+    of_table, of_batch = varying_axes(embeddings), varying_axes(batched)
     for what, axes, differs in (
         (f"the table of {name!r}", split.manual_vocabulary, of_table),
         ("the batch", split.manual_batch, of_batch),

@@ -14,14 +14,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from .._inputs import nan_where
 from .._sharding import Split, sum_over
 from ._devices import cast_to_varying, device_type, without_devices
 from ._function import TokenFunction
 from ._logits import Options
 from ._losses import device_scores, device_total
 from ._primitive import call_as_one
-from ._scores import TokenScores, Used
+from ._scores import nan_if_unknown, TokenScores, Used
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -185,8 +184,7 @@ def _weigh_losses(
     counted = functools.partial(_repeat_counted, mask)
     numbers = TokenScores(*map(counted, scores, (-0.5, -1.0, 0.5, 1.0, 0.0)))
     losses = weights * of_tokens(numbers, tuple(counted(array, 0.5) for array in data), closure)
-    # a target out of range makes the loss NaN, even if `function` does not look at it
-    nan = nan_where(jnp.isnan(scores.log_prob), jnp.zeros_like(losses))
+    nan = nan_if_unknown(scores, jnp.zeros_like(losses))
     return _where(mask, losses + lax.stop_gradient(nan), 0.0)
 
 

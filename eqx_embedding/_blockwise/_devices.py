@@ -61,6 +61,11 @@ def without_devices(function: Callable[..., Any], types: PyTree, *arguments: PyT
     )
 
 
+def retype(kind: DeviceType, tree: PyTree) -> PyTree:
+    """The same arrays, of another type."""
+    return _restore_type(kind, jax.tree.map(_erase_type, tree))
+
+
 def sum_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
     """Inside of `without_devices`."""
     return _collective(lax.psum, mesh, axes, array)

@@ -19,8 +19,8 @@ from ._scores import TokenScores, Used
 class TokenFunction:
     """`function(scores, data, closure)`: the loss of one token.
 
-    Two of them are equal if they compute the same by the same operations, so that a function which
-    is defined anew for each call is compiled once.
+    Two of them are equal if they compute the same by the same operations. So a function that is
+    defined again for each call is compiled once, unless it has a custom derivative.
     """
 
     def __init__(self, jaxpr: Jaxpr):

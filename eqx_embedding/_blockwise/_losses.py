@@ -21,11 +21,11 @@ from jaxtyping import Array
 
 from .._inputs import at_least_float32, nan_where
 from ._chunks import Chunks
-from ._devices import device_type, DeviceType, without_devices
+from ._devices import device_type, DeviceType, retype, without_devices
 from ._function import TokenFunction
 from ._gradients import chunk_gradients, HeadGradient
 from ._logits import Head, is_unknown, make_head, Options
-from ._scores import chunk_scores, TokenScores, Used
+from ._scores import chunk_scores, nan_if_unknown, TokenScores, Used
 
 
 def _zeros_like(head: Head, dtype: Any) -> HeadGradient:
@@ -78,8 +78,10 @@ def _scores(
 
 
 def _device_scores_forward(options: Options, used: Used, *operands: Any) -> Any:
-    saved = tuple(map(functools.partial(_save, options), operands))
-    return _all_scores(options, used, *operands), saved
+    scores = _all_scores(options, used, *operands)
+    return scores, tuple(
+        retype(_without_outer_axes(options, device_type(operand)), operand) for operand in operands
+    )
 
 
 def _device_scores_backward(
@@ -166,7 +168,7 @@ def _total(
     ) -> Any:
         scores = chunk_scores(options, used, head, x, y)
         losses = w * function.of_tokens(scores, data, closure)
-        losses = _only(is_token, nan_where(jnp.isnan(scores.log_prob), losses))
+        losses = _only(is_token, nan_if_unknown(scores, losses))
         return total + jnp.sum(losses), scores if return_scores else None
 
     chunks, zero = _chunks_of(options, hidden, rows, mask), jnp.zeros((), weights.dtype)
@@ -194,10 +196,8 @@ def _total_and_gradients(
 
         def of_tokens(scores: TokenScores) -> Any:
             losses, pullback = eqx.filter_vjp(function.of_tokens, scores, data, closure)
-            # a target out of range makes the loss NaN, even if `function` does not look at it
-            unknown = jnp.isnan(scores.log_prob)
-            d_scores, *others = pullback(_only(is_token, nan_where(unknown, w)))
-            return d_scores, (scores, nan_where(unknown, w * losses), losses, *others)
+            d_scores, *others = pullback(_only(is_token, nan_if_unknown(scores, w)))
+            return d_scores, (scores, nan_if_unknown(scores, w * losses), losses, *others)
 
         d_x, d_head, (scores, weighted, losses, d_data, new) = chunk_gradients(
             options, used, head, x, y, of_tokens, d_head
@@ -254,11 +254,6 @@ def _without_outer_axes(options: Options, kind: DeviceType) -> DeviceType:
 
 def _with_outer_axes(options: Options, kind: DeviceType) -> DeviceType:
     return kind._replace(varying=kind.varying | options.outer_axes)
-
-
-def _save(options: Options, operand: Any) -> Any:
-    kind = _without_outer_axes(options, device_type(operand))
-    return without_devices(lambda operand: operand, kind, operand)
 
 
 def _wide_zeros(array: Array) -> Array:

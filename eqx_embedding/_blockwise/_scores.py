@@ -139,6 +139,11 @@ def as_scores(options: Options, targets: Int[Array, " C"], statistics: Statistic
     )
 
 
+def nan_if_unknown(scores: TokenScores, array: Array) -> Array:
+    """A target out of range makes the loss NaN, even if the function does not look at it."""
+    return nan_where(jnp.isnan(scores.log_prob), array)
+
+
 # e to the power of this is zero, in float64 as well. Instead of -inf: zero times that is NaN.
 LOWEST = -1e4
 
