@@ -1,6 +1,7 @@
 """`EmbeddingDecode`: the logits, and their gradients. The loss has test_cross_entropy.py."""
 
 import dataclasses
+import functools
 
 import equinox as eqx
 import jax
@@ -12,6 +13,7 @@ from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
 from .helpers import (
     assert_close,
+    cross_entropy_reference,
     decode_gradient_reference,
     decode_reference,
     float64,
@@ -20,6 +22,7 @@ from .helpers import (
     make_table,
     PADDING_ROWS,
     rounding,
+    scores_reference,
     VOCAB_SIZE,
 )
 
@@ -192,6 +195,112 @@ def test_operands_of_several_dtypes_are_refused_under_strict_promotion():
         EmbeddingDecode(make_table("first"))(jnp.zeros(4, "bfloat16"))
 
 
+# Mixed precision
+
+
+def rounded(array, dtype) -> np.ndarray:
+    return float64(np.asarray(array).astype(jnp.dtype(dtype)))
+
+
+def make_mixed(dtype, table_dtype="float32", **options):
+    """A layer, and one for the references, whose embeddings are rounded to `dtype`."""
+    table = make_table("middle", table_dtype, with_bias=True)
+    exact = dataclasses.replace(table, embeddings=rounded(table.embeddings, dtype))
+    options = dict(soft_cap=3.0) | options
+    return EmbeddingDecode(table, dtype=dtype, **options), EmbeddingDecode(exact, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_logits_are_products_of_factors_of_the_given_dtype(dtype):
+    layer, exact = make_mixed(dtype, logits_dtype=jnp.float32)
+    hidden = make_hidden(layer, (2, 3))
+    logits = layer(hidden)
+    assert_close(logits, decode_reference(exact.table, rounded(hidden, dtype), 3.0))
+    plain = dataclasses.replace(layer, dtype=None)
+    assert np.abs(logits - plain(hidden)).max() > 4 * rounding("float32")
+
+
+@pytest.mark.parametrize("hidden_dtype", ["float32", "bfloat16"])
+def test_gradients_of_mixed_precision_are_not_rounded(hidden_dtype):
+    layer, exact = make_mixed("bfloat16", logits_dtype=jnp.float32)
+    hidden = make_hidden(layer, (2, 3), hidden_dtype)
+    cotangent = make_array((2, 3, VOCAB_SIZE), seed=3)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(table, hidden):
+        return jnp.vdot(dataclasses.replace(layer, table=table)(hidden), cotangent)
+
+    for_table, for_hidden = gradients(layer.table, hidden)
+    expected = decode_gradient_reference(
+        exact.table, rounded(hidden, "bfloat16"), cotangent, soft_cap=3.0
+    )
+    assert (for_table.embeddings.dtype, for_hidden.dtype) == ("float32", hidden_dtype)
+    tolerance = 1e-5 if hidden_dtype == "float32" else rounding("bfloat16")
+    assert_close(for_hidden, expected[0], tolerance)
+    assert_close(for_table.embeddings, expected[1])
+    assert_close(for_table.bias, expected[2])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_of_mixed_precision_rounds_factors_alone(reduction):
+    layer, exact = make_mixed("bfloat16")
+    hidden, targets = make_hidden(layer, (2, 3)), np.arange(6).reshape(2, 3)
+    cotangent = 1.0 if reduction == "mean" else np.asarray(make_array((2, 3), seed=3))
+    options = dict(reduction=reduction, label_smoothing=0.1, z_loss=0.01)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def run(table, hidden):
+        layer_ = dataclasses.replace(layer, table=table)
+        loss = layer_.cross_entropy(hidden, targets, **options)
+        return jnp.sum(loss * cotangent), loss
+
+    (_, loss), (for_table, for_hidden) = run(layer.table, hidden)
+    expected = cross_entropy_reference(
+        exact, rounded(hidden, "bfloat16"), targets, None, cotangent, **options
+    )
+    gradients = for_hidden, for_table.embeddings, for_table.bias
+    assert {array.dtype.name for array in (loss, *gradients)} == {"float32"}
+    for actual, wanted in zip((loss, *gradients), expected, strict=False):
+        assert_close(actual, wanted)
+    scores = layer.score(hidden, targets)
+    for actual, wanted in zip(
+        scores, scores_reference(exact, rounded(hidden, "bfloat16"), targets), strict=True
+    ):
+        assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    "logits_dtype, dtype, expected",
+    [
+        (None, None, "float32"),
+        (None, "bfloat16", "bfloat16"),
+        (None, jnp.float16, "float16"),
+        ("float16", "bfloat16", "float16"),
+        (jnp.float32, "bfloat16", "float32"),
+        ("bfloat16", None, "bfloat16"),
+    ],
+)
+def test_the_dtype_of_the_logits_goes_before_that_of_factors(logits_dtype, dtype, expected):
+    layer = EmbeddingDecode(make_table("first"), logits_dtype=logits_dtype, dtype=dtype)
+    logits = jax.eval_shape(layer, jnp.zeros((2, 4)))
+    assert logits.dtype == expected
+    # losses and scores are float32 at least
+    for loss in layer.cross_entropy, lambda *x: layer.score(*x).entropy:
+        assert jax.eval_shape(loss, jnp.zeros((2, 4)), np.zeros(2, int)).dtype == jnp.float32
+
+
+def test_operands_of_several_dtypes_need_no_promotion_to_a_given_one():
+    layer = EmbeddingDecode(make_table("first", "float16"), dtype=jnp.float32)
+    hidden = make_array((3, 4), "bfloat16")
+    logits = layer(hidden)
+    assert logits.dtype == jnp.float32
+    assert_close(logits, decode_reference(layer.table, hidden))
+    losses = layer.cross_entropy(hidden, np.arange(3), reduction="none")
+    assert_close(losses, -scores_reference(layer, hidden, np.arange(3)).log_prob)
+
+
 # The cap
 
 
@@ -236,6 +345,8 @@ def test_a_missing_or_misplaced_embedding_axis_is_an_error_that_names_them_all(s
         ({"soft_cap": float("nan")}, "soft_cap must be positive and at most 1e.30, got nan"),
         ({"logits_dtype": jnp.int32}, "logits are floats, got logits_dtype=int32"),
         ({"logits_dtype": "complex64"}, "logits are floats, got logits_dtype=complex64"),
+        ({"dtype": jnp.int8}, "factors are floats, got dtype=int8"),
+        ({"dtype": "bloat16"}, "factors are floats, got dtype='bloat16', which is not a dtype"),
     ],
 )
 def test_an_option_that_makes_no_logits_is_an_error(options, message):
@@ -324,3 +435,25 @@ def test_not_even_a_nan_in_a_padding_row_reaches_logits_or_gradients(batch):
     assert_close(gradient, np.broadcast_to(expected, hidden.shape))
     assert_close(table_gradient.bias, [tokens] * 7 + [0, 0])
     assert not np.any(table_gradient.embeddings[-2:])
+
+
+# Memory
+
+
+@pytest.mark.parametrize("names", [("vocabulary", "d"), ("d", "vocabulary")], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("batch", [(), (1,)], ids=str)
+def test_decoding_one_token_with_padding_copies_no_table(batch, with_bias, names):
+    rows, size = 4096, 256
+    shape = (rows, size) if names[0] == "vocabulary" else (size, rows)
+
+    def decode(embeddings, bias, hidden):
+        bias = bias if with_bias else None
+        table = EmbeddingTable(embeddings, names, padding_rows=60, bias=bias)
+        return EmbeddingDecode(table)(hidden)
+
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (rows,), (*batch, size)))
+    memory = jax.jit(decode).lower(*shapes).compile().memory_analysis()
+    assert memory is not None
+    # a few times the logits, where the table is 256 times as large
+    assert memory.temp_size_in_bytes < 4 * rows * 4

@@ -18,6 +18,7 @@ from .helpers import (
     make_array,
     make_table,
     plain_scores,
+    quick_jit,
     rounding,
     scores_reference,
     VOCAB_SIZE,
@@ -63,9 +64,11 @@ def mark(*places):
     return np.isin(np.arange(33).reshape(BATCH), places)
 
 
-@eqx.filter_jit
-def score(layer, hidden, targets, weights=None, **options) -> TokenScores:
+def score_of(layer, hidden, targets, weights=None, **options) -> TokenScores:
     return layer.score(hidden, targets, weights=weights, **options)
+
+
+score = quick_jit(score_of)
 
 
 def assert_scores(actual, expected, rtol=1e-5, atol=1e-6):
@@ -285,10 +288,10 @@ def differentiate(scores_of, layer, hidden, targets, cotangents):
     return gradients((layer, hidden))
 
 
-ours = eqx.filter_jit(
-    functools.partial(differentiate, functools.partial(score, chunk_size=CHUNK_SIZE))
+ours = quick_jit(
+    functools.partial(differentiate, functools.partial(score_of, chunk_size=CHUNK_SIZE))
 )
-plain = eqx.filter_jit(functools.partial(differentiate, plain_scores))
+plain = quick_jit(functools.partial(differentiate, plain_scores))
 
 
 def assert_trees_close(actual, expected, rtol=1e-10, atol=1e-13):
@@ -389,7 +392,7 @@ def test_weights_and_top_tokens_have_no_gradient():
         accuracy = jnp.mean(jnp.where(scores.is_top, 1.0, 0.0))
         return accuracy + 0 * jnp.sum(scores.log_prob)
 
-    for_hidden, for_weights = jax.jit(jax.grad(total, (0, 1)))(hidden, jnp.full(BATCH, 0.5))
+    for_hidden, for_weights = quick_jit(jax.grad(total, (0, 1)))(hidden, jnp.full(BATCH, 0.5))
     assert not np.any(for_hidden) and not np.any(for_weights)
 
 

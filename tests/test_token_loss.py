@@ -18,6 +18,7 @@ from .helpers import (
     make_array,
     make_table,
     plain_loss,
+    quick_jit,
     scores_reference,
     VOCAB_SIZE,
 )
@@ -164,7 +165,7 @@ def ours(fn, layer, hidden, targets, *data, **options):
     return layer.token_loss(fn, hidden, targets, *data, chunk_size=CHUNK_SIZE, **options)
 
 
-@eqx.filter_jit
+@quick_jit
 def differentiate(token_loss, make, reduction, operands, targets=TARGETS, cotangent=None):
     """The loss, and its gradients with respect to all operands."""
 
@@ -282,7 +283,7 @@ def test_a_batch_may_have_any_shape(batch, reduction):
         loss = token_loss(fn, layer, hidden, targets, data, reduction=reduction)
         return jnp.sum(loss), loss
 
-    run = eqx.filter_jit(lambda f, *a: jax.value_and_grad(loss, (1, 2), has_aux=True)(f, *a))
+    run = quick_jit(lambda f, *a: jax.value_and_grad(loss, (1, 2), has_aux=True)(f, *a))
     (_, value), gradients = run(ours, hidden, data)
     if 0 in batch:
         assert value.shape == (batch if reduction == "none" else ()) and not np.any(value)
@@ -300,7 +301,7 @@ def test_integers_and_keys_may_be_data_or_closed_over(masked, reduction):
     classes, costs = jnp.asarray([2, 0, 1]), make_array((3,), seed=5)
     flags = jnp.asarray(MASK)
 
-    @eqx.filter_jit
+    @quick_jit
     @eqx.filter_value_and_grad
     def loss(operands, token_loss, key, keys, classes):
         hidden, a, costs = operands
@@ -353,7 +354,7 @@ def test_scores_come_with_the_loss_and_without_gradient(method, reduction):
     cotangent = 1.0 if reduction == "mean" else np.asarray(make_cotangent(reduction))
     options = dict(ignore_index=-100, weights=weights, reduction=reduction, return_scores=True)
 
-    @jax.jit
+    @quick_jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(hidden):
         losses = {
@@ -501,7 +502,7 @@ def test_masked_data_may_be_outside_of_a_domain(reduction):
     layer, hidden, weights, a, *_ = make_operands()
     c, data = jnp.asarray([0.5, 2.0]), np.where(MASK, 2 + np.abs(a), -1)
 
-    @jax.jit
+    @quick_jit
     @jax.value_and_grad
     def loss(c, data):
         def fn(scores, x):
@@ -712,7 +713,7 @@ def test_functions_that_compute_something_else_are_told_apart():
 # Transformations
 
 
-@eqx.filter_jit
+@quick_jit
 def second_derivative(mode, token_loss, make, reduction, operands, direction):
     """The product of the matrix of second derivatives with a direction."""
     params, static = eqx.partition(operands, eqx.is_array)
@@ -753,7 +754,7 @@ def test_it_works_under_scan_and_checkpoint():
     """Also if the loss closes over what the scan carries, and over its inputs."""
     layer, hidden, weights, a, b, c = make_operands(padding=0.0)
 
-    @eqx.filter_jit
+    @quick_jit
     @eqx.filter_value_and_grad
     def total(operands, token_loss):
         layer, batches, c = operands
