@@ -1,11 +1,20 @@
-"""The loss and its gradients, by this library and by others, side by side in one process.
+"""Losses and their gradients, by this library and by others, side by side in one process.
 
-    python -m benchmarks.cross_entropy [--shape N D V] [--rounds 3] [--dtype float32] [--json]
+    python -m benchmarks.cross_entropy [--losses cross_entropy focal ..] [--shape N D V]
+                                      [--rounds 3] [--dtype float32] [--json]
                                       [--chunk-size 128 256 512]
 
-Times are medians over rounds in the order A B .. B A, so that what else runs on the machine falls
-on all alike: compare the ratios. Errors are those of the loss and of the gradients against float64,
-relative to their largest number. On a GPU, two larger models in bfloat16 are added.
+The losses and their plain versions are in benchmarks/losses.py, other libraries in
+benchmarks/peers.py. Times are medians over rounds in the order A B .. B A, so that other work on
+the machine slows all of them alike: compare the ratios. Each time is divided by that of
+
+- optax: optax's cross-entropy, from logits;
+- plain: the same loss in plain JAX, from logits (for cross-entropy, optax's);
+- CE: this library's cross-entropy, unmasked, of all tokens in one call.
+
+MB are the temporaries of the compiled program. Errors are the largest difference of the loss and of
+the gradients from float64, relative to the largest number. On a GPU, two larger models in bfloat16
+are added.
 """
 
 import argparse
@@ -15,68 +24,23 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
+from .errors import exact, in_float64, largest_error
+from .losses import LOSSES
+from .peers import PEERS, Torch
+
 
 SHAPES = [(2048, 256, 50257), (1024, 512, 16384), (4096, 128, 256)]
 GPU_SHAPES = [(4096, 4096, 128256), (8192, 2304, 256000)]  # Llama 3, Gemma
-REFERENCE = "optax"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-
-
-def ours(hidden, rows, targets, chunk_size=None):
-    table = EmbeddingTable(rows, ("vocabulary", "embedding"))
-    return EmbeddingDecode(table).cross_entropy(hidden, targets, chunk_size=chunk_size)
-
-
-def logits_of(hidden, rows):
-    table = EmbeddingTable(rows, ("vocabulary", "embedding"))
-    return EmbeddingDecode(table, logits_dtype=jnp.float32)(hidden)
-
-
-def with_optax(hidden, rows, targets):
-    import optax
-
-    logits = logits_of(hidden, rows)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-
-def with_flax(hidden, rows, targets):
-    import optax
-
-    nnx = importlib.import_module("flax.nnx")
-    embed = nnx.Embed(*rows.shape, dtype=rows.dtype, param_dtype=rows.dtype, rngs=nnx.Rngs(0))
-    embed.embedding = nnx.Param(rows)
-    logits = embed.attend(hidden).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-
-def with_penzai(hidden, rows, targets):
-    import optax
-    from penzai import pz
-
-    parameter = pz.Parameter(value=pz.nx.wrap(rows).tag("vocabulary", "embedding"), label="table")
-    decode = pz.nn.EmbeddingDecode(pz.nn.EmbeddingTable(parameter, "vocabulary"))
-    logits = decode(pz.nx.wrap(hidden).tag("tokens", "embedding"))
-    logits = logits.untag("tokens", "vocabulary").unwrap().astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-
-def with_tokamax(hidden, rows, targets):
-    tokamax, flags = importlib.import_module("tokamax"), importlib.import_module("absl.flags")
-    flags.FLAGS.mark_as_parsed()  # tokamax would read our command line
-    return tokamax.linear_softmax_cross_entropy_loss(hidden, targets, rows.T, reduction="mean")
-
-
-def products(hidden, rows, targets):
-    logits = hidden @ rows.T
-    return logits[0, 0], (logits @ rows, logits.T @ hidden)
+BASE, OURS, PLAIN, PRODUCTS = "cross_entropy", "eqx_embedding", "plain JAX", "three products"
 
 
 class Compiled:
@@ -92,132 +56,172 @@ class Compiled:
         return jax.block_until_ready(self.call(*self.operands))
 
 
-class Torch:
-    """PyTorch on the CPU, which does not tell the size of its temporaries."""
-
-    temporaries = None
-
-    def __init__(self, operands):
-        self.torch = torch = importlib.import_module("torch")
-        hidden, rows, targets = (torch.from_numpy(np.array(a)) for a in operands)
-        self.leaves = hidden.requires_grad_(), rows.requires_grad_()
-        self.targets = targets.long()
-
-    def __call__(self):
-        hidden, rows = self.leaves
-        loss = self.torch.nn.functional.cross_entropy(hidden @ rows.T, self.targets)
-        return loss.detach(), self.torch.autograd.grad(loss, self.leaves)
+def compile_gradient(loss, operands):
+    return Compiled(jax.value_and_grad(loss, (0, 1)), operands)
 
 
-PEERS = {
-    "optax": with_optax,
-    "flax": with_flax,
-    "penzai": with_penzai,
-    "tokamax": with_tokamax,
-}
+def compile_peer(name, loss, operands):
+    importlib.import_module(name)
+    return compile_gradient(loss, operands)
 
 
-def exact(hidden, rows, targets):
-    """Loss and gradients in float64, some tokens at a time."""
-    hidden, rows = (np.asarray(a, np.float64) for a in (hidden, rows))
-    targets, N = np.asarray(targets), len(hidden)
-    loss, for_hidden, for_rows = 0.0, np.zeros_like(hidden), np.zeros_like(rows)
-    for start in range(0, N, 256):
-        x, y = hidden[start : start + 256], targets[start : start + 256]
-        z = x @ rows.T
-        maximum = z.max(1, keepdims=True)
-        e = np.exp(z - maximum)
-        total = e.sum(1, keepdims=True)
-        here = np.arange(len(y)), y
-        loss += (np.log(total) + maximum)[:, 0].sum() - z[here].sum()
-        g = e / total
-        g[here] -= 1
-        for_hidden[start : start + 256] = g @ rows / N
-        for_rows += g.T @ x / N
-    return loss / N, (for_hidden, for_rows)
+def in_chunks(chunk_size, hidden, rows, targets):
+    decode = EmbeddingDecode(EmbeddingTable(rows, ("vocabulary", "embedding")))
+    return decode.cross_entropy(hidden, targets, chunk_size=chunk_size)
 
 
-def largest_error(result, expected):
-    def error(one, other):
-        one = np.asarray(one.astype(jnp.float32) if isinstance(one, jax.Array) else one)
-        return float(np.max(np.abs(one - other)) / np.max(np.abs(other)))
-
-    # not Python's max, which passes over a NaN
-    errors = map(error, jax.tree.leaves(result), jax.tree.leaves(expected))
-    return float(np.max(list(errors)))
+def products(hidden, rows, targets):
+    logits = hidden @ rows.T
+    return logits[0, 0], (logits @ rows, logits.T @ hidden)
 
 
-def make_runs(operands, dtype, chunk_sizes):
-    """What can be run here, and why the others cannot."""
-    runs, missing = {}, {}
-    runs["eqx_embedding"] = Compiled(jax.value_and_grad(ours, (0, 1)), operands)
+Programs = dict[str, Callable[[], Any]]
+
+
+def programs_of_cross_entropy(operands, dtype, chunk_sizes) -> Programs:
+    """The programs that compute the cross-entropy, by name. A call builds one."""
+    ours = LOSSES[BASE].here
+    programs: Programs = {OURS: functools.partial(compile_gradient, ours, operands)}
     for size in chunk_sizes:
-        loss = functools.partial(ours, chunk_size=size)
-        runs[f"eqx_embedding, {size}"] = Compiled(jax.value_and_grad(loss, (0, 1)), operands)
-    runs["three products"] = Compiled(products, operands)
+        loss = functools.partial(in_chunks, size)
+        programs[f"{OURS}, {size}"] = functools.partial(compile_gradient, loss, operands)
+    programs[PRODUCTS] = functools.partial(Compiled, products, operands)
     for name, loss in PEERS.items():
-        try:
-            importlib.import_module(name)
-            runs[name] = Compiled(jax.value_and_grad(loss, (0, 1)), operands)
-        except Exception as error:  # a peer that fails is reported, and the others go on
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        programs[name] = functools.partial(compile_peer, name, loss, operands)
     if jax.default_backend() == "cpu" and dtype == "float32":
+        programs["torch"] = functools.partial(Torch, operands)
+        programs["torch.compile"] = functools.partial(Torch, operands, compiled=True)
+    programs[f"{OURS}, forward"] = functools.partial(Compiled, ours, operands)
+    programs["optax, forward"] = functools.partial(Compiled, PEERS["optax"], operands)
+    return programs
+
+
+def programs_of(name, operands) -> Programs:
+    """The programs that compute any other loss."""
+    loss = LOSSES[name]
+    return {
+        OURS: functools.partial(compile_gradient, loss.here, operands),
+        PLAIN: functools.partial(compile_gradient, loss.plain, operands),
+    }
+
+
+class Run(NamedTuple):
+    call: Any
+    error: float | None
+
+
+def try_runs(programs, expected):
+    """The programs that run here, with their errors, and why the others do not."""
+    runs, missing = {}, {}
+    for name, make in programs.items():
         try:
-            runs["torch"] = Torch(operands)
-        except ImportError as error:
-            missing["torch"] = str(error)
-    runs["eqx_embedding, forward"] = Compiled(ours, operands)
-    if REFERENCE in runs:
-        runs["optax, forward"] = Compiled(with_optax, operands)
+            call = make()
+            result = call()  # also warms up
+        except Exception as error:  # a program that fails is reported, and the others go on
+            reason = next(iter(str(error).splitlines()), "")
+            missing[name] = f"{type(error).__name__}: {reason}"
+            continue
+        error = None
+        if expected is not None and name != PRODUCTS:
+            loss, _ = expected
+            error = largest_error(result, expected if isinstance(result, tuple) else loss)
+        runs[name] = Run(call, error)
     return runs, missing
 
 
-def measure(shape, dtype, rounds, chunk_sizes=()):
+def draw(shape, dtype):
+    """Hidden vectors, the rows of a table, and targets."""
     N, D, V = shape
     keys = jax.random.split(jax.random.key(0), 3)
-    operands = (
-        jax.random.normal(keys[0], (N, D)).astype(dtype),
-        (jax.random.normal(keys[1], (V, D)) / D**0.5).astype(dtype),
-        jax.random.randint(keys[2], (N,), 0, V),
-    )
-    # float64 on the host takes minutes for what only a GPU can do fast
-    wanted = exact(*operands) if N * D * V < 10**11 else None
-    runs, missing = make_runs(operands, dtype, chunk_sizes)
-    errors, times = {}, {name: [] for name in runs}
-    progress = tqdm(total=len(runs) * (1 + 2 * rounds), desc=f"{shape} {dtype}", leave=False)
-    for name, run in runs.items():
-        result = run()  # also warms up
-        if wanted is not None and name != "three products":
-            errors[name] = largest_error(result, wanted if isinstance(result, tuple) else wanted[0])
-        progress.update()
-        del result
-    for _ in range(rounds):
-        for name in [*runs, *reversed(runs)]:
-            start = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - start)
-            progress.update()
-    progress.close()
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    rows = []
-    for name, seconds in medians.items():
-        against = "optax, forward" if "forward" in name else REFERENCE
-        rows.append(
-            {
-                "name": name,
-                "seconds": seconds,
-                "ratio": seconds / medians[against] if against in medians else None,
-                "temporaries": runs[name].temporaries,
-                "error": errors.get(name),
-                "wrong": name in errors and not errors[name] < TOLERANCE[dtype],
-            }
-        )
+    hidden = jax.random.normal(keys[0], (N, D)).astype(dtype)
+    rows = (jax.random.normal(keys[1], (V, D)) / D**0.5).astype(dtype)
+    return hidden, rows, jax.random.randint(keys[2], (N,), 0, V)
+
+
+def expect(loss, operands):
+    """The loss and its gradients in float64, unless that would take minutes."""
+    hidden, rows, *_ = operands
+    if hidden.size * len(rows) >= 10**11:
+        return None
+    return exact(*operands) if loss == BASE else in_float64(LOSSES[loss].plain, operands)
+
+
+def make_runs(shape, dtype, losses, chunk_sizes):
+    """What runs, and why the rest does not, by loss and name."""
+    N, _, V = shape
+    operands = draw(shape, dtype)
+    runs, missing = {}, {}
+    others = [loss for loss in losses if loss != BASE]
+    for loss in tqdm([BASE, *others], desc=f"{shape} {dtype}", leave=False, disable=None):
+        try:
+            data = LOSSES[loss].draw_data(jax.random.key(1), N, V)
+        except ValueError as error:
+            missing[loss, OURS] = str(error)
+            continue
+        if loss == BASE:
+            programs = programs_of_cross_entropy(operands, dtype, chunk_sizes)
+            if BASE not in losses:  # only what the others are compared with
+                programs = {name: programs[name] for name in (OURS, "optax")}
+        else:
+            programs = programs_of(loss, (*operands, *data))
+        found, failed = try_runs(programs, expect(loss, (*operands, *data)))
+        runs |= {(loss, name): run for name, run in found.items()}
+        missing |= {(loss, name): reason for name, reason in failed.items()}
+    return runs, missing
+
+
+def time_in_turn(runs, rounds):
+    times = {key: [] for key in runs}
+    order = [*runs, *reversed(runs)] * rounds
+    for key in tqdm(order, desc="timing", leave=False, disable=None):
+        start = time.perf_counter()
+        runs[key].call()
+        times[key].append(time.perf_counter() - start)
+    return times
+
+
+def ratios(loss, name, medians):
+    """The time, divided by each of those that it is compared with."""
+    forward = ", forward" if name.endswith(", forward") else ""
+    plain = "optax" + forward if loss == BASE else PLAIN
+    references = {
+        "ratio": (BASE, "optax" + forward),
+        "ratio_to_plain": (loss, plain),
+        "ratio_to_cross_entropy": (BASE, OURS + forward),
+    }
+    return {
+        key: medians[loss, name] / medians[reference] if reference in medians else None
+        for key, reference in references.items()
+    }
+
+
+def measure(shape, dtype, rounds, losses=tuple(LOSSES), chunk_sizes=()):
+    runs, missing = make_runs(shape, dtype, losses, chunk_sizes)
+    times = time_in_turn(runs, rounds)
+    medians = {key: statistics.median(seconds) for key, seconds in times.items()}
+    results = [
+        {
+            "loss": loss,
+            "name": name,
+            "seconds": medians[loss, name],
+            "times": times[loss, name],
+            **ratios(loss, name, medians),
+            "temporaries": run.call.temporaries,
+            "error": run.error,
+            "wrong": run.error is not None and not run.error < TOLERANCE[dtype],
+        }
+        for (loss, name), run in runs.items()
+    ]
     statistics_of_device = jax.devices()[0].memory_stats() or {}
     return {
         "shape": shape,
         "dtype": dtype,
-        "results": rows,
-        "missing": missing,
+        "titles": {name: loss.title for name, loss in LOSSES.items()},
+        "results": results,
+        "missing": [
+            {"loss": loss, "name": name, "reason": reason}
+            for (loss, name), reason in missing.items()
+        ],
         "peak_bytes_of_device": statistics_of_device.get("peak_bytes_in_use"),
     }
 
@@ -225,29 +229,46 @@ def measure(shape, dtype, rounds, chunk_sizes=()):
 def show(report):
     N, D, V = report["shape"]
     print(f"\n{N} tokens, embedding {D}, vocabulary {V}, {report['dtype']}")
-    print(f"{'':24}{'ms':>10}{'/ optax':>9}{'MB':>10}{'error':>10}")
-    for row in report["results"]:
-        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        memory = "-" if row["temporaries"] is None else f"{row['temporaries'] / 1e6:.1f}"
-        error = "-" if row["error"] is None else f"{row['error']:.0e}"
-        if row["wrong"]:
-            ratio, error = "WRONG", error + " WRONG"
-        milliseconds = 1e3 * row["seconds"]
-        print(f"{row['name']:24}{milliseconds:10.1f}{ratio:>9}{memory:>10}{error:>10}")
-    for name, reason in report["missing"].items():
-        print(f"{name:24}not run: {reason}")
+    print(f"{'':26}{'ms':>10}{'/ optax':>9}{'/ plain':>9}{'/ CE':>9}{'MB':>10}{'error':>10}")
+    for loss, title in report["titles"].items():
+        results = [row for row in report["results"] if row["loss"] == loss]
+        missing = [row for row in report["missing"] if row["loss"] == loss]
+        if results or missing:
+            print(title)
+        for row in results:
+            print(format_row(row))
+        for row in missing:
+            print(f"  {row['name']:24}not run: {row['reason']}")
     if report["peak_bytes_of_device"] is not None:
         print(f"peak of the device since the start: {report['peak_bytes_of_device'] / 1e9:.2f} GB")
 
 
-def main(arguments=None):
+def format_row(row):
+    names = "ratio", "ratio_to_plain", "ratio_to_cross_entropy"
+    ratios = ["-" if row[name] is None else f"{row[name]:.2f}" for name in names]
+    memory = "-" if row["temporaries"] is None else f"{row['temporaries'] / 1e6:.1f}"
+    error = "-" if row["error"] is None else f"{row['error']:.0e}"
+    if row["wrong"]:
+        ratios, error = ["WRONG"] * 3, error + " WRONG"
+    cells = [f"{1e3 * row['seconds']:10.1f}", *(f"{ratio:>9}" for ratio in ratios)]
+    return f"  {row['name']:24}{''.join(cells)}{memory:>10}{error:>10}"
+
+
+def parse(arguments):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
-    parser.add_argument("--chunk-size", type=int, nargs="*", default=(), help="to try as well")
+    parser.add_argument(
+        "--chunk-size", type=int, nargs="*", default=(), help="of cross-entropy, to try as well"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    settings = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    settings = parse(arguments)
     work = [(shape, settings.dtype) for shape in SHAPES]
     if jax.default_backend() == "gpu":
         work += [(shape, "bfloat16") for shape in GPU_SHAPES]
@@ -255,9 +276,10 @@ def main(arguments=None):
         work = [(tuple(settings.shape), settings.dtype)]
     reports = []
     for shape, dtype in work:
-        reports.append(measure(shape, dtype, settings.rounds, settings.chunk_size))
+        report = measure(shape, dtype, settings.rounds, settings.losses, settings.chunk_size)
+        reports.append(report)
         if not settings.json:
-            show(reports[-1])
+            show(report)
     if settings.json:
         device = jax.devices()[0].device_kind
         json.dump({"device": device, "jax": jax.__version__, "reports": reports}, sys.stdout)

@@ -11,6 +11,7 @@ have the dtype of the operands, or float32 if one asks for it.
 import argparse
 import json
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import optax
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
-from .cross_entropy import exact, largest_error
+from .errors import exact, largest_error
 
 
 SHAPE = (2048, 256, 50257)
@@ -36,7 +37,7 @@ class Here:
     def decode(self, rows, hidden):
         return EmbeddingDecode(EmbeddingTable(rows, NAMES))(hidden)
 
-    def loss(self, hidden, rows, targets):
+    def loss(self, hidden, rows, targets) -> Any:
         return EmbeddingDecode(EmbeddingTable(rows, NAMES)).cross_entropy(hidden, targets)
 
 

@@ -1,18 +1,29 @@
-"""One embedding table per vocabulary: looked up, decoded and trained, tied, in Equinox."""
+"""One embedding table per vocabulary, for lookup, decode and loss, in Equinox."""
 
 from jaxtyping import install_import_hook
 
-from . import _beartype as _beartype  # before the hook, which would check it by itself
+# Before the hook: it would check `_beartype` with itself, and import beartype for `_suggest`
+from . import _beartype as _beartype, _suggest as _suggest
 
 
 with install_import_hook("eqx_embedding", "eqx_embedding._beartype.beartype"):
-    from ._blockwise import TokenScores as TokenScores
-    from ._decode import EmbeddingDecode as EmbeddingDecode
-    from ._lookup import EmbeddingLookup as EmbeddingLookup
-    from ._rows import combine_rows as combine_rows, partition_rows as partition_rows
-    from ._safetensors import (
-        load_safetensors as load_safetensors,
-        save_safetensors as save_safetensors,
-    )
-    from ._table import EmbeddingTable as EmbeddingTable
-    from ._vocabulary import resize_vocabulary as resize_vocabulary
+    from ._blockwise import TokenScores
+    from ._decode import EmbeddingDecode
+    from ._lookup import EmbeddingLookup
+    from ._resize import resize_vocabulary
+    from ._rows import combine_rows, partition_rows
+    from ._safetensors import load_safetensors, save_safetensors
+    from ._table import EmbeddingTable
+
+
+__all__ = [
+    "EmbeddingDecode",
+    "EmbeddingLookup",
+    "EmbeddingTable",
+    "TokenScores",
+    "combine_rows",
+    "load_safetensors",
+    "partition_rows",
+    "resize_vocabulary",
+    "save_safetensors",
+]

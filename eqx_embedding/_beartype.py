@@ -1,6 +1,6 @@
 """beartype as a type checker that is imported by the first check, not by `import eqx_embedding`.
 
-To import it and to build the checks of all functions takes longer than the rest of our import.
+Importing it and building the checks of all functions take longer than the rest of the import.
 """
 
 import functools
@@ -13,5 +13,5 @@ def beartype(function):
 
         return beartype.beartype(function)
 
-    # without the name of `function`: jaxtyping checks by it, and shows nothing of it
+    # Without the name of `function`: jaxtyping calls this, and does not show its name
     return lambda *args, **kwargs: checked()(*args, **kwargs)

@@ -16,7 +16,6 @@ from ._blockwise import (
     close_over,
     Options,
     score_tokens,
-    TokenFunction,
     TokenScores,
     total_loss,
     Used,
@@ -197,7 +196,7 @@ class EmbeddingDecode(eqx.Module):
         return_scores: bool = False,
         chunk_size: Whole | None = None,
         rules: Rules | None = None,
-    ) -> Float[Array, "..."] | tuple[Float[Array, "..."], TokenScores]:
+    ) -> Float[Array, "..."] | Any:  # or a tuple of that and `TokenScores`
         """Any loss of the scores of tokens, at the price and in the memory of a cross-entropy.
 
         ```python
@@ -214,10 +213,15 @@ class EmbeddingDecode(eqx.Module):
         - `fn`: `fn(scores, *data)` returns the loss of one token, a real scalar. It is written for
             one token, and mapped over all: `scores` is a [`eqx_embedding.TokenScores`][] of
             scalars, and each of `data` has lost its batch axes. It may be any JAX code that has a
-            gradient in reverse mode. Gradients reach what it closes over, too.
+            gradient in reverse mode and names no axis of `jax.vmap` or of a mesh. Gradients reach
+            what it closes over, too. Under explicit mesh axes, pass arrays of the mesh that it uses
+            in loops as `data`. Outside of `jax.jit`, a function with a custom derivative, such as
+            `jax.nn.relu`, is compiled again for each call.
         - `hidden`, `targets`, `weights`, `ignore_index`, `chunk_size`, `rules`: as in
             [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
-        - `data`: arrays of shape `*batch ...`, such as advantages; they have gradients.
+        - `data`: arrays of shape `*batch ...`, such as advantages. They have gradients, too: use
+            `jax.lax.stop_gradient` for old log-probabilities. Gradients of float16 data underflow
+            under loss scaling: pass float32.
         - `reduction`: `"mean"`, weighted, and 0 when all weights are zero; `"sum"`; or `"none"`,
             of shape `*batch`: the loss of each token times its weight, whose gradient computes the
             logits again. Defaults to `"mean"`.
@@ -252,7 +256,7 @@ class EmbeddingDecode(eqx.Module):
         return_scores: bool = False,
         chunk_size: Whole | None = None,
         rules: Rules | None = None,
-    ) -> Float[Array, "..."] | tuple[Float[Array, "..."], TokenScores]:
+    ) -> Float[Array, "..."] | Any:  # or a tuple of that and `TokenScores`
         """The cross-entropy of the targets, as if from the logits, which never all exist at once.
 
         ```python
@@ -278,12 +282,12 @@ class EmbeddingDecode(eqx.Module):
         - `targets`: integers of shape `*batch`: the token that each vector should score highest.
             As in [`eqx_embedding.EmbeddingLookup`][], host data is checked at 64 bits.
         - `weights`: of shape `*batch`, how much each token counts; booleans are a mask. A token
-            of weight zero costs no time and has no part in anything, whatever its vector and its
-            target are: nor has its loss a part in the gradient of its weight. Defaults to `None`,
-            which counts each token once.
+            of weight zero has no part in anything, whatever its vector and its target are; the
+            gradient of its weight does not see its loss. Whole chunks of such tokens are skipped.
+            Defaults to `None`, which counts each token once.
         - `ignore_index`: targets of this number have weight zero, such as -100. Defaults to `None`.
         - `label_smoothing`: the part of the target, below 1, that is spread over all tokens.
-            Defaults to 0. A number, not traced: another one compiles again.
+            Defaults to 0. A number, not traced: a new value triggers recompilation.
         - `z_loss`: the factor of `lse**2`, which keeps the logits from drifting. 1e-4 in PaLM;
             defaults to 0. A number, not traced.
         - `reduction`: `"mean"`, weighted, and 0 when all weights are zero; `"sum"`; or `"none"`,
@@ -291,8 +295,9 @@ class EmbeddingDecode(eqx.Module):
             logits again. Defaults to `"mean"`.
         - `return_scores`: whether to return the scores as well, for accuracy or perplexity.
             Defaults to `False`.
-        - `chunk_size`: how many tokens have logits at once. Less takes less memory. Defaults to
-            `None`, which chooses what is fast. Each device counts its own tokens.
+        - `chunk_size`: how many tokens have logits at once, rounded up to a multiple of 16. Less
+            takes less memory. Defaults to `None`, which chooses what is fast. Each device counts
+            its own tokens.
         - `rules`: the axes of the device mesh that split the first axis of the batch and the
             vocabulary, such as `{"batch": "data", "vocabulary": "model"}`. Not needed for
             explicit mesh axes, which are part of the types of the arrays. Automatic axes are
@@ -328,8 +333,17 @@ class EmbeddingDecode(eqx.Module):
                 loss = loss - smoothing * scores.mean_log_prob
             return loss if z_loss == 0 else loss + z_loss * scores.logsumexp**2
 
-        call = self._call(hidden, targets, weights, ignore_index, reduction, chunk_size, rules)
-        return call.loss(loss, (), reduction, return_scores)
+        return self.token_loss(
+            loss,
+            hidden,
+            targets,
+            weights=weights,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            return_scores=return_scores,
+            chunk_size=chunk_size,
+            rules=rules,
+        )
 
     def _head(self, hidden: Hidden) -> tuple[_Head, int]:
         """The operands of all logits, and the number of batch axes."""
@@ -349,8 +363,13 @@ class EmbeddingDecode(eqx.Module):
 
     def _products(self, head: _Head) -> tuple[np.dtype, np.dtype]:
         """The dtype of the factors of products, and that of their sums."""
-        factors = jnp.dtype(self.dtype or jnp.result_type(head.hidden, head.rows))
-        return factors, at_least_float32(jnp.result_type(factors, *jax.tree.leaves(head)))
+        if self.dtype is None:
+            factors = jnp.result_type(head.hidden, head.rows)
+            return factors, at_least_float32(jnp.result_type(*jax.tree.leaves(head)))
+        factors = jnp.dtype(self.dtype)
+        dtypes = [factors, *(array.dtype for array in jax.tree.leaves(head))]
+        is_double = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
+        return factors, np.dtype(np.float64 if is_double else np.float32)
 
     def _call(
         self,

@@ -42,7 +42,9 @@ def as_float_dtype(what: str, name: str, dtype: DTypeLike) -> np.dtype:
     try:
         found = jnp.dtype(dtype)
     except TypeError:  # does not say which argument it is about
-        raise ValueError(f"{what} are floats, got {name}={dtype!r}, which is not a dtype.") from None
+        raise ValueError(
+            f"{what} are floats, got {name}={dtype!r}, which is not a dtype."
+        ) from None
     if not jnp.issubdtype(found, jnp.floating):
         raise ValueError(f"{what} are floats, got {name}={found.name}.")
     return found
@@ -110,7 +112,7 @@ class Tokens(NamedTuple):
     """The targets of a batch, and how much each counts."""
 
     targets: Int[Array, "*batch"]  # int32; `vocab_size` stands for any out of range
-    weights: Float[Array, "*batch"]  # NaN for a target out of range that counts
+    weights: Float[Array, "*batch"]
     mask: Bool[Array, "*batch"] | None  # which tokens count; `None` if all do
 
 
@@ -131,26 +133,30 @@ def prepare_tokens(
     """
     targets, in_range = tokens_in_range("targets", targets, vocab_size)
     all_count = weights is None and ignore_index is None
-    weights = np.ones(targets.shape) if weights is None else _as_weights(weights)
-    mask = None if all_count else place(jnp.asarray(weights != 0))  # before anything narrows them
-    weights = place(_narrow(weights, dtype, normalize, mesh_axes))
+    weights = jnp.ones_like(targets, dtype) if weights is None else _as_weights(weights)
+    # before anything narrows the weights
+    mask = None if all_count else place(jnp.asarray(weights.astype(bool)))
     if mask is not None and ignore_index is not None and _fits(ignore_index, targets.dtype):
-        counts = place(jnp.asarray(targets != as_int(ignore_index)))
-        mask, weights = mask & counts, jnp.where(counts, weights, 0)
+        counts = targets != as_int(ignore_index)
+        mask = mask & place(jnp.asarray(counts))
+        if isinstance(counts, np.ndarray) and isinstance(weights, np.ndarray):
+            weights = np.where(counts, weights, np.zeros((), weights.dtype))
+        else:
+            weights = place(jnp.asarray(weights.astype(dtype)))
+            weights = jnp.where(place(jnp.asarray(counts)), weights, 0)
+    weights = place(_narrow(weights, dtype, normalize, mesh_axes))
     if normalize:
         # A sum of zero does not say that no token counts: 1 and -1
         counted = jnp.asarray(weights.size) if mask is None else jnp.sum(mask)
         counted, total = lax.psum((counted, jnp.sum(weights)), mesh_axes)
         weights = weights / jnp.where(counted > 0, total, 1)
-    wrong = place(jnp.asarray(~in_range))
-    weights = nan_where(wrong if mask is None else wrong & mask, weights)
     xp = np if isinstance(targets, np.ndarray) else jnp
     targets = place(jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32)))
     return Tokens(targets, weights, mask)
 
 
 def _fits(number: Whole, dtype: np.dtype) -> bool:
-    return np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
+    return np.iinfo(dtype).min <= as_int(number) <= np.iinfo(dtype).max
 
 
 def _as_weights(weights: ArrayLike) -> Array | np.ndarray:
@@ -172,7 +178,9 @@ def _narrow(
         if xp is jnp:
             largest = lax.stop_gradient(largest)
             largest = lax.pmax(largest, mesh_axes) if mesh_axes else largest
-        weights = weights / xp.where((largest > 0) & (largest < math.inf), largest, 1)
+        # in two steps, for the reciprocal of the largest may be too small for XLA
+        factor = 1 / xp.sqrt(xp.where((largest > 0) & (largest < math.inf), largest, 1))
+        weights = weights * factor * factor
     return jnp.asarray(weights.astype(dtype))
 
 
@@ -189,7 +197,7 @@ def as_data(position: int, array: ArrayLike, batch: tuple[int, ...]) -> Array:
         limits = np.iinfo(narrow.dtype)
         if whole.size > 0 and not limits.min <= whole.min() <= whole.max() <= limits.max:
             raise ValueError(
-                f"data[{position}] of {whole.dtype.name} does not fit {narrow.dtype.name}, to which "
-                "JAX would narrow it: turn on its 64-bit mode, or convert the data before."
+                f"data[{position}] of {whole.dtype.name} does not fit {narrow.dtype.name}, to "
+                "which JAX would narrow it: turn on its 64-bit mode, or convert the data before."
             )
     return narrow

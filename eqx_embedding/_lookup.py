@@ -19,25 +19,29 @@ from ._table import EmbeddingTable, Rules
 OutOfRange = Literal["nan", "raise", "clip"]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _take(rows: Array, index: Array, fill_value: float, out_sharding: NamedSharding | None) -> Array:
-    """The `rows` of an index; `fill_value` where it is past the end."""
-    return rows.at[index].get(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _take(
+    array: Array, index: Array, axis: int, fill_value: float, out_sharding: NamedSharding | None
+) -> Array:
+    """The rows of an index along `axis`, which come first; `fill_value` past the end."""
+    # To move the axes of the result, and not those of the array, spares a copy of its gradient.
+    taken = array.at[(slice(None),) * axis + (index,)].get(
         mode="fill",
         fill_value=fill_value,
         wrap_negative_indices=False,
         out_sharding=out_sharding,
     )
+    return jnp.moveaxis(taken, range(axis, axis + index.ndim), range(index.ndim))
 
 
 @_take.defjvp
-def _take_jvp(fill_value, out_sharding, primals, tangents):
-    rows, index = primals
+def _take_jvp(axis, fill_value, out_sharding, primals, tangents):
+    array, index = primals
     # The gradient is the transpose of this line: a scatter-add, in float32 at least, for bfloat16
     # stops counting the repeats of a token at 256, and float16 at 2048.
-    wide = tangents[0].astype(at_least_float32(rows.dtype))
-    tangent = _take(wide, index, 0.0, out_sharding)
-    return _take(rows, index, fill_value, out_sharding), tangent.astype(rows.dtype)
+    wide = tangents[0].astype(at_least_float32(array.dtype))
+    tangent = _take(wide, index, axis, 0.0, out_sharding)
+    return _take(array, index, axis, fill_value, out_sharding), tangent.astype(array.dtype)
 
 
 @final
@@ -108,9 +112,15 @@ class EmbeddingLookup(eqx.Module):
         that do not fit the mesh, or under `"nan"` for a table of float4, which has no NaN.
         """
         del key
-        table, (rows, _) = self.table, self.table._rows_first()
+        table, (array, axis) = self.table, self.table._checked_embeddings()
+        if self.out_of_range == "nan" and not np.isnan(np.asarray(np.nan, array.dtype)):
+            # float4 would answer with a number
+            raise ValueError(
+                f"{array.dtype.name} has no NaN for a token out of range: say "
+                'out_of_range="raise" or "clip".'
+            )
         of_device = tokens if isinstance(tokens, jax.Array) else None
-        split = find_split(table, rows, of_device, 0, rules)
+        split = find_split(table, jnp.moveaxis(array, axis, 0), of_device, 0, rules)
         vocab_size, mesh_axes = split.vocab_size(table), split.manual_vocabulary
         past_the_end = vocab_size + table.padding_rows
         tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
@@ -122,16 +132,16 @@ class EmbeddingLookup(eqx.Module):
         index = jnp.asarray(index)
         # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
         batch = explicit_axes(index)
-        embedding = [remaining(axes, batch) for axes in explicit_axes(rows)[1:]]
-        sharding = split.sharding([*batch, *embedding])
+        others = [remaining(axes, batch) for axes in explicit_axes(array)]
+        sharding = split.sharding([*others[:axis], *batch, *others[axis + 1 :]])
         if mesh_axes:  # each device has some of the rows
-            start = lax.axis_index(mesh_axes) * len(rows)
-            vectors = _take(rows, index - start.astype(index.dtype), 0.0, sharding)
+            start = lax.axis_index(mesh_axes) * array.shape[axis]
+            vectors = _take(array, index - start.astype(index.dtype), axis, 0.0, sharding)
             vectors = lax.psum(vectors, mesh_axes)
             missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
             vectors = nan_where(missing, vectors)
         else:
-            vectors = _take(rows, index, jnp.nan, sharding)
+            vectors = _take(array, index, axis, jnp.nan, sharding)
         if self.out_of_range == "raise":
             vectors = eqx.error_if(
                 vectors,

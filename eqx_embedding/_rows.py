@@ -1,27 +1,26 @@
-"""Training some rows of a vocabulary, and leaving the others bit for bit as they are."""
+"""Training some rows of a vocabulary, with all others frozen bit for bit."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
-from ._sharding import Axes, explicit_axes, find_mesh, Split
-from ._inputs import as_array
-from ._vocabulary import map_vocabulary, Place
+from ._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
 
 
 class FrozenRows(eqx.Module):
     """The second result of [`eqx_embedding.partition_rows`][]."""
 
-    model: PyTree  # without the other leaves that are trained
-    rows: Int[Array, " rows"]
-    # For each leaf of the vocabulary its number of rows, and their axis, which is counted from the
-    # end, as `vmap` and `scan` take axes in front away
-    places: tuple[tuple[int, int] | None, ...] = eqx.field(static=True)
+    model: PyTree  # whole tables, and the other leaves that are not trained
+    rows: Int[Array | np.ndarray, " rows"]
+    vocabulary_axis: str = eqx.field(static=True)
+    vocab_size: int = eqx.field(static=True)
 
 
 def partition_rows(
@@ -30,7 +29,7 @@ def partition_rows(
     vocabulary_axis: str = "vocabulary",
     filter_spec: PyTree[bool | Callable[[Any], bool]] = False,
 ) -> tuple[PyTree, FrozenRows]:
-    """Splits a model into some rows of a vocabulary, to be trained, and the rest, frozen.
+    """Splits a model into some rows of a vocabulary, which are trained, and the frozen rest.
 
     ```python
     trained, frozen = partition_rows(model, slice(50257, None))   # the tokens from 50257 on
@@ -40,154 +39,153 @@ def partition_rows(
         return combine_rows(trained, frozen).loss(tokens, targets)
     ```
 
-    The parameter is an array of those rows alone. So no optimizer has moments for the others, and
-    neither weight decay nor anything else can change them. This is `eqx.partition` for rows.
+    The parameter is an array of the selected rows only. So optimizers have moments for no other
+    row, and nothing, such as weight decay, can change another row. This is `eqx.partition` for
+    rows.
 
     **Arguments:**
 
-    - `model`: any PyTree that holds an [`eqx_embedding.EmbeddingTable`][] of this vocabulary.
-    - `rows`: the tokens to train: integers, a slice or range, or a mask with a boolean for each
-        token. They are known when this is called, so not traced by `jax.jit`.
-    - `vocabulary_axis`: the vocabulary, by the `vocabulary_axis` of its tables. All of them are
-        split, with their biases. Defaults to `"vocabulary"`.
-    - `filter_spec`: what else of the model to train, as in `eqx.partition`: `eqx.is_inexact_array`
-        is all of it. Of the vocabulary it is the rows at any rate. Defaults to `False`: nothing.
+    - `model`: any PyTree with an [`eqx_embedding.EmbeddingTable`][] of this vocabulary.
+    - `rows`: the tokens to train: integers, a slice or range, or a boolean for each token. Must not
+        be traced by `jax.jit`.
+    - `vocabulary_axis`: which vocabulary, by the `vocabulary_axis` of its tables. All of its tables
+        are split, with their biases. Defaults to `"vocabulary"`.
+    - `filter_spec`: what else of the model to train, as in `eqx.partition`. `eqx.is_inexact_array`
+        trains all of it. The selected rows are always trained. Defaults to `False`: nothing else.
 
     **Returns:**
 
-    `(trained, frozen)`. `trained` is like the model, with an array of `rows`, in their order, for
-    each array of the vocabulary, and with `None` for what is not trained: no model yet, for its
-    tables count from the first of those rows. `frozen` is the rest, a PyTree with the whole old
-    table, and knows the rows. Both go through `eqx.filter_jit`; other rows, of the same number,
-    compile nothing anew. Where a mesh splits the vocabulary of a table, each device has all of the
-    trained rows.
+    `(trained, frozen)`.
+
+    - `trained` has the structure of the model. Each array of the vocabulary has only the selected
+        rows, in the order of `rows`, and all other leaves are `None` unless they are trained. Do
+        not use its tables by themselves: token 0 would be the first selected row.
+    - `frozen` is a PyTree with the rest, the whole old tables included.
+
+    Both can be arguments of `eqx.filter_jit`, which does not compile again for other rows of the
+    same number. If a mesh splits the vocabulary, each device has all of the selected rows.
 
     **Raises:**
 
-    A `ValueError` for rows that repeat, are out of range (below 0, or not below the number of
-    tokens without padding) or none at all, and if no table is of this vocabulary, none has an
-    array, or the model is a skeleton, which takes `eqx.filter_eval_shape` around this call. A
-    `TypeError` for traced rows.
+    - `ValueError` if rows repeat, are out of range (below 0, or not below the number of tokens
+        without padding), or if there are none; if no table of this vocabulary has arrays; and for
+        a skeleton: use `eqx.filter_eval_shape` around this call.
+    - `TypeError` for traced rows.
     """
-    others, static = eqx.partition(model, filter_spec)
-    marked = map_vocabulary(_Mark, model, vocabulary_axis)
-    leaves, structure = _flatten(model)
-    places = [leaf.place if isinstance(leaf, _Mark) else None for leaf in _flatten(marked)[0]]
-    sizes = {place.vocab_size for place in places if place is not None}
-    if not sizes:
+    vocab_size = find_vocab_size(find_tables(model, vocabulary_axis))
+    if vocab_size == 0:
         raise ValueError(f"the tables of the vocabulary {vocabulary_axis!r} hold no arrays.")
-    index = _as_index(rows, sizes.pop())
+    index = _as_index(rows, vocab_size)
+    is_table = is_table_of(vocabulary_axis)
+    others, static = eqx.partition(model, filter_spec)
 
-    trained, frozen = _flatten(others)[0], _flatten(static)[0]
-    for i, place in enumerate(places):
-        if place is not None:
-            trained[i], frozen[i] = _take(leaves[i], index, place.axis), leaves[i]
-    sizes_and_axes = tuple(
-        None if place is None else (leaf.shape[place.axis], place.axis - len(leaf.shape))
-        for leaf, place in zip(leaves, places, strict=True)
-    )
-    return structure.unflatten(trained), FrozenRows(
-        structure.unflatten(frozen), jax.numpy.asarray(index), sizes_and_axes
-    )
+    def select_trained(node: Any, other: Any) -> Any:
+        return map_arrays(functools.partial(_take, index), node) if is_table(node) else other
+
+    def select_frozen(node: Any, other: Any) -> Any:
+        return node if is_table(node) else other
+
+    trained = jax.tree.map(select_trained, model, others, is_leaf=is_table)
+    frozen = jax.tree.map(select_frozen, model, static, is_leaf=is_table)
+    return trained, FrozenRows(frozen, jnp.asarray(index), vocabulary_axis, vocab_size)
 
 
 def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
-    """Puts the two results of [`eqx_embedding.partition_rows`][] together again.
+    """Combines the two results of [`eqx_embedding.partition_rows`][] into a model.
 
-    Each call copies the tables of the vocabulary, as the gradient with respect to `trained` makes
-    that of whole tables on its way. The logits of a loss exist no more than otherwise.
+    Each call copies the tables of the vocabulary, and so does its gradient. A loss of the combined
+    model still never holds the logits.
 
     **Arguments:**
 
-    - `trained`: the rows, and what else is trained, as they are now.
-    - `frozen`: all else.
+    - `trained`: the selected rows, and whatever else is trained, with their current values.
+    - `frozen`: the rest.
 
     **Returns:**
 
-    The model, with the tables and biases in their own dtypes.
+    The model, with tables and biases in their original dtypes.
 
     **Raises:**
 
-    A `ValueError` if the two do not fit each other: they must be the results of one call of
-    [`eqx_embedding.partition_rows`][], and neither resized since. (Those of two calls for as many
-    rows do fit each other, and the rows of `frozen` hold: store both parts in a checkpoint.)
+    A `ValueError` if `trained` and `frozen` do not fit each other: both must come from one call of
+    [`eqx_embedding.partition_rows`][], and must not be resized. Results of two calls for the same
+    number of rows cannot be told apart, and the rows of `frozen` are used: store both in a
+    checkpoint.
     """
-    (new, structure), (old, expected) = _flatten(trained), _flatten(frozen.model)
-    if structure != expected:
+    if _structure(trained) != _structure(frozen.model):
         raise ValueError(
-            "trained and frozen must be the two results of one call of partition_rows, neither "
+            "trained and frozen must be the two results of one call of partition_rows, and not "
             "resized since, but their structures differ."
         )
-    leaves = [x if y is None else y for x, y in zip(old, new)]
-    for i, place in enumerate(frozen.places):
-        if place is not None:
-            size, axis = place
-            if old[i].shape[axis] != size:
-                raise ValueError(
-                    f"frozen has a table of {old[i].shape[axis]} rows, which had {size} when "
-                    "partition_rows made it: combine the two parts before you resize the model."
-                )
-            axis += len(old[i].shape)
-            _check_shape(np.shape(new[i]), old[i].shape, axis, len(frozen.rows))
-            leaves[i] = _put(old[i], frozen.rows, axis, new[i].astype(old[i].dtype))
-    return expected.unflatten(leaves)
-
-
-class _Mark:
-    """Stands for an array of the vocabulary, to find its leaf."""
-
-    def __init__(self, array: Any, place: Place):
-        self.place = place
-
-
-def _check_shape(shape: tuple[int, ...], of_table: tuple[int, ...], axis: int, rows: int) -> None:
-    expected = (*of_table[:axis], rows, *of_table[axis + 1 :])
-    if shape != expected:  # which JAX might broadcast
+    vocab_size = find_vocab_size(find_tables(frozen.model, frozen.vocabulary_axis))
+    if vocab_size != frozen.vocab_size:
         raise ValueError(
-            f"trained must have an array of shape {expected} for the {rows} rows of a table of "
-            f"shape {of_table}, got {shape}."
+            f"frozen has a vocabulary of {vocab_size} tokens, which had {frozen.vocab_size} when "
+            "partition_rows made it: combine the two parts before you resize the model."
         )
+    is_table = is_table_of(frozen.vocabulary_axis)
+
+    def combine(new: Any, old: Any) -> Any:
+        if is_table(old):
+            return map_arrays(functools.partial(_put, frozen.rows), old, new)
+        return old if new is None else new
+
+    return jax.tree.map(
+        combine, trained, frozen.model, is_leaf=lambda node: node is None or is_table(node)
+    )
 
 
-def _take(array: ArrayLike | jax.ShapeDtypeStruct, rows: np.ndarray, axis: int) -> Array:
+def _structure(tree: PyTree) -> Any:
+    return jax.tree.structure(tree, is_leaf=lambda leaf: leaf is None)
+
+
+def _take(rows: np.ndarray, place: Place, array: Any) -> Array:
     if isinstance(array, jax.ShapeDtypeStruct):
         raise ValueError(
-            "a skeleton has no rows to take. Those of both parts are "
+            "a skeleton has no rows to take. Use "
             "`eqx.filter_eval_shape(lambda model: partition_rows(model, rows), model)`."
         )
-    array = jax.numpy.asarray(array)
-    spec = explicit_axes(array)
-    spec[axis] = ()  # the rows are few: each device has all of them
-    at = array.at[(slice(None),) * axis + (rows,)]
-    return at.get(unique_indices=True, out_sharding=_sharding(array, spec))
+    array = jnp.asarray(array)
+    # There are few selected rows, so that each device has all of them
+    sharding = _explicit_sharding(array, unsplit=place.axis)
+    selected = array.at[(slice(None),) * place.axis + (rows,)]
+    return selected.get(unique_indices=True, out_sharding=sharding)
 
 
-def _put(array: ArrayLike, rows: Array, axis: int, new: Array) -> Array:
-    array = jax.numpy.asarray(array)
-    at = array.at[(slice(None),) * axis + (rows,)]
-    return at.set(new, unique_indices=True, out_sharding=_sharding(array, explicit_axes(array)))
+def _put(rows: Array | np.ndarray, place: Place, array: Any, new: Any) -> Array:
+    array, axis = jnp.asarray(array), place.axis
+    expected = (*array.shape[:axis], len(rows), *array.shape[axis + 1 :])
+    if np.shape(new) != expected:  # which JAX might broadcast
+        raise ValueError(
+            f"trained must have an array of shape {expected} for the {len(rows)} rows of a table "
+            f"of shape {array.shape}, got {np.shape(new)}."
+        )
+    selected = array.at[(slice(None),) * axis + (rows,)]
+    return selected.set(
+        new.astype(array.dtype), unique_indices=True, out_sharding=_explicit_sharding(array)
+    )
 
 
-def _sharding(array: Array, axes: list[Axes]) -> NamedSharding | None:
-    """Of an array on the mesh of `array`, split by explicit mesh axes, if that has any."""
-    return Split(find_mesh(array)).sharding(axes)
-
-
-def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
-    return jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
+def _explicit_sharding(array: Array, unsplit: int | None = None) -> NamedSharding | None:
+    """How explicit mesh axes split an array, except for its axis `unsplit`."""
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    spec = [None if axis == unsplit else names for axis, names in enumerate(sharding.spec)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: int) -> np.ndarray:
-    if isinstance(rows, slice):
-        index = np.arange(vocab_size)[rows]
-    else:
-        try:
-            index = np.asarray(as_array("rows", rows))
-        except jax.errors.TracerArrayConversionError:
-            raise TypeError(
-                "rows must be known when partition_rows is called, not traced: split the model "
-                "outside of `jax.jit`, and give it both parts."
-            ) from None
+    """The selected tokens as unique int32 numbers."""
+    try:
+        index = np.arange(vocab_size)[rows] if isinstance(rows, slice) else np.asanyarray(rows)
+    except jax.errors.TracerArrayConversionError:
+        raise TypeError(
+            "rows must be known when partition_rows is called, not traced: split the model "
+            "outside of `jax.jit`, and give it both parts."
+        ) from None
+    if isinstance(index, np.ma.MaskedArray):
+        raise ValueError("rows must not be a masked array, whose mask would be lost.")
     if index.dtype == bool and index.shape == (vocab_size,):
         index = np.flatnonzero(index)
     if index.ndim != 1 or index.size == 0 or not np.issubdtype(index.dtype, np.integer):
@@ -203,5 +201,5 @@ def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: 
         )
     values, counts = np.unique(index, return_counts=True)
     if len(values) < len(index):
-        raise ValueError(f"rows must be different, got {values[counts > 1][:5].tolist()} again.")
+        raise ValueError(f"rows must be unique, got {values[counts > 1][:5].tolist()} again.")
     return index.astype(np.int32)

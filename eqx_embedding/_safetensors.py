@@ -18,7 +18,7 @@ from ._inputs import as_float_dtype
 from ._table import EmbeddingTable
 
 
-# What the usual architectures call their input embeddings.
+# The names of input embeddings in common architectures.
 INPUT_EMBEDDINGS = (
     "transformer.wte.weight",  # GPT-2
     "wte.weight",
@@ -93,38 +93,34 @@ def load_safetensors(
     if not axis_names:
         raise ValueError("axis_names must have a name for the vocabulary at least, got ().")
     path = Path(path)
-    files = _files_of_tensors(path)
+    files = _find_files(path)
     if not files:
         raise ValueError(f"{path} has no tensors.")
     if name is None:
         name = _choose_name(path, files)
-    stored = _read_tensor(path, files, name)
-    layout = _read_layout(stored, axis_names)
-    array = _convert(stored, dtype)
+    tensor = _read_tensor(path, files, name)
+    array = _convert(tensor, dtype)
+    layout = _saved_layout(tensor, axis_names)
     if layout is None:
-        vocabulary_axis = "vocabulary" if "vocabulary" in axis_names else axis_names[0]
-        layout = Layout(dict(zip(axis_names, array.shape)), vocabulary_axis, 0, None)
-    else:
+        layout = _given_layout(tensor, axis_names)
+    else:  # In the file, the vocabulary is the first axis and the embedding is the second.
         axis = list(layout.axes).index(layout.vocabulary_axis)
-        rest = [size for name, size in layout.axes.items() if name != layout.vocabulary_axis]
-        array = np.moveaxis(array.reshape(-1, *rest), 0, axis)
-
-    bias = layout.bias if bias is None else bias
+        sizes = list(layout.axes.values())
+        array = np.moveaxis(array.reshape(-1, *sizes[:axis], *sizes[axis + 1 :]), 0, axis)
+    bias_name = layout.bias if bias is None else bias
     bias_array = None
-    if bias is not None:
-        stored_bias, rows = _read_tensor(path, files, bias), layout.axes[layout.vocabulary_axis]
-        if stored_bias.array.shape != (rows,):
+    if bias_name is not None:
+        bias_tensor = _read_tensor(path, files, bias_name)
+        shape = (layout.axes[layout.vocabulary_axis],)
+        if bias_tensor.array.shape != shape:
             raise ValueError(
-                f"{stored_bias.about} has shape {stored_bias.array.shape}, but the bias of "
-                f"{name!r} must have shape ({rows},): one number for each row."
+                f"{bias_tensor.about} has shape {bias_tensor.array.shape}, but the bias of "
+                f"{name!r} must have shape {shape}: one number for each row."
             )
-        bias_array = jnp.asarray(_convert(stored_bias, dtype))
+        bias_array = jnp.asarray(_convert(bias_tensor, dtype))
+    _, vocabulary_axis, padding_rows, _ = layout
     return EmbeddingTable(
-        jnp.asarray(array),
-        tuple(layout.axes),
-        layout.vocabulary_axis,
-        layout.padding_rows,
-        bias_array,
+        jnp.asarray(array), tuple(layout.axes), vocabulary_axis, padding_rows, bias_array
     )
 
 
@@ -157,7 +153,7 @@ def save_safetensors(
     - `FileNotFoundError` if the directory does not exist; `IsADirectoryError` if `path` is one.
     - `ImportError` if the package safetensors is not installed.
     """
-    path, save_file = Path(path), _library().numpy.save_file
+    path, save_file = Path(path), _import_safetensors().numpy.save_file
     if name == "__metadata__":  # the file would be broken
         raise ValueError("the safetensors format keeps the name '__metadata__' for itself.")
     table._check_arrays("Save one of its tables at a time.")
@@ -165,30 +161,11 @@ def save_safetensors(
         raise IsADirectoryError(f"{path} is a directory: give the name of a file in it.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} to.")
-    axis = table.axis_names.index(table.vocabulary_axis)
-    rows = np.moveaxis(np.asarray(table.embeddings), axis, 0)
-    tensors = {name: rows.reshape(len(rows), -1)}
-    about = {
-        "name": name,
-        "axes": dict(zip(table.axis_names, table.embeddings.shape)),
-        "vocabulary_axis": table.vocabulary_axis,
-        "padding_rows": table.padding_rows,
-    }
-    if table.bias is not None:
-        about["bias"] = name.removesuffix(".weight") + ".bias"
-        tensors[about["bias"]] = np.asarray(table.bias)
-    for tensor in tensors.values():
-        if tensor.dtype.name not in DTYPES:
-            raise ValueError(
-                f"a table of {tensor.dtype.name} cannot be saved: convert it to "
-                f"{' or '.join(DTYPES)}."
-            )
+    tensors, layout = _as_tensors(table, name)
     with tempfile.TemporaryDirectory(".partial", path.name[:50] + ".", path.parent) as folder:
         new, blank = Path(folder, "new"), Path(folder, "blank")
-        # safetensors writes the memory of an array, whatever its strides are
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        save_file(tensors, new, {METADATA: json.dumps(about)})
-        # safetensors lets only the owner read its files
+        save_file(tensors, new, {METADATA: json.dumps(layout)})
+        # safetensors makes a file that only its owner can read.
         blank.touch()
         shutil.copymode(path if path.exists() else blank, new)
         with open(new, "rb") as file:
@@ -196,13 +173,13 @@ def save_safetensors(
         os.replace(new, path)
 
 
-class Stored(NamedTuple):
+class Tensor(NamedTuple):
     """A tensor of a file."""
 
     name: str
     array: np.ndarray
     metadata: dict[str, str]  # of the file
-    about: str  # how errors call it
+    about: str  # for error messages
 
 
 class Layout(NamedTuple):
@@ -211,10 +188,36 @@ class Layout(NamedTuple):
     axes: dict[str, int]
     vocabulary_axis: str
     padding_rows: int
-    bias: str | None  # the name of its tensor
+    bias: str | None  # the name of another tensor
 
 
-def _library() -> Any:
+def _as_tensors(table: EmbeddingTable, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a file, and the layout to store in its metadata."""
+    axis = table.axis_names.index(table.vocabulary_axis)
+    rows = np.moveaxis(np.asarray(table.embeddings), axis, 0)
+    tensors = {name: rows.reshape(len(rows), -1)}
+    bias_name = None
+    if table.bias is not None:
+        bias_name = name.removesuffix(".weight") + ".bias"
+        tensors[bias_name] = np.asarray(table.bias)
+    for tensor in tensors.values():
+        if tensor.dtype.name not in DTYPES:
+            raise ValueError(
+                f"a table of {tensor.dtype.name} cannot be saved: convert it to "
+                f"{' or '.join(DTYPES)}."
+            )
+    layout = {
+        "name": name,
+        "axes": dict(zip(table.axis_names, table.embeddings.shape)),
+        "vocabulary_axis": table.vocabulary_axis,
+        "padding_rows": table.padding_rows,
+        "bias": bias_name,
+    }
+    # safetensors writes the memory of an array in order, whatever its strides are.
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, layout
+
+
+def _import_safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError:
@@ -226,21 +229,21 @@ def _library() -> Any:
 
 
 def _open(path: Path) -> Any:
-    library = _library()
+    safetensors = _import_safetensors()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    with open(path, "rb"):  # safetensors would say that a file which may not be read is not there
+    with open(path, "rb"):  # a `PermissionError`, where safetensors would say that it is missing
         pass
     try:
-        return library.safe_open(path, framework="numpy")
-    except library.SafetensorError as error:
+        return safetensors.safe_open(path, framework="numpy")
+    except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}). It is of another kind, or was cut "
+            f"{path} is not a whole safetensors file ({error}). It has another format, or was cut "
             f"short: it has {path.stat().st_size} bytes."
         ) from None
 
 
-def _files_of_tensors(path: Path) -> dict[str, Path]:
+def _find_files(path: Path) -> dict[str, Path]:
     """The file that holds each tensor."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if not path.is_dir() or single.is_file():
@@ -288,7 +291,7 @@ def _choose_name(path: Path, files: dict[str, Path]) -> str:
     )
 
 
-def _read_tensor(path: Path, files: dict[str, Path], name: str) -> Stored:
+def _read_tensor(path: Path, files: dict[str, Path], name: str) -> Tensor:
     if name not in files:
         near = difflib.get_close_matches(name, files, n=5, cutoff=0.0)
         raise ValueError(
@@ -304,60 +307,67 @@ def _read_tensor(path: Path, files: dict[str, Path], name: str) -> Stored:
             )
         kind = file.get_slice(name).get_dtype()
         if kind not in DTYPES.values():
-            raise ValueError(f"{about} is of {kind}: embeddings are {' or '.join(DTYPES)}.")
-        return Stored(name, file.get_tensor(name), file.metadata() or {}, about)
+            raise ValueError(f"{about} has dtype {kind}, expected {' or '.join(DTYPES)}.")
+        return Tensor(name, file.get_tensor(name), file.metadata() or {}, about)
 
 
-def _convert(stored: Stored, dtype: DTypeLike | None) -> np.ndarray:
-    wanted = as_float_dtype("embeddings", "dtype", stored.array.dtype if dtype is None else dtype)
+def _convert(tensor: Tensor, dtype: DTypeLike | None) -> np.ndarray:
+    wanted = as_float_dtype("embeddings", "dtype", tensor.array.dtype if dtype is None else dtype)
     if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
-            f"{stored.about} would be float64, which JAX has in its 64-bit mode only: give "
+            f"{tensor.about} would be float64, which JAX has only in its 64-bit mode: give "
             "dtype=jnp.float32, or jax.config.update('jax_enable_x64', True)."
         )
-    return stored.array.astype(wanted, copy=False)
+    return tensor.array.astype(wanted, copy=False)
 
 
-def _parse(metadata: dict[str, str]) -> dict[str, Any]:
-    """What `save_safetensors` noted, or nothing."""
-    try:
-        noted = json.loads(metadata[METADATA])
-    except (ValueError, KeyError):
-        return {}
-    return noted if isinstance(noted, dict) else {}
+def _given_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout:
+    """The layout of a tensor that another program saved."""
+    shape = tensor.array.shape
+    if len(shape) != len(axis_names):
+        advice = (
+            " Load it with two names, and give the embedding its axes: EmbeddingTable("
+            'table.embeddings.reshape(-1, heads, features), ("vocabulary", "heads", '
+            '"features")).'
+        )
+        raise ValueError(
+            f"{tensor.about} has {len(shape)} axes, {shape}, but {len(axis_names)} are named: "
+            f"axis_names={axis_names}." + (advice if 2 == len(shape) < len(axis_names) else "")
+        )
+    vocabulary_axis = "vocabulary" if "vocabulary" in axis_names else axis_names[0]
+    return Layout(dict(zip(axis_names, shape)), vocabulary_axis, 0, None)
 
 
-def _read_layout(stored: Stored, axis_names: tuple[str, ...]) -> Layout | None:
-    """The layout that `save_safetensors` noted for this tensor, if there is one."""
-    shape, noted = stored.array.shape, _parse(stored.metadata)
-    if METADATA not in stored.metadata or noted.get("name", stored.name) != stored.name:
-        if len(shape) != len(axis_names):
-            advice = (
-                " Load it with two names, and give the embedding its axes: EmbeddingTable("
-                'table.embeddings.reshape(-1, heads, features), ("vocabulary", "heads", '
-                '"features")).'
-            )
-            raise ValueError(
-                f"{stored.about} has {len(shape)} axes, {shape}, but {len(axis_names)} are named: "
-                f"axis_names={axis_names}." + (advice if 2 == len(shape) < len(axis_names) else "")
-            )
+def _saved_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout | None:
+    """The layout that `save_safetensors` stored for this tensor, if it did."""
+    shape, saved = tensor.array.shape, _parse(tensor.metadata)
+    if METADATA not in tensor.metadata or saved.get("name", tensor.name) != tensor.name:
         return None
     try:
-        axes, vocabulary_axis = dict(noted["axes"]), noted["vocabulary_axis"]
-        rows, padding_rows, bias = axes[vocabulary_axis], noted["padding_rows"], noted.get("bias")
-        whole = {type(number) for number in (*axes.values(), padding_rows)} == {int}
-        fits = whole and rows > 0 and shape == (rows, math.prod(axes.values()) // rows)
+        axes, vocabulary_axis = dict(saved["axes"]), saved["vocabulary_axis"]
+        rows, padding_rows, bias = axes[vocabulary_axis], saved["padding_rows"], saved.get("bias")
+        are_integers = {type(number) for number in (*axes.values(), padding_rows)} == {int}
+        fits = are_integers and rows > 0 and shape == (rows, math.prod(axes.values()) // rows)
         fits = fits and isinstance(bias, str | None)
     except (ValueError, TypeError, KeyError):
         fits, axes, vocabulary_axis, padding_rows, bias = False, {}, "", 0, None
     if not fits:
         raise ValueError(
-            f"the metadata of {stored.about} does not fit its shape {shape}: "
-            f"{stored.metadata[METADATA]}. The file was changed after it was saved."
+            f"the metadata of {tensor.about} does not fit its shape {shape}: "
+            f"{tensor.metadata[METADATA]}. The file was changed after it was saved."
         )
     if axis_names not in (DEFAULT_NAMES, tuple(axes)):
         raise ValueError(
-            f"{stored.about} was saved with axis_names={tuple(axes)}, which disagree with "
+            f"{tensor.about} was saved with axis_names={tuple(axes)}, which disagree with "
             f"axis_names={axis_names}. Leave them out, and rename the axes of the table."
         )
     return Layout(axes, vocabulary_axis, padding_rows, bias)
+
+
+def _parse(metadata: dict[str, str]) -> dict[str, Any]:
+    """What `save_safetensors` stored in the metadata, or nothing if that is unreadable."""
+    try:
+        saved = json.loads(metadata[METADATA])
+    except (ValueError, KeyError):
+        return {}
+    return saved if isinstance(saved, dict) else {}

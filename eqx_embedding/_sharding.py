@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -51,14 +52,7 @@ class Split(NamedTuple):
 
     def vocab_size(self, table: EmbeddingTable) -> int:
         """The number of tokens of the whole table of which this device may have a part."""
-        rows = table.vocab_size + table.padding_rows
-        size = rows * self.size(self.manual_vocabulary) - table.padding_rows
-        if size < 1:
-            raise ValueError(
-                f"this table has {rows} rows, {table.padding_rows} of them padding, and none for a "
-                "token. If these are rows of `partition_rows`, use `combine_rows` first."
-            )
-        return size
+        return table._count_tokens(table._num_rows * self.size(self.manual_vocabulary))
 
     def sharding(self, axes: Sequence[Axes]) -> NamedSharding | None:
         """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""
@@ -76,7 +70,9 @@ class Split(NamedTuple):
     def place(self, array: Array, axes: Sequence[Axes]) -> Array:
         """The same array, with the first of its axes split by the given explicit mesh axes."""
         sharding = self.sharding(axes)
-        return array if sharding is None else jax.reshard(array, sharding)
+        if sharding is None or (_mesh_is_unset() and not isinstance(array, Tracer)):
+            return array  # outside of `jax.jit`, JAX cannot tell the devices of such a mesh
+        return jax.reshard(array, sharding)
 
     def with_examples(self, axes: Axes) -> "Split":
         """Of a batch with one more axis in front, which the mesh axes split."""
@@ -91,11 +87,13 @@ class Split(NamedTuple):
         arguments: tuple[PyTree, ...],
     ) -> Any:
         """`function` of the parts that each device has of the arguments."""
+
         def place(spec: PartitionSpec, tree: PyTree) -> PyTree:
             return jax.tree.map(lambda array: self.place(array, as_entries(spec)), tree)
 
-        is_spec = lambda node: isinstance(node, PartitionSpec)
-        arguments = jax.tree.map(place, in_specs, arguments, is_leaf=is_spec)
+        arguments = jax.tree.map(
+            place, in_specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec)
+        )
         if self.mapped:
             function = jax.shard_map(
                 function,
@@ -105,11 +103,15 @@ class Split(NamedTuple):
                 axis_names=set(self.mapped),
             )
             return function(*arguments)
-        if self.mesh is None or not jax.sharding.get_abstract_mesh().empty:
+        if self.mesh is None or not _mesh_is_unset():
             return function(*arguments)
         # of arrays on an explicit mesh that is not set
         with jax.sharding.use_abstract_mesh(self.mesh):
             return function(*arguments)
+
+
+def _mesh_is_unset() -> bool:
+    return jax.sharding.get_abstract_mesh().empty
 
 
 def as_entries(spec: PartitionSpec) -> list[Axes]:
@@ -123,6 +125,8 @@ def _spec(axes: Iterable[Axes]) -> PartitionSpec:
 def without_padding(rows: Array, split: Split, vocab_size: int) -> Array:
     """The rows that this device has of a table, with zeros for the padding rows."""
     mesh_axes = split.manual_vocabulary
+    if len(rows) * split.size(mesh_axes) == vocab_size:
+        return rows
     start = lax.axis_index(mesh_axes) * len(rows) if mesh_axes else 0
     row = lax.broadcasted_iota(np.int32, rows.shape, 0) + start
     return jnp.where(row < vocab_size, rows, jnp.zeros((), rows.dtype))

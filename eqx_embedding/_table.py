@@ -1,4 +1,4 @@
-"""`EmbeddingTable`: the array, the names of its axes, and how it is made."""
+"""`EmbeddingTable`: everything that exists once per token."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import final
@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._inputs import as_float_dtype, as_int, Whole
+from ._suggest import suggest, suggest_key
 
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -27,14 +28,18 @@ def _fan_out_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Arr
     return draw(key, shape, dtype)
 
 
+def _suggest_axes(embedding_axes: object) -> str | None:
+    return f"{{'embedding': {embedding_axes}}}" if isinstance(embedding_axes, Whole) else None
+
+
 def _named_sizes(names: Iterable[str], sizes: Iterable[object]) -> str:
     return ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
 
 
 @final
 class EmbeddingTable(eqx.Module):
-    """A table with one embedding for each token of a vocabulary: the parameter of
-    [`eqx_embedding.EmbeddingLookup`][] and [`eqx_embedding.EmbeddingDecode`][].
+    """The embeddings of a vocabulary: the parameter of [`eqx_embedding.EmbeddingLookup`][] and
+    [`eqx_embedding.EmbeddingDecode`][].
 
     Make one with [`eqx_embedding.EmbeddingTable.from_config`][], or from an array:
 
@@ -42,32 +47,33 @@ class EmbeddingTable(eqx.Module):
     EmbeddingTable(array, ("vocabulary", "embedding"))
     ```
 
-    PyTrees carry no identity: store a table **once** in a model and build the layers where they
-    are called, `EmbeddingLookup(self.table)(tokens)` and `EmbeddingDecode(self.table)(hidden)`.
-    They are views, cost nothing, and are tied.
+    JAX models are trees, not graphs: one table stored in two fields becomes two parameters, which
+    diverge after the first update. For weight tying, store the table **once** and build the layers
+    where they are called: `EmbeddingLookup(self.table)(tokens)` and
+    `EmbeddingDecode(self.table)(hidden)`. They hold references to the table and cost nothing.
 
     **Fields:**
 
-    - `embeddings`: the parameter, an array of floats. A table that `vmap` or `scan` has stacked
-        has further axes in front.
-    - `axis_names`: the name of each axis, in order; they describe the *last* `len(axis_names)`
-        axes of `embeddings`.
-    - `vocabulary_axis`: which of them is indexed by tokens, wherever it stands. All others are
-        the embedding, in the order in which they stand. Defaults to `"vocabulary"`.
-    - `padding_rows`: how many rows at the end of the vocabulary axis stand for no token. They
-        are never looked up, and have no logit. Defaults to 0.
-    - `bias`: one number for each row, padding rows included, which
-        [`eqx_embedding.EmbeddingDecode`][] adds to the logit of that row. A stacked table has a
-        stacked bias. Defaults to `None`, which is no bias.
+    - `embeddings`: the parameter, a floating-point JAX or NumPy array. A table stacked by `vmap` or
+        `scan` has additional axes in front.
+    - `axis_names`: the name of each axis, in order. They describe the *last* `len(axis_names)` axes
+        of `embeddings`.
+    - `vocabulary_axis`: the name of the axis indexed by tokens, anywhere in `axis_names`. All other
+        axes belong to the embedding. Defaults to `"vocabulary"`.
+    - `padding_rows`: how many rows at the end of the vocabulary axis stand for no token. They are
+        never looked up and have no logit. Defaults to 0.
+    - `bias`: one number for each row, padding rows included, added to the logit of that row by
+        [`eqx_embedding.EmbeddingDecode`][]. Its shape is `(rows,)`, or `(*stacked, rows)` for a
+        stacked table. Defaults to `None`, no bias.
 
     **Raises:**
 
-    A `ValueError` if names repeat or are not strings, if `vocabulary_axis` is not one of them, if
-    `embeddings` has fewer axes than names or an axis of size zero, unless
-    `0 <= padding_rows < rows`, or if the bias does not have one number for each row.
+    A `ValueError` if names repeat or are not strings; if `vocabulary_axis` is not one of them; if
+    `embeddings` has fewer axes than names, or an axis of size 0; unless `0 <= padding_rows < rows`;
+    and if the bias does not have one number for each row.
     """
 
-    # No converter: it would turn the type check of the field off.
+    # No converter: it would turn the type check of the field off. `_rows_first` converts.
     embeddings: Float[Array | np.ndarray, "..."]
     axis_names: tuple[str, ...] = eqx.field(static=True)
     vocabulary_axis: str = eqx.field(static=True, default="vocabulary")
@@ -76,8 +82,9 @@ class EmbeddingTable(eqx.Module):
 
     def __check_init__(self):
         names = self.axis_names
-        if not all(isinstance(name, str) for name in names):  # the type checks look at one
-            raise ValueError(f"axis names must be strings, got axis_names={names}.")
+        # The type checks look at one of the names only.
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"axis_names must be a tuple of strings, got {names!r}.")
         if len(set(names)) < len(names):
             raise ValueError(f"axis names must be unique, got axis_names={names}.")
         if self.vocabulary_axis not in names:
@@ -85,7 +92,7 @@ class EmbeddingTable(eqx.Module):
                 f"vocabulary_axis={self.vocabulary_axis!r} is not one of axis_names={names}: "
                 "name the axis of `embeddings` that is indexed by tokens."
             )
-        self._check_rank()
+        self._check_shapes()
         sizes = _named_sizes(names, self._sizes)
         if min(self._sizes) < 1:
             raise ValueError(f"every axis needs a size of at least 1, got {sizes}.")
@@ -94,10 +101,9 @@ class EmbeddingTable(eqx.Module):
                 f"padding_rows must be at least 0 and below {self._num_rows}, the number of rows "
                 f"on axis {self.vocabulary_axis!r}, got {self.padding_rows} for a table of {sizes}."
             )
-        if self.bias is not None:
-            self._check_bias()
 
     @classmethod
+    @suggest(embedding_axes=_suggest_axes, key=suggest_key)
     def from_config(
         cls,
         vocab_size: Whole,
@@ -115,23 +121,22 @@ class EmbeddingTable(eqx.Module):
         **Arguments:**
 
         - `vocab_size`: the number of tokens.
-        - `embedding_axes`: the name and size of each axis of an embedding, in order; usually
-            `{"embedding": 768}`, also `{"heads": 12, "features": 64}`.
-        - `vocabulary_axis`: the name of the axis that is indexed by tokens, which comes first.
-            Defaults to `"vocabulary"`.
-        - `initializer`: any initializer of `jax.nn.initializers`, called as
+        - `embedding_axes`: the name and size of each axis of an embedding, in order: usually
+            `{"embedding": 768}`, or for example `{"heads": 12, "features": 64}`.
+        - `vocabulary_axis`: the name of the axis indexed by tokens, which comes first. Defaults to
+            `"vocabulary"`.
+        - `initializer`: an initializer from `jax.nn.initializers`, called as
             `initializer(key, shape, dtype)` with `shape = (vocab_size, *embedding sizes)`.
             Defaults to penzai's: normal, with a standard deviation of
             `1 / sqrt(product of embedding sizes)`, which is
             `variance_scaling(1.0, "fan_out", "normal", in_axis=(), out_axis=<embedding axes>,
             batch_axis=<vocabulary axis>)`.
-        - `dtype`: the dtype of the embeddings. Defaults to float32, or to float64 if JAX is in
-            64-bit mode.
-        - `use_bias`: whether the table has a bias, which starts at zero, in the dtype of the
-            embeddings. Defaults to `False`.
-        - `pad_to_multiple_of`: rows of zeros are added until their number is a multiple of this,
-            so that a mesh can divide them. What is drawn for the tokens does not depend on it.
-            Defaults to 1, which adds none.
+        - `dtype`: the dtype of the embeddings and the bias. Defaults to float32, or float64 in
+            JAX's 64-bit mode.
+        - `use_bias`: whether the table has a bias, which starts at zero. Defaults to `False`.
+        - `pad_to_multiple_of`: rows of zeros are added until the number of rows is a multiple of
+            this, so that a mesh can divide them. The draw for tokens does not depend on it.
+            Defaults to 1, no padding.
         - `key`: a `jax.random.key` for the initializer.
 
         **Returns:**
@@ -141,18 +146,21 @@ class EmbeddingTable(eqx.Module):
         **Raises:**
 
         A `ValueError` for a size below 1, for a `vocabulary_axis` that is also an embedding axis,
-        for a `dtype` that is not floating, or for an initializer that returns another shape.
+        for a `dtype` that is not floating, or if the initializer returns another shape.
         """
-        sizes = _named_sizes(
-            (vocabulary_axis, *embedding_axes), (vocab_size, *embedding_axes.values())
-        )
+        if not isinstance(embedding_axes, Mapping):
+            raise TypeError(
+                f"embedding_axes must be a mapping from names to sizes, got {embedding_axes!r}."
+            )
+        numbers = vocab_size, *embedding_axes.values(), pad_to_multiple_of
+        names = vocabulary_axis, *embedding_axes
+        sizes = _named_sizes(names, numbers[:-1])
         if vocabulary_axis in embedding_axes:
             raise ValueError(
                 f"the vocabulary axis {vocabulary_axis!r} is also an embedding axis: {sizes}. "
                 "Give one of them another name."
             )
-        numbers = vocab_size, *embedding_axes.values(), pad_to_multiple_of
-        # the type checks look at one size of `embedding_axes` only
+        # The type checks look at one size of `embedding_axes` only.
         if not all(isinstance(number, Whole) and number >= 1 for number in numbers):
             raise ValueError(
                 f"every size must be an integer of at least 1, got {sizes}, pad_to_multiple_of="
@@ -160,9 +168,8 @@ class EmbeddingTable(eqx.Module):
             )
         *shape, multiple = map(as_int, numbers)
         shape = tuple(shape)
-        dtype = as_float_dtype(
-            "embeddings", "dtype", jnp.result_type(float) if dtype is None else dtype
-        )
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        dtype = as_float_dtype("embeddings", "dtype", dtype)
         embeddings = jnp.asarray(initializer(key, shape, dtype), dtype)
         if embeddings.shape != shape:
             raise ValueError(
@@ -172,13 +179,8 @@ class EmbeddingTable(eqx.Module):
         padding_rows = -shape[0] % multiple
         if padding_rows > 0:
             embeddings = jnp.pad(embeddings, [(0, padding_rows)] + [(0, 0)] * len(embedding_axes))
-        return cls(
-            embeddings,
-            (vocabulary_axis, *embedding_axes),
-            vocabulary_axis,
-            padding_rows,
-            bias=jnp.zeros(len(embeddings), dtype) if use_bias else None,
-        )
+        bias = jnp.zeros(len(embeddings), dtype) if use_bias else None
+        return cls(embeddings, names, vocabulary_axis, padding_rows, bias)
 
     @property
     def vocab_size(self) -> int:
@@ -193,24 +195,24 @@ class EmbeddingTable(eqx.Module):
         return sizes
 
     def partition_spec(self, rules: Rules) -> PartitionSpec:
-        """How `embeddings` are split over the axes of a device mesh.
+        """How a device mesh splits `embeddings`.
 
         **Arguments:**
 
         - `rules`: a mesh axis (or several, or `None`) for each axis name, such as
-            `{"vocabulary": "model"}`. Names that this table lacks are ignored, so that one set of
-            rules serves a whole model.
+            `{"vocabulary": "model"}`. Names that this table does not have are ignored, so that one
+            set of rules serves a whole model.
 
         **Returns:**
 
-        A `jax.sharding.PartitionSpec` with one entry for each axis of `embeddings`. Axes without
-        a rule, and those in front of the named ones, are not split.
+        A `jax.sharding.PartitionSpec` with one entry for each axis of `embeddings`. Axes without a
+        rule, and those in front of the named ones, are not split.
         """
-        stacked = (None,) * (len(self.embeddings.shape) - len(self.axis_names))
+        stacked = (None,) * len(self._stacked_shape)
         return PartitionSpec(*stacked, *(rules.get(name) for name in self.axis_names))
 
     def shardings(self, mesh: Mesh | AbstractMesh, rules: Rules) -> "EmbeddingTable":
-        """How each array of this table is split over the axes of a device mesh.
+        """How a device mesh splits each array of the table.
 
         ```python
         table = jax.device_put(table, table.shardings(mesh, {"vocabulary": "model"}))
@@ -223,11 +225,11 @@ class EmbeddingTable(eqx.Module):
 
         **Returns:**
 
-        The table with a `jax.sharding.NamedSharding` in the place of each array, for
-        `jax.device_put` and for the `out_shardings` of `jax.jit`. The bias is split as the
-        vocabulary axis is. Works on the skeletons of `eqx.filter_eval_shape`, too.
+        The table with a `jax.sharding.NamedSharding` in place of each array, for `jax.device_put`
+        and for the `out_shardings` of `jax.jit`. The bias is split like the vocabulary axis. This
+        also works on a skeleton from `eqx.filter_eval_shape`.
         """
-        stacked = (None,) * (len(self.embeddings.shape) - len(self.axis_names))
+        stacked = (None,) * len(self._stacked_shape)
         specs = {
             "embeddings": self.partition_spec(rules),
             "bias": PartitionSpec(*stacked, rules.get(self.vocabulary_axis)),
@@ -237,28 +239,38 @@ class EmbeddingTable(eqx.Module):
         )
 
     @property
+    def _stacked_shape(self) -> tuple[int, ...]:
+        shape = self.embeddings.shape
+        return shape[: len(shape) - len(self.axis_names)]
+
+    @property
     def _sizes(self) -> tuple[int, ...]:
-        # not `[-len(names):]`, which would be everything for a table without names
-        return self.embeddings.shape[len(self.embeddings.shape) - len(self.axis_names) :]
+        return self.embeddings.shape[len(self._stacked_shape) :]
 
     @property
     def _num_rows(self) -> int:
         return self._sizes[self.axis_names.index(self.vocabulary_axis)]
 
-    def _rows_first(self) -> tuple[Array, Array | None]:
-        """The embeddings, of shape (rows, *embedding), and the bias, of shape (rows,).
+    def _count_tokens(self, num_rows: int) -> int:
+        """The number of tokens among `num_rows` rows, of which the last ones are padding."""
+        if num_rows <= self.padding_rows:
+            raise ValueError(
+                f"this table has {num_rows} rows, {self.padding_rows} of them padding, and none "
+                "for a token. If it is the trained part of `partition_rows`, or made from it, use "
+                "`combine_rows` first."
+            )
+        return num_rows - self.padding_rows
 
-        They are checked again, because a checkpoint, `eqx.tree_at` or `eqx.partition` may have
-        replaced them after `__check_init__`.
-        """
+    def _rows_first(self) -> tuple[Array, Array | None]:
+        """The embeddings, of shape (rows, *embedding), and the bias, of shape (rows,)."""
         embeddings, axis = self._checked_embeddings()
         bias = None if self.bias is None else jnp.asarray(self.bias)
         return jnp.moveaxis(embeddings, axis, 0), bias
 
     def _checked_embeddings(self) -> tuple[Array, int]:
-        """The embeddings as they stand, and the position of the vocabulary axis.
+        """The embeddings with their axes as they are, and the position of the vocabulary axis.
 
-        For a lookup: the gradient with respect to moved embeddings would take a second buffer.
+        Lookups use this, because the gradient of `_rows_first` can take a second buffer.
         """
         self._check_arrays()
         return jnp.asarray(self.embeddings), self.axis_names.index(self.vocabulary_axis)
@@ -267,10 +279,14 @@ class EmbeddingTable(eqx.Module):
         self,
         advice: str = "Use it inside `eqx.filter_vmap` or `jax.lax.scan`, which take them away.",
     ) -> None:
-        """Raises an error unless these are the arrays of a table that is not stacked."""
-        for name, array in ("embeddings", self.embeddings), ("bias", self.bias):
-            if name == "bias" and array is None:
-                continue
+        """Raises an error unless this is a table with arrays that is not stacked.
+
+        A checkpoint, `eqx.tree_at` or `eqx.partition` may have replaced what `__check_init__` saw.
+        """
+        arrays = {"embeddings": self.embeddings}
+        if self.bias is not None:
+            arrays["bias"] = self.bias
+        for name, array in arrays.items():
             masked = isinstance(array, np.ma.MaskedArray)  # `np.asarray` would drop the mask
             if masked or not isinstance(array, jax.Array | np.ndarray):
                 raise ValueError(
@@ -279,31 +295,25 @@ class EmbeddingTable(eqx.Module):
                 )
             if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise TypeError(f"{name} must be floating, got {array.dtype.name}.")
-        self._check_rank()
-        if self.embeddings.ndim > len(self.axis_names):
+        self._check_shapes()
+        if self._stacked_shape:
             raise ValueError(
                 f"this table is stacked: its embeddings have shape {self.embeddings.shape}, and "
                 f"axis_names={self.axis_names} describe the last {len(self.axis_names)} axes. "
                 f"{advice}"
             )
-        if self.bias is not None:
-            self._check_bias()
 
-    def _check_rank(self) -> None:
+    def _check_shapes(self) -> None:
         shape, names = self.embeddings.shape, self.axis_names
         if len(shape) < len(names):
             raise ValueError(
                 f"embeddings of shape {shape} have {len(shape)} axes, but {len(names)} are named: "
                 f"axis_names={names}."
             )
-
-    def _check_bias(self) -> None:
-        shape = self.embeddings.shape
-        stacked = shape[: len(shape) - len(self.axis_names)]
-        expected = *stacked, self._num_rows
-        if self.bias is not None and self.bias.shape != expected:
+        bias_shape = *self._stacked_shape, self._num_rows
+        if self.bias is not None and self.bias.shape != bias_shape:
             raise ValueError(
-                f"the bias must have shape {expected}, one number for each row of the vocabulary "
+                f"the bias must have shape {bias_shape}, one number for each row of the vocabulary "
                 f"{self.vocabulary_axis!r}, padding rows included, got {self.bias.shape} for "
                 f"embeddings of shape {shape}."
             )

@@ -55,8 +55,8 @@ class Devices:
 
         def put(node: PyTree) -> PyTree:
             table = isinstance(node, EmbeddingTable)
-            spec = node.partition_spec(RULES) if table else PartitionSpec()
-            return jax.device_put(node, NamedSharding(mesh, spec))
+            whole = NamedSharding(mesh, PartitionSpec())
+            return jax.device_put(node, node.shardings(mesh, RULES) if table else whole)
 
         return jax.tree.map(put, tree, is_leaf=lambda node: isinstance(node, EmbeddingTable))
 

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -54,9 +55,10 @@ def make_table(layout: str, dtype="float32", seed: int = 0, with_bias=False) -> 
     return EmbeddingTable(embeddings, tuple(axes), padding_rows=PADDING_ROWS, bias=bias)
 
 
-def quick_jit(function):
+def quick_jit(function) -> Any:
     """`eqx.filter_jit` for a program that runs once: compiled in half the time, slower to run."""
-    return eqx.filter_jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    options: Any = {"compiler_options": {"xla_backend_optimization_level": 0}}
+    return eqx.filter_jit(function, **options)
 
 
 def float64(array) -> np.ndarray:
@@ -138,13 +140,14 @@ def scores_reference(layer, hidden, targets) -> TokenScores:
     lse = maximum + np.log(np.exp(z - maximum).sum(-1, keepdims=True))
     log_p = z - lse
     terms = np.multiply(np.exp(log_p), log_p, where=z > -np.inf, out=np.zeros(z.shape))
-    return TokenScores(
+    scores: dict[str, Any] = dict(
         log_prob=np.take_along_axis(log_p, targets[..., None], -1)[..., 0],
         mean_log_prob=log_p.mean(-1),
         entropy=-terms.sum(-1),
         logsumexp=lse[..., 0],
         is_top=z.argmax(-1) == targets,
     )
+    return TokenScores(**scores)
 
 
 def plain_logits(layer, hidden) -> jax.Array:

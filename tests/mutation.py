@@ -26,21 +26,32 @@ from tqdm import tqdm
 
 # The tests of each module, those that fail first first.
 SINGLE = {
-    "_tokens": "lookup types faults",
+    "_inputs": "lookup cross_entropy types faults",
     "_lookup": "lookup tying faults",
     "_table": "table lookup decode",
     "_decode": "decode cross_entropy faults",
-    "_cross_entropy": "cross_entropy faults",
-    "_vocabulary": "vocabulary rows",
+    "_blockwise/_batch": "vmap token_loss cross_entropy faults",
+    "_blockwise/_chunks": "cross_entropy token_loss faults",
+    "_blockwise/_devices": "token_loss cross_entropy",
+    "_blockwise/_function": "token_loss",
+    "_blockwise/_gradients": "score cross_entropy faults",
+    "_blockwise/_logits": "score cross_entropy faults",
+    "_blockwise/_losses": "token_loss score cross_entropy faults",
+    "_blockwise/_plan": "cross_entropy",
+    "_blockwise/_primitive": "vmap token_loss cross_entropy",
+    "_blockwise/_scores": "score cross_entropy faults",
+    "_tree": "resize rows",
+    "_resize": "resize",
     "_rows": "rows types",
     "_safetensors": "safetensors",
-    "_numbers": "table decode faults",
     "_beartype": "types",
+    "_suggest": "types",
     "__init__": "types",
     "_sharding": "decode faults",
 }
 # With --devices, these are also held against the tests on eight devices, which take minutes.
-SPLIT = ("_sharding", "_lookup", "_decode", "_cross_entropy")
+BLOCKWISE = tuple(module for module in SINGLE if module.startswith("_blockwise"))
+SPLIT = ("_sharding", "_lookup", "_decode", *BLOCKWISE)
 
 # One replacement for each operator, the nearest one; every keyword, decorator and number.
 OPERATORS = """

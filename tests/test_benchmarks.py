@@ -10,44 +10,176 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cross_entropy, numerics, plays, quality, train_step
+from benchmarks import (
+    cross_entropy,
+    errors,
+    losses,
+    numerics,
+    peers,
+    plays,
+    quality,
+    train_step,
+)
+from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_each_loss_equals_its_plain_version(name):
+    N, D, V = 32, 8, 50
+    loss = losses.LOSSES[name]
+    with jax.enable_x64(True):
+        operands = cross_entropy.draw((N, D, V), "float64")
+        data = loss.draw_data(jax.random.key(1), N, V)
+        here, plain = (
+            jax.jit(jax.value_and_grad(f, (0, 1)))(*operands, *data)
+            for f in (loss.here, loss.plain)
+        )
+    for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_smoothed_equals_the_options_of_cross_entropy():
+    def with_options(hidden, rows, targets):
+        decode = EmbeddingDecode(EmbeddingTable(rows, ("vocabulary", "embedding")))
+        return decode.cross_entropy(hidden, targets, label_smoothing=0.1, z_loss=1e-4)
+
+    operands = cross_entropy.draw((32, 8, 50), "float32")
+    loss, plain = jax.jit(with_options)(*operands), losses.LOSSES["smoothed"].plain(*operands)
+    np.testing.assert_allclose(loss, plain, rtol=1e-6)
+
+
 def wrong(hidden, rows, targets):
-    return cross_entropy.with_optax(hidden, rows, targets) + 1
+    return peers.with_optax(hidden, rows, targets) + 1
 
 
 def not_a_number(hidden, rows, targets):
     """The right loss, with a gradient of NaN."""
-    loss = cross_entropy.with_optax(hidden, rows, targets)
+    loss = peers.with_optax(hidden, rows, targets)
     zero = jnp.sum(hidden) * 0.0
     return loss + jnp.where(zero == 0, 0.0, jnp.sqrt(zero))
 
 
-def test_a_wrong_peer_is_shown_as_wrong_and_a_missing_one_as_missing(monkeypatch, capsys):
-    peers = {
-        "optax": cross_entropy.with_optax,
+@pytest.fixture
+def no_torch(monkeypatch):
+    """PyTorch takes seconds to import, and half a minute to compile."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+
+def by_loss_and_name(rows):
+    return {(row["loss"], row["name"]): row for row in rows}
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_wrong_and_missing_programs_are_shown_as_such(monkeypatch, capsys):
+    some = {
+        "optax": peers.with_optax,
         "math": wrong,
         "json": not_a_number,
         "no_such_module": wrong,
     }
-    monkeypatch.setattr(cross_entropy, "PEERS", peers)
-    shape = ["--shape", "32", "8", "50", "--rounds", "1", "--chunk-size", "16"]
-    cross_entropy.main([*shape, "--json"])
+    monkeypatch.setattr(cross_entropy, "PEERS", some)
+    focal = losses.LOSSES["focal"]
+    twice = focal._replace(of_decode=lambda *operands: 2 * focal.of_decode(*operands))
+    monkeypatch.setitem(cross_entropy.LOSSES, "focal", twice)
+    arguments = ["--shape", "24", "8", "50", "--rounds", "1", "--chunk-size", "16"]
+    arguments += ["--losses", "cross_entropy", "focal", "vmapped"]
+    cross_entropy.main([*arguments, "--json"])
     [report] = json.loads(capsys.readouterr().out)["reports"]
-    rows = {row["name"]: row for row in report["results"]}
-    assert rows["math"]["wrong"] and rows["json"]["wrong"]
-    for name in ("eqx_embedding", "eqx_embedding, 16", "eqx_embedding, forward", "optax"):
-        assert not rows[name]["wrong"] and rows[name]["error"] < 1e-5
-        assert rows[name]["seconds"] > 0 and rows[name]["ratio"] > 0
-    assert "no_such_module" in report["missing"]
-    cross_entropy.main(shape)
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("math") and "WRONG" in line for line in lines)
-    assert any(line.startswith("no_such_module") and "not run" in line for line in lines)
+    rows = by_loss_and_name(report["results"])
+    assert {key for key, row in rows.items() if row["wrong"]} == {
+        ("cross_entropy", "math"),
+        ("cross_entropy", "json"),
+        ("focal", "eqx_embedding"),
+    }
+    missing = by_loss_and_name(report["missing"])
+    assert {name for _, name in missing} == {
+        "no_such_module",
+        "torch",
+        "torch.compile",
+        "eqx_embedding",
+    }
+    assert "24 tokens" in missing["vmapped", "eqx_embedding"]["reason"]
+    cross_entropy.show(report)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for name in "math", "json", "eqx_embedding":
+        assert any(line.startswith(name) and "WRONG" in line for line in lines)
+    for name in "no_such_module", "torch", "torch.compile", "eqx_embedding":
+        assert any(line.startswith(f"{name} ") and "not run" in line for line in lines)
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_each_row_has_times_memory_and_error(monkeypatch, capsys):
+    monkeypatch.setattr(cross_entropy, "PEERS", {"optax": peers.with_optax})
+    shape = ["--shape", "32", "8", "50", "--rounds", "1"]
+    some = ["cross_entropy", "policy_gradient", "masked"]
+    cross_entropy.main([*shape, "--json", "--losses", *some])
+    [report] = json.loads(capsys.readouterr().out)["reports"]
+    rows = by_loss_and_name(report["results"])
+    pairs = {(loss, name) for loss in some[1:] for name in ("eqx_embedding", "plain JAX")}
+    names = "eqx_embedding", "three products", "optax", "eqx_embedding, forward", "optax, forward"
+    assert set(rows) == pairs | {("cross_entropy", name) for name in names}
+    for (_, name), row in rows.items():
+        assert row["seconds"] > 0 and len(row["times"]) == 2 and row["temporaries"] >= 0
+        assert row["ratio"] > 0 and row["ratio_to_plain"] > 0 and row["ratio_to_cross_entropy"] > 0
+        assert name == "three products" or row["error"] < 1e-5
+    ours, optax = rows["cross_entropy", "eqx_embedding"], rows["cross_entropy", "optax"]
+    here, plain = rows["masked", "eqx_embedding"], rows["masked", "plain JAX"]
+    assert here["ratio"] == pytest.approx(here["seconds"] / optax["seconds"])
+    assert here["ratio_to_plain"] == pytest.approx(here["seconds"] / plain["seconds"])
+    assert here["ratio_to_cross_entropy"] == pytest.approx(here["seconds"] / ours["seconds"])
+    assert optax["ratio"] == optax["ratio_to_plain"] == plain["ratio_to_plain"] == 1
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_one_loss_is_measured_beside_cross_entropy(monkeypatch, capsys):
+    monkeypatch.setattr(cross_entropy, "PEERS", {"optax": peers.with_optax})
+    assert cross_entropy.parse([]).losses == list(losses.LOSSES)
+    cross_entropy.main(["--shape", "32", "8", "50", "--rounds", "1", "--losses", "vmapped"])
+    _, shape, header, *lines = capsys.readouterr().out.splitlines()
+    assert shape == "32 tokens, embedding 8, vocabulary 50, float32"
+    figures = [line[26:].split() for line in lines if line.startswith("  ")]
+    assert len(figures) == 4 and all(len(row) == len(header[26:].split("/")) + 2 for row in figures)
+    starts = [line[:26].strip() for line in lines]
+    assert starts == [
+        "cross-entropy",
+        "eqx_embedding",
+        "optax",
+        "cross-entropy, vmap of 16",
+        "eqx_embedding",
+        "plain JAX",
+    ]
+
+
+def run_torch(monkeypatch, compile_):
+    monkeypatch.setattr(pytest.importorskip("torch"), "compile", compile_)
+    operands = cross_entropy.draw((32, 8, 50), "float32")
+    programs = cross_entropy.programs_of_cross_entropy(operands, "float32", ())
+    programs = {name: programs[name] for name in ("torch", "torch.compile")}
+    return cross_entropy.try_runs(programs, errors.exact(*operands))
+
+
+def test_torch_is_run_eager_and_compiled(monkeypatch):
+    compiled = []
+
+    def compile_nothing(function, **options):
+        compiled.append(function)
+        return function
+
+    runs, missing = run_torch(monkeypatch, compile_nothing)
+    assert set(runs) == {"torch", "torch.compile"} and len(compiled) == 1 and not missing
+    assert all(run.error < 1e-5 for run in runs.values())
+
+
+def test_torch_without_a_compiler_is_run_eager(monkeypatch):
+    def compile_nowhere(function, **options):
+        raise RuntimeError("No working C++ compiler found\nin any of these places")
+
+    runs, missing = run_torch(monkeypatch, compile_nowhere)
+    assert set(runs) == {"torch"}
+    assert missing == {"torch.compile": "RuntimeError: No working C++ compiler found"}
 
 
 SIZES = {

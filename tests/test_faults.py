@@ -489,7 +489,7 @@ def test_the_trained_part_of_a_model_is_no_model():
 def test_frozen_rows_that_were_resized_are_refused():
     for size in (3, 6, 12):
         trained, frozen = partition_rows(EmbeddingTable(make_array((9, 4)), NAMES), [4, 6])
-        with pytest.raises(ValueError, match=f"{size} rows, which had 9.*before you resize"):
+        with pytest.raises(ValueError, match=f"{size} tokens, which had 9.*before you resize"):
             combine_rows(trained, resize_vocabulary(frozen, size))
 
 
@@ -526,10 +526,11 @@ def test_a_masked_array_is_refused_for_its_mask_would_be_lost():
         "tokens": lambda: EmbeddingLookup(table)(masked),
         "targets": lambda: layer.cross_entropy(hidden, masked),
         "weights": lambda: layer.cross_entropy(hidden, TARGETS, weights=masked),
-        "rows": lambda: partition_rows(table, masked),
     }.items():
         with pytest.raises(TypeError, match=f"{name} are a masked array"):
             call()
+    with pytest.raises(ValueError, match="rows must not be a masked array"):
+        partition_rows(table, masked)
 
 
 @pytest.mark.parametrize(
@@ -810,7 +811,8 @@ def test_no_tracer_leaks_and_no_key_is_used_twice():
         whole = eqx.filter_jit(eqx.filter_grad(lambda t: loss(t, tokens[0]) + loss(t, tokens[1])))
         assert_close(whole(table).embeddings, jnp.sum(each.embeddings, 0))
         made = EmbeddingTable.from_config(5, {"embedding": 4}, key=jax.random.key(0))
-        grown = resize_vocabulary((table, make_table("last")), 9, key=jax.random.key(1))
+        tables = table, make_table("last", with_bias=True)
+        grown = resize_vocabulary(tables, 9, key=jax.random.key(1), pad_to_multiple_of=1)
     assert len(np.unique(made.embeddings)) == 20
     assert len(np.unique(grown[0].embeddings[7:])) == 8
 

@@ -267,12 +267,12 @@ def test_other_rows_of_the_same_number_compile_nothing_anew():
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([1, 2, 1], r"must be different, got \[1\] again"),
+        ([1, 2, 1], r"must be unique, got \[1\] again"),
         ([0, 7], r"7 tokens, so rows must be at least 0 and below 7, got \[7\]"),
         ([-1], r"got \[-1\]"),
         ([2**40], r"got \[1099511627776\]"),
         (range(20), r"got \[7, 8, 9, 10, 11\]\.$"),
-        (2 * [0, 1, 2, 3, 4, 5], r"must be different, got \[0, 1, 2, 3, 4\] again"),
+        (2 * [0, 1, 2, 3, 4, 5], r"must be unique, got \[0, 1, 2, 3, 4\] again"),
         ([], "at least one integer"),
         (slice(3, 3), "at least one integer"),
         (np.zeros(7, bool), "at least one integer"),
@@ -287,8 +287,18 @@ def test_rows_that_make_no_sense_are_refused(rows, message):
         partition_rows(make_table("first"), rows)
 
 
+def test_numpy_arrays_are_split_and_combined_like_jax_arrays():
+    table = make_table("last", with_bias=True)
+    for dtype in np.float32, np.float64:  # JAX narrows float64 outside of its 64-bit mode
+        given = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), table)
+        trained, frozen = partition_rows(given, np.asarray([6, 2]))
+        assert eqx.tree_equal(combine_rows(trained, frozen), table)
+        restored = jax.tree.map(np.asarray, (trained, frozen))
+        assert eqx.tree_equal(combine_rows(*restored), table)
+
+
 def test_a_vocabulary_that_is_not_there_and_parts_of_two_models_are_refused():
-    with pytest.raises(ValueError, match="'bytes': this tree holds those of 'vocabulary'"):
+    with pytest.raises(ValueError, match="'bytes': this tree has tables of 'vocabulary'"):
         partition_rows(make_table("first"), [1], "bytes")
     trained, _ = partition_rows(make_table("first"), [1])
     _, frozen = partition_rows(make_table("middle"), [1])
@@ -306,10 +316,10 @@ def test_a_vocabulary_that_is_not_there_and_parts_of_two_models_are_refused():
 def test_rows_without_their_table_are_no_vocabulary():
     trained, _ = partition_rows(make_table("first"), [1, 2])
     state: Any = optax.adam(1e-3).init(trained)
-    message = r"shape \(2, 4\), which is all padding by padding_rows=2.* use combine_rows first"
+    message = "2 rows, 2 of them padding.*use `combine_rows` first"
     for tree in trained, state:
         with pytest.raises(ValueError, match=message):
-            resize_vocabulary(tree, 9)
+            resize_vocabulary(tree, 9, pad_to_multiple_of=1)
         with pytest.raises(ValueError, match=message):
             partition_rows(tree, [0])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from eqx_embedding import EmbeddingDecode, EmbeddingTable, TokenScores
+from eqx_embedding._blockwise._scores import reference
 
 from .helpers import (
     assert_close,
@@ -238,7 +240,8 @@ def test_tokens_of_weight_zero_have_zeros(kind):
     poisoned = np.where(mask[..., None], hidden, np.nan)
     scores = score(layer, poisoned, targets, chunk_size=CHUNK_SIZE, **options)
     expected = scores_reference(layer, hidden, TARGETS)
-    assert_scores(scores, TokenScores(*(np.where(mask, e, 0) for e in expected)))
+    counted: Any = [np.where(mask, e, 0) for e in expected]
+    assert_scores(scores, TokenScores(*counted))
 
 
 @pytest.mark.parametrize(
@@ -418,3 +421,11 @@ def test_targets_of_another_shape_are_refused():
     layer = make_layer()
     with pytest.raises(ValueError, match=r"targets must have the shape \(3, 11\) .* got \(33,\)"):
         layer.score(make_hidden(layer), TARGETS.ravel())
+
+
+def test_scores_are_those_of_the_reference_in_the_kernel():
+    rows, bias = (np.asarray(make_array(shape, seed=1)) for shape in ((257, 4), (257,)))
+    layer = dataclasses.replace(flat_layer(rows, bias), soft_cap=3.0)
+    hidden, targets = make_array((33, 4), seed=2), jnp.arange(33, dtype="int32")
+    expected = reference(hidden, jnp.asarray(rows), targets, jnp.asarray(bias), 3.0)
+    assert_scores(score(layer, hidden, targets, chunk_size=CHUNK_SIZE), expected)

@@ -1,8 +1,11 @@
 """Runtime type checks: on by default, off with `JAXTYPING_DISABLE=1`, each in a fresh process."""
 
+import pydoc
 import re
 
 import pytest
+
+import eqx_embedding
 
 from .helpers import run_python
 
@@ -45,6 +48,7 @@ calls = {
     "a layer of what": lambda: EmbeddingLookup(jnp.ones((5, 3))),
     "text as size": lambda: make(5, {"embedding": "3"}, key=key),
     "float as second size": lambda: make(5, {"heads": 3, "features": 2.5}, key=key),
+    "size as axes": lambda: make(5, 8, key=key),
     "pairs of axes": lambda: make(5, [("embedding", 3)], key=key),
     "number as axis": lambda: make(5, {"embedding": 3}, 0, key=key),
     "text as initializer": lambda: make(5, {"embedding": 3}, initializer="normal", key=key),
@@ -71,7 +75,7 @@ calls = {
     "array as soft cap": lambda: EmbeddingDecode(table, soft_cap=jnp.ones(())),
     "no logits dtype": lambda: EmbeddingDecode(table, logits_dtype="float33"),
     "number as logits dtype": lambda: EmbeddingDecode(table, logits_dtype=3),
-    "numpy hidden": lambda: decode(np.ones((2, 3), "float32")),
+    "hidden as a list": lambda: decode([[1.0, 1.0, 1.0]]),
     "complex hidden": lambda: decode(hidden.astype("complex64")),
     "decode rules": lambda: decode(hidden, rules="model"),
     "bool hidden of a loss": lambda: loss(hidden > 0, targets),
@@ -114,7 +118,8 @@ def error(call):
     try:
         call()
     except Exception as e:
-        return f"{type(e).__name__}: {e}"
+        notes = [note for note in getattr(e, "__notes__", []) if note.startswith("Instead of")]
+        return "\\n".join([f"{type(e).__name__}: {e}", *notes])
 
 
 errors = {name: error(call) for name, call in calls.items()}
@@ -207,6 +212,7 @@ def unchecked():
         ("float size", "vocab_size", "5.0"),
         ("a layer of what", "table", r"f32\[5,3\]"),
         ("text as size", "embedding_axes", "{'embedding': '3'}"),
+        ("size as axes", "embedding_axes", "8"),
         ("pairs of axes", "embedding_axes", r"\[\('embedding', 3\)\]"),
         ("number as axis", "vocabulary_axis", "0"),
         ("text as initializer", "initializer", "'normal'"),
@@ -227,7 +233,7 @@ def unchecked():
         ("integer bias", "bias", r"i32\[5\]"),
         ("array as soft cap", "soft_cap", r"f32\[\]"),
         ("number as logits dtype", "logits_dtype", "3"),
-        ("numpy hidden", "hidden", r"f32\[2,3\]\(numpy\)"),
+        ("hidden as a list", "hidden", r"\[\[1.0, 1.0, 1.0\]\]"),
         ("complex hidden", "hidden", r"c64\[2,3\]"),
         ("decode rules", "rules", "'model'"),
         ("bool hidden of a loss", "hidden", r"bool\[2,3\]"),
@@ -287,11 +293,11 @@ def test_errors_of_our_own_are_the_same_with_and_without_checks(checked, uncheck
         ),
         (
             "no such dtype",
-            "ValueError: embeddings are floats, got dtype='float33', which is no dtype.",
+            "ValueError: embeddings are floats, got dtype='float33', which is not a dtype.",
         ),
         (
             "no logits dtype",
-            "ValueError: logits are floats, got logits_dtype='float33', which is no dtype.",
+            "ValueError: logits are floats, got logits_dtype='float33', which is not a dtype.",
         ),
         ("numpy float as target", "TypeError: targets must be integers, got float32."),
         (
@@ -349,9 +355,32 @@ def test_wrong_tokens_and_policies_are_clear_errors_without_checks(unchecked):
     assert unchecked["text"].startswith("TypeError: tokens must be integers")
 
 
+@pytest.mark.parametrize(
+    "call, suggestion",
+    [
+        ("size as axes", "Instead of embedding_axes=8, use {'embedding': 8}."),
+        ("number as key", "Instead of key=0, use jax.random.key(0)."),
+        ("number as key of a resize", "Instead of key=0, use jax.random.key(0)."),
+    ],
+)
+def test_a_common_mistake_ends_with_what_to_write(checked, unchecked, call, suggestion):
+    for error in checked[call], unchecked[call]:
+        assert re.match("(TypeCheck|Type)Error: ", error) and error.endswith(f"\n{suggestion}")
+
+
+def test_help_shows_the_public_names_and_no_other():
+    names = run_python("import eqx_embedding, json; print(json.dumps(eqx_embedding.__all__))")
+    text = pydoc.plain(pydoc.render_doc(eqx_embedding))
+    sections = dict(re.findall(r"^([A-Z]+)\n((?:    .*\n|\n)+)", text, re.MULTILINE))
+    functions = set(re.findall(r"^    (\w+)\(", sections["FUNCTIONS"], re.MULTILINE))
+    classes = set(re.findall(r"^    class (\w+)\(", sections["CLASSES"], re.MULTILINE))
+    assert functions | classes == set(names)
+    assert re.findall(r"^    (\w+) =", sections["DATA"], re.MULTILINE) == ["__all__"]
+
+
 def test_checks_are_off_with_jaxtyping_disable(unchecked):
     assert not any(error and "TypeCheckError" in error for error in unchecked.values())
-    assert unchecked["numpy hidden"] is None
+    assert unchecked["hidden as a list"] is None
 
 
 def test_code_that_its_user_type_checks_works_under_every_transformation():

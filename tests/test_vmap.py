@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -292,7 +293,7 @@ def test_scores_of_examples_are_those_of_the_batch(mapped):
 @pytest.mark.parametrize("mapped, reduction", [("htw", "none"), ("w", "mean")])
 def test_scores_come_with_the_losses_of_examples(mapped, reduction):
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples(mapped)
-    options = dict(reduction=reduction, return_scores=True)
+    options: Any = dict(reduction=reduction, return_scores=True)
 
     def loss(hidden, targets, weights):
         return layer.cross_entropy(hidden, targets, weights=weights, **options)
@@ -347,7 +348,8 @@ def test_each_example_may_have_a_table_of_its_own(mapped):
     axes = 0 if mapped == "table" else None, 0
     tables = [make_layer(0.0, seed=i).table for i in range(EXAMPLES)]
     embeddings = np.stack([table.embeddings for table in tables])
-    arrays = embeddings if mapped == "table" else embeddings[0], np.stack([t.bias for t in tables])
+    biases: Any = [table.bias for table in tables]
+    arrays = embeddings if mapped == "table" else embeddings[0], np.stack(biases)
 
     def losses(token_loss):
         def of_example(embeddings, bias, *example):
@@ -462,7 +464,7 @@ def test_chunks_of_masked_tokens_are_skipped(gradients):
         return scores.log_prob + zero
 
     def loss(hidden, weights):
-        options = dict(weights=weights, chunk_size=CHUNK_SIZE)
+        options: Any = dict(weights=weights, chunk_size=CHUNK_SIZE)
         return layer.token_loss(fn, hidden, targets, **options)
 
     run = quick_jit(jax.grad(loss) if gradients else loss)
@@ -494,3 +496,25 @@ def test_chunks_are_skipped_under_vmap_too():
 
     for function in total, jax.grad(total):
         assert "stablehlo.case" in jax.jit(function).lower(hidden, weights).as_text()
+
+
+def test_masked_places_repeat_tokens_of_their_own_example():
+    """Each example closes over another number, and no token of the other one is in its domain."""
+    layer, hidden = make_layer(), make_array((2, 3, 2, 3), seed=2)
+    targets, weights = np.arange(6).reshape(2, 3), jnp.asarray([[1.0, 1, 1], [1, 0, 1]])
+    smallest, data = jnp.asarray([0.0, 2.0]), jnp.asarray([[1.0] * 3, [3.0] * 3])
+
+    def loss(smallest, hidden, targets, weights, data):
+        def fn(scores, x):
+            return jnp.sqrt(x - smallest) * scores.log_prob
+
+        return layer.token_loss(fn, hidden, targets, data, weights=weights)
+
+    batch = hidden, targets, weights, data
+    together = jax.grad(lambda s: jnp.sum(jax.vmap(loss)(s, *batch)))(smallest)
+    alone = [jax.grad(loss)(smallest[i], *(array[i] for array in batch)) for i in range(2)]
+    assert_close(together, np.stack(alone))
+    broken = hidden.at[0, 0].set(jnp.nan), *batch[1:]
+    together = jax.grad(lambda s: jnp.sum(jax.vmap(loss)(s, *broken)))(smallest)
+    assert np.isnan(together[0])
+    assert_close(together[1], alone[1])

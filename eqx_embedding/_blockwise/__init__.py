@@ -3,11 +3,14 @@
 Pure functions of plain arrays. N, D and V are the numbers of tokens, of features of an embedding,
 and of rows of the table that one device has; C is the number of tokens of a chunk.
 
-- `_plan.py`: how the work is cut.
-- `_chunks.py`: loops over chunks of tokens and tiles of the vocabulary.
-- `_scores.py`: the statistics of the logits of a chunk, and their derivative.
-- `_losses.py`: scores and losses of all tokens of a device, and their gradients.
-- `_batch.py`: the same over several devices, and under `jax.vmap`.
+From a call to the numbers, top down:
+
+- `_batch.py`: a batch, over the devices of a mesh and under `jax.vmap`.
+- `_losses.py`: all tokens of a device: their scores, losses, and the gradients of these.
+- `_gradients.py`, `_scores.py`, `_logits.py`: a chunk of tokens.
+- `_chunks.py`, `_plan.py`: loops over chunks and tiles, and how the work is cut.
+- `_function.py`: a loss function as a value.
+- `_devices.py`, `_primitive.py`: what JAX has to be told.
 """
 
 from ._batch import (
@@ -16,4 +19,5 @@ from ._batch import (
     weighted_losses as weighted_losses,
 )
 from ._function import close_over as close_over, TokenFunction as TokenFunction
-from ._scores import Options as Options, TokenScores as TokenScores, Used as Used
+from ._logits import Options as Options
+from ._scores import TokenScores as TokenScores, Used as Used

@@ -14,12 +14,14 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from .._sharding import Axes, Split, sum_over
-from ._devices import cast_to_varying, device_type, DeviceType, without_devices
+from .._inputs import nan_where
+from .._sharding import Split, sum_over
+from ._devices import cast_to_varying, device_type, without_devices
 from ._function import TokenFunction
+from ._logits import Options
 from ._losses import device_scores, device_total
 from ._primitive import call_as_one
-from ._scores import Options, TokenScores, Used
+from ._scores import TokenScores, Used
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -37,9 +39,8 @@ def score_tokens(
 
     def on_device(hidden, rows, bias, targets, mask):
         head = _flatten_head(options, hidden, rows, bias)
-        head, tokens, kind = _mark_shared(split, head, _flatten(targets.ndim, (targets, mask)))
-        function = functools.partial(device_scores, _for_device(options, split), used)
-        scores = without_devices(function, kind, *head, *tokens)
+        head, tokens = _mark_shared(split, head, _flatten(targets.ndim, (targets, mask)))
+        scores = device_scores(_for_device(options, split, head), used, *head, *tokens)
         return jax.tree.map(lambda s: s.reshape(targets.shape), scores)
 
     def on_devices(*operands):
@@ -50,9 +51,7 @@ def score_tokens(
     def on_examples(size, mesh_axes, mapped, hidden, rows, bias, targets, mask):
         if any(jax.tree.leaves(mapped[1:3])):
             return None  # each example has a table of its own
-        hidden, targets, mask = _repeat(
-            size, (mapped[0], *mapped[3:]), (hidden, targets, mask)
-        )
+        hidden, targets, mask = _repeat(size, (mapped[0], *mapped[3:]), (hidden, targets, mask))
         wider = split.with_examples(mesh_axes)
         return score_tokens(options, wider, used, hidden, rows, bias, targets, mask)
 
@@ -82,9 +81,10 @@ def total_loss(
         head = _flatten_head(options, hidden, rows, bias)
         weights, data, targets, mask = _flatten(weights.ndim, (weights, data, targets, mask))
         tokens = weights, data, closure, targets, mask
-        head, tokens, kind = _mark_shared(split, head, tokens)
-        local = functools.partial(device_total, _for_device(options, split), function, return_scores)
-        total, scores = without_devices(local, kind, *head, *tokens)
+        head, tokens = _mark_shared(split, head, tokens)
+        local = _for_device(options, split, head)
+        both: Any = device_total(local, function, return_scores, *head, *tokens)
+        total, scores = both
         scores = jax.tree.map(lambda s: s.reshape(batch_shape), scores)
         return sum_over(split.all_batch, total), scores
 
@@ -97,9 +97,7 @@ def total_loss(
         if any(jax.tree.leaves(mapped[1:3])):
             return None
         wider = split.with_examples(mesh_axes)
-        return _totals_of_examples(
-            options, wider, function, return_scores, size, mapped, operands
-        )
+        return _totals_of_examples(options, wider, function, return_scores, size, mapped, operands)
 
     operands = hidden, rows, bias, weights, data, closure, targets, mask
     total, scores = call_as_one(on_devices, *operands, vmap_rule=on_examples)
@@ -129,15 +127,13 @@ def _totals_of_examples(
         some = mask if mask is None or not mapped[7] else jnp.any(mask, axis=0)
         one = split._replace(batch=split.batch[1:])
         scores = score_tokens(options, one, used, hidden, rows, bias, targets, some)
-        scores = _repeat(size, TokenScores(*[False] * len(scores)), scores)
-    weights, data, mask = _repeat(
-        size, (mapped[3], mapped[4], mapped[7]), (weights, data, mask)
-    )
+        scores = TokenScores(*_repeat(size, (False,) * len(scores), tuple(scores)))
+    weights, data, mask = _repeat(size, (mapped[3], mapped[4], mapped[7]), (weights, data, mask))
     losses = weighted_losses(split, function, mapped[5], scores, weights, data, closure, mask)
     total = sum_over(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
     if not return_scores:
         return total, None
-    return total, _where(mask, scores, TokenScores(0.0, 0.0, 0.0, 0.0, False))
+    return total, TokenScores(*(_where(mask, score, 0.0) for score in scores))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -156,22 +152,10 @@ def weighted_losses(
     `of_example` says which arrays of the closure have the first axis of the batch, too.
     """
 
-    def on_device(scores, weights, data, closure, mask):
-        # In the place of what the mask leaves out stand numbers that hardly any function turns into
-        # NaN or infinity, for zero times these would reach the gradient of `closure`.
-        tokens = (
-            _where(mask, scores, TokenScores(-0.5, -1.0, 0.5, 1.0, False)),
-            _where(mask, data, jax.tree.map(lambda x: 0.5, data)),
-        )
-        of_tokens = function
-        for _ in range(weights.ndim - (of_example is not None)):
-            of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, None))
-        if of_example is not None:
-            axes = tuple(0 if mapped else None for mapped in of_example)
-            of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, axes))
-        _, (*tokens, closure), kind = _mark_shared(split, (), (*tokens, closure))
-        losses = without_devices(of_tokens, kind, *tokens, closure)
-        return _where(mask, weights * losses, 0.0)
+    def on_device(*operands):
+        _, operands = _mark_shared(split, (), operands)
+        local = functools.partial(_weigh_losses, function, of_example)
+        return without_devices(local, device_type(operands), *operands)
 
     batch = P(*split.batch)
     of_closure = P(split.batch[0]) if split.batch else P()
@@ -181,22 +165,56 @@ def weighted_losses(
     return split.map(on_device, specs, batch, (scores, weights, data, closure, mask))
 
 
-def _where(mask: Array | None, arrays: PyTree, values: PyTree) -> PyTree:
-    """The arrays, `*batch ...`, with the values where the mask leaves a token out."""
-    if mask is None:
-        return arrays
+def _weigh_losses(
+    function: TokenFunction,
+    of_example: tuple[bool, ...] | None,
+    scores: TokenScores,
+    weights: Array,
+    data: tuple[Array, ...],
+    closure: tuple[Array, ...],
+    mask: Array | None,
+) -> Array:
+    if of_example is not None:  # with a closure of its own, each is mapped by itself
+        axes = tuple(0 if mapped else None for mapped in of_example)
+        each = functools.partial(_weigh_losses, function, None)
+        return jax.vmap(each, (0, 0, 0, axes, 0))(scores, weights, data, closure, mask)
+    of_tokens = function
+    for _ in range(weights.ndim):
+        of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, None))
+    # What the mask leaves out must not reach the gradient of `closure`: NaN times zero is NaN.
+    counted = functools.partial(_repeat_counted, mask)
+    numbers = TokenScores(*map(counted, scores, (-0.5, -1.0, 0.5, 1.0, 0.0)))
+    losses = weights * of_tokens(numbers, tuple(counted(array, 0.5) for array in data), closure)
+    # a target out of range makes the loss NaN, even if `function` does not look at it
+    nan = nan_where(jnp.isnan(scores.log_prob), jnp.zeros_like(losses))
+    return _where(mask, losses + lax.stop_gradient(nan), 0.0)
 
-    def replace(array, value):
-        wide_mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
-        return jnp.where(wide_mask, array, jnp.asarray(value).astype(array.dtype))
 
-    return jax.tree.map(replace, arrays, values)
+def _where(mask: Array | None, array: Array, value: float | Array) -> Array:
+    """The array, `*batch ...`, with the value where the mask leaves a token out."""
+    if mask is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return array
+    mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
+    return jnp.where(mask, array, jnp.asarray(value).astype(array.dtype))
 
 
-def _for_device(options: Options, split: Split) -> Options:
+def _repeat_counted(mask: Array | None, array: Array, otherwise: float) -> Array:
+    """The array, with a token that counts in the place of those that the mask leaves out.
+
+    If none counts, it is a number that hardly any function turns into NaN or infinity.
+    """
+    if mask is None or mask.size == 0 or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return array
+    one = array.reshape(-1, *array.shape[mask.ndim :])[jnp.argmax(mask)]
+    value = jnp.where(jnp.any(mask), one, jnp.asarray(otherwise).astype(array.dtype))
+    return _where(mask, array, lax.stop_gradient(value)[(None,) * mask.ndim])
+
+
+def _for_device(options: Options, split: Split, head: PyTree) -> Options:
     """Inside of the devices, which have a mesh of their own."""
     mesh = jax.sharding.get_abstract_mesh() if split.all_vocabulary else None
-    return options._replace(mesh=mesh, vocabulary_axes=split.all_vocabulary)
+    outer = device_type(head).varying - {*split.mapped} if split.mapped else frozenset()
+    return options._replace(mesh=mesh, vocabulary_axes=split.all_vocabulary, outer_axes=outer)
 
 
 def _flatten_head(options: Options, hidden: Array, rows: Array, bias: Array | None) -> Any:
@@ -216,18 +234,14 @@ def _flatten(batch_axes: int, arrays: PyTree) -> PyTree:
     return jax.tree.map(flatten, arrays)
 
 
-def _mark_shared(
-    split: Split, head: PyTree, tokens: PyTree
-) -> tuple[PyTree, PyTree, DeviceType]:
+def _mark_shared(split: Split, head: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree]:
     """Marks arrays that devices share as differing between them.
 
     So JAX sums their gradients over the devices: once, and in the wide dtype that they have here.
-    Returns the type of the tokens as well, which are the same where the vocabulary is split.
     """
-    kind = device_type(head, tokens)
-    of_tokens = kind._replace(varying=kind.varying - {*split.all_vocabulary})
-    head = cast_to_varying(kind.varying, head)
-    return head, cast_to_varying(of_tokens.varying, tokens), of_tokens
+    axes = device_type(head, tokens).varying
+    of_tokens = axes - {*split.all_vocabulary}  # where the vocabulary is split, tokens are the same
+    return cast_to_varying(axes, head), cast_to_varying(of_tokens, tokens)
 
 
 def _repeat(size: int, mapped: PyTree, arrays: PyTree) -> PyTree:

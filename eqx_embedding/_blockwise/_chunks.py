@@ -18,9 +18,7 @@ def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     return body(zero, carry) if count == 1 else lax.fori_loop(zero, np.int32(count), body, carry)
 
 
-def over_tiles(
-    size: int, tile_size: int, body: Callable[[Any, int, Any], Any], carry: Any
-) -> Any:
+def over_tiles(size: int, tile_size: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
     """`carry = body(start, length, carry)` for tiles of `size` rows; the last may be shorter."""
     count, rest = divmod(size, tile_size)
     carry = loop(count, lambda i, carry: body(i * tile_size, tile_size, carry), carry)
@@ -41,13 +39,14 @@ class Chunks:
     Places without a token repeat one that counts; what is computed there is thrown away.
     """
 
-    def __init__(self, num_tokens: int, chunk_size: int, mask: Bool[Array, " N"] | None):
+    def __init__(self, num_tokens: Any, chunk_size: int, mask: Bool[Array, " N"] | None):
         N = num_tokens
         count = max(-(-N // chunk_size), 1)
         C = -(-N // count)
         if count > 1:
             C = -(-C // 16) * 16  # whole vectors, whatever N is
             count = -(-N // C)
+            C = N if count == 1 else C
         self.num_tokens, self.count, self.size = N, count, C
         self.mask = mask if N > 0 else None
         if self.mask is not None:
@@ -55,7 +54,7 @@ class Chunks:
 
     def _gather(self, mask: Bool[Array, " N"]) -> None:
         """Puts the tokens of the mask first, chunk after chunk."""
-        N, count, C = self.num_tokens, self.count, self.size
+        count, C = self.count, self.size
         counted = jnp.sum(mask, dtype="int32")
         first = jnp.argsort(~mask, stable=True).astype("int32")
         place = jnp.arange(C * count, dtype="int32").reshape(count, C).T

@@ -20,9 +20,11 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from .._sharding import varying_axes
+from ._primitive import call_as_one
 
 
 NO_MESH = AbstractMesh((), ())
+no_mesh = functools.partial(jax.sharding.use_abstract_mesh, NO_MESH)
 
 
 class DeviceType(NamedTuple):
@@ -49,22 +51,14 @@ def cast_to_varying(axes: frozenset[str], tree: PyTree) -> PyTree:
     return jax.tree.map(cast, tree)
 
 
-def without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called while no mesh is set."""
-
-    @functools.wraps(function)
-    def without(*arguments: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(NO_MESH):
-            return function(*arguments)
-
-    return without
-
-
 def without_devices(function: Callable[..., Any], types: PyTree, *arguments: PyTree) -> Any:
     """`function(*arguments)`, whose results are given the `types`, a prefix of their tree."""
-    results = without_mesh(function)(*jax.tree.map(_erase_type, arguments))
-    is_type = lambda node: isinstance(node, DeviceType)
-    return jax.tree.map(_restore_type, types, results, is_leaf=is_type)
+    arguments = jax.tree.map(_erase_type, arguments)
+    with no_mesh():
+        results = call_as_one(function, *arguments)
+    return jax.tree.map(
+        _restore_type, types, results, is_leaf=lambda node: isinstance(node, DeviceType)
+    )
 
 
 def sum_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
@@ -104,26 +98,37 @@ def _restore_type(kind: DeviceType, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda array: _restore.bind(array, kind=kind), tree)
 
 
-_erase, _restore = Primitive("erase_device_type"), Primitive("restore_device_type")
-
-
-def _define(primitive: Primitive, reverse: Primitive, get_type: Callable[..., Any]) -> None:
-    def abstract(aval, *, kind):
-        mesh, varying = get_type(kind)
-        return aval.update(
-            sharding=NamedSharding(mesh, PartitionSpec(*[None] * aval.ndim)),
-            manual_axis_type=aval.manual_axis_type.update(varying=varying),
-        )
-
-    primitive.def_impl(lambda array, *, kind: array)
-    primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, lambda context, array, *, kind: [array])
-    ad.deflinear2(primitive, lambda cotangent, _, *, kind: [reverse.bind(cotangent, kind=kind)])
-    batching.primitive_batchers[primitive] = lambda arrays, dims, *, kind: (
-        primitive.bind(*arrays, kind=kind),
-        dims[0],
+def _with_type(new_type, aval, *, kind):
+    mesh, varying = new_type(kind)
+    return aval.update(
+        sharding=NamedSharding(mesh, PartitionSpec(*[None] * aval.ndim)),
+        manual_axis_type=aval.manual_axis_type.update(varying=varying),
     )
 
 
-_define(_erase, _restore, lambda kind: DeviceType(NO_MESH, frozenset()))
-_define(_restore, _erase, lambda kind: kind)
+def _transpose(reverse, cotangent, _, *, kind):
+    return [reverse.bind(cotangent, kind=kind)]
+
+
+def _map(primitive, axis, arrays, dims, *, kind):
+    result, (dim,) = primitive.bind(*arrays, kind=kind), dims
+    if primitive is _restore and axis.explicit_mesh_axis and dim is not None:
+        spec = [None] * result.ndim
+        spec[dim] = axis.explicit_mesh_axis
+        result = jax.reshard(result, NamedSharding(kind.mesh, PartitionSpec(*spec)))
+    return result, dim
+
+
+_erase, _restore = Primitive("erase_device_type"), Primitive("restore_device_type")
+
+
+# No function of this package is called here: its first call imports the type checker.
+for primitive, reverse, new_type in (
+    (_erase, _restore, lambda kind: DeviceType(NO_MESH, frozenset())),
+    (_restore, _erase, lambda kind: kind),
+):
+    primitive.def_impl(lambda array, *, kind: array)
+    primitive.def_abstract_eval(functools.partial(_with_type, new_type))
+    mlir.register_lowering(primitive, lambda context, array, *, kind: [array])
+    ad.deflinear2(primitive, functools.partial(_transpose, reverse))
+    batching.fancy_primitive_batchers[primitive] = functools.partial(_map, primitive)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .._sharding import varying_axes
-from ._devices import without_mesh
+from ._devices import no_mesh
 from ._scores import TokenScores, Used
 
 
@@ -26,13 +26,14 @@ class TokenFunction:
     def __init__(self, jaxpr: Jaxpr):
         self.jaxpr = jaxpr
         _, used = partial_eval.dce_jaxpr(jaxpr, [True])
-        self.uses = TokenScores(*used[: len(TokenScores._fields)])
+        self._uses = dict(zip(TokenScores._fields, used, strict=False))
         self._structure = _structure(jaxpr)
 
     def __call__(
         self, scores: TokenScores, data: tuple[Array, ...], closure: tuple[Array, ...]
     ) -> Array:
-        return jaxpr_as_fun(ClosedJaxpr(self.jaxpr, closure))(*scores, *data)[0]
+        (loss,) = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, closure))(*scores, *data)
+        return jnp.asarray(loss)  # a constant is a number of NumPy
 
     def of_tokens(
         self, scores: TokenScores, data: tuple[Array, ...], closure: tuple[Array, ...]
@@ -42,8 +43,7 @@ class TokenFunction:
 
     def used(self, return_scores: bool) -> Used:
         """Which scores to compute."""
-        uses = self.uses
-        return Used(*(u or return_scores for u in (uses.mean_log_prob, uses.entropy, uses.is_top)))
+        return Used(*(return_scores or self._uses[name] for name in Used._fields))
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, TokenFunction) and self._structure == other._structure
@@ -62,15 +62,17 @@ def close_over(
     A `TypeError` if `fn` returns something other than a real scalar. A `ValueError` if it closes
     over an array that differs from device to device.
     """
-    number = jax.ShapeDtypeStruct((), dtype)
-    scores = TokenScores(number, number, number, number, jax.ShapeDtypeStruct((), bool))
+    number: Any = jax.ShapeDtypeStruct((), dtype)
+    truth: Any = jax.ShapeDtypeStruct((), bool)
+    scores = TokenScores(number, number, number, number, truth)
 
     def checked(*arguments: Any) -> Array:
         loss = fn(*arguments)
         _check_real_scalar(loss, data)
         return jnp.asarray(loss).astype(dtype)
 
-    closed = without_mesh(jax.make_jaxpr(checked))(scores, *data)
+    with no_mesh():
+        closed = jax.make_jaxpr(checked)(scores, *data)
     closure = tuple(map(jnp.asarray, closed.consts))
     if differs := varying_axes(*closure):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def poison(operands):
     return table, closed, hidden, targets, weights, data
 
 
-def on_mesh(setting, function, out_specs=P(), rules=RULES):
+def on_mesh(setting, function, out_specs: Any = P(), rules=RULES):
     """`function(rules, table, closed, *batched)` in one of the `SETTINGS`."""
     if setting != "manual":
         given = rules if setting == "rules" else None
@@ -105,7 +106,7 @@ def on_one_device(function):
     return differentiate(functools.partial(function, None), make_operands())
 
 
-def assert_equals_one_device(setting, function, out_specs=P(), rules=RULES, expected=None):
+def assert_equals_one_device(setting, function, out_specs: Any = P(), rules=RULES, expected=None):
     expected = on_one_device(function) if expected is None else expected
     table, closed, *batched = poison(make_operands())
     with split(setting, table, *batched) as (table, *batched):
@@ -161,7 +162,7 @@ def test_scores_equal_those_of_one_device(setting):
 
     table, _, hidden, *_ = make_operands(padding_rows=0)
     # rows 3 and 90, of different devices, have the largest logits, which are equal
-    embeddings = table.embeddings.at[jnp.asarray([3, 90])].set(jnp.ones(D))
+    embeddings = jnp.asarray(table.embeddings).at[jnp.asarray([3, 90])].set(jnp.ones(D))
     table = EmbeddingTable(embeddings, table.axis_names)
     hidden = hidden.at[0].set(100.0)
     targets = jnp.asarray(np.arange(B * T).reshape(B, T) % V, "int32").at[0, 3].set(90)
@@ -280,7 +281,7 @@ def test_arrays_on_a_mesh_that_is_not_set_need_no_split(use):
     def function(table, closed, hidden, targets, weights, data):
         decode = EmbeddingDecode(table, soft_cap=5.0)
         if use == "token_loss":
-            options = dict(weights=weights, chunk_size=CHUNK_SIZE)
+            options: Any = dict(weights=weights, chunk_size=CHUNK_SIZE)
             return decode.token_loss(make_fn(closed), hidden, targets, data, **options)
         return {
             "cross_entropy": lambda: decode.cross_entropy(hidden, targets, reduction="none"),
@@ -443,4 +444,5 @@ def test_examples_split_over_an_explicit_mesh_share_the_table():
     assert for_table.embeddings.sharding.spec == P("model", None)
     assert for_hidden.sharding.spec == P("data", None, None)
     text = compiled.as_text()
+    assert text is not None
     assert f",{V // 4},{D}]" not in text and f",{V},{D}]" not in text

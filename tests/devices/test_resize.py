@@ -60,6 +60,19 @@ def test_a_resized_table_equals_that_of_one_device_and_stays_split(setting, spec
 
 
 @settings
+def test_a_table_that_each_device_has_whole_stays_so(setting):
+    table, key = make_table(16, padding_rows=3), jax.random.key(0)
+    here = place(make_mesh(setting), table)
+    for draw in None, key:
+        new = resize_vocabulary(here, 17, key=draw, pad_to_multiple_of=1)
+        assert is_split(new.embeddings, P())
+        assert_trees_close(new, resize_vocabulary(table, 17, key=draw, pad_to_multiple_of=1))
+    trained, frozen = partition_rows(here, [3, 0])
+    assert is_split(trained.embeddings, P())
+    assert is_split(combine_rows(trained, frozen).embeddings, P())
+
+
+@settings
 def test_a_bias_and_stacked_tables_stay_split(setting):
     names, rules = ("vocabulary", "embedding"), {"vocabulary": "model"}
     mesh, key = make_mesh(setting), jax.random.key(0)

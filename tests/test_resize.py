@@ -55,7 +55,7 @@ def test_a_table_that_has_the_size_already_is_the_same_array(getkey):
     table = EmbeddingTable(make_array((8, 3)), NAMES, padding_rows=1)
     same = resize_vocabulary(table, 7, key=getkey(), pad_to_multiple_of=4)
     assert same.embeddings is table.embeddings and same.padding_rows == 1
-    without_padding = resize_vocabulary(table, 7)
+    without_padding = resize_vocabulary(table, 7, pad_to_multiple_of=1)
     np.testing.assert_array_equal(without_padding.embeddings, table.embeddings[:7])
 
 
@@ -69,9 +69,9 @@ def test_rows_of_padding_that_become_tokens_hold_nothing_of_what_was_there(layou
     )
     assert np.isnan(poisoned.embeddings).any()
     key = getkey()
-    new = resize_vocabulary(poisoned, 9, key=key)
+    new = resize_vocabulary(poisoned, 9, key=key, pad_to_multiple_of=1)
     assert np.isfinite(new.embeddings).all() and np.isfinite(new.bias).all()
-    expected = resize_vocabulary(old, 9, key=key)
+    expected = resize_vocabulary(old, 9, key=key, pad_to_multiple_of=1)
     np.testing.assert_array_equal(new.embeddings, expected.embeddings)
     np.testing.assert_array_equal(new.bias, expected.bias)
 
@@ -131,21 +131,22 @@ def test_new_rows_beside_a_single_one_are_like_it(dtype, getkey):
 
 def test_what_is_drawn_for_a_token_does_not_depend_on_how_many_are_new_or_on_padding(getkey):
     key, table = getkey(), make_table("middle")
-    many = raw_rows(resize_vocabulary(table, 300, key=key))
+    many = raw_rows(resize_vocabulary(table, 300, key=key, pad_to_multiple_of=1))
     few = raw_rows(resize_vocabulary(table, 9, key=key, pad_to_multiple_of=16))
     assert_close(few[:9], many[:9])
-    assert_close(raw_rows(resize_vocabulary(table, 8, key=key)), many[:8])  # one alone, too
+    one = resize_vocabulary(table, 8, key=key, pad_to_multiple_of=1)
+    assert_close(raw_rows(one), many[:8])  # one alone, too
     assert len(np.unique(many.reshape(300, -1), axis=0)) == 300
 
 
 def test_two_tables_get_two_draws_and_one_array_in_two_places_gets_one(getkey):
     table, copy = make_table("first"), make_table("first")
     key = getkey()
-    one, two = resize_vocabulary((table, copy), 12, key=key)
+    one, two = resize_vocabulary((table, copy), 12, key=key, pad_to_multiple_of=1)
     assert not np.any(one.embeddings[7:] == two.embeddings[7:])
     biased = dataclasses.replace(table, bias=jnp.zeros(9))
     lookup, decode = resize_vocabulary(
-        (EmbeddingLookup(table), EmbeddingDecode(biased)), 12, key=key
+        (EmbeddingLookup(table), EmbeddingDecode(biased)), 12, key=key, pad_to_multiple_of=1
     )
     assert lookup.table.embeddings is decode.table.embeddings
     assert lookup.table.bias is None and decode.table.bias.shape == (12,)
@@ -177,8 +178,8 @@ def test_each_of_stacked_tables_grows_by_its_own_mean_and_covariance():
 
 def test_it_gives_the_same_under_jit(getkey):
     key, decode = getkey(), EmbeddingDecode(make_table("last", with_bias=True))
-    plain = resize_vocabulary(decode, 9, key=key)
-    jitted = eqx.filter_jit(resize_vocabulary)(decode, 9, key=key)
+    plain = resize_vocabulary(decode, 9, key=key, pad_to_multiple_of=4)
+    jitted = eqx.filter_jit(resize_vocabulary)(decode, 9, key=key, pad_to_multiple_of=4)
     assert eqx.tree_equal(plain, jitted, rtol=1e-6, atol=1e-6)
 
 
@@ -286,7 +287,7 @@ def test_training_goes_on_after_a_resize_with_the_loss_that_the_new_tokens_leave
 
 def test_shrinking_and_growing_again_loses_only_what_was_cut():
     model = Model(jax.random.key(0))
-    small = resize_vocabulary(model, 8)
+    small = resize_vocabulary(model, 8, pad_to_multiple_of=1)
     assert small.tokens.padding_rows == 0 and small.untied.bias.shape == (8,)
     assert_close(
         EmbeddingDecode(small.tokens)(model.layer.weight),
@@ -302,14 +303,15 @@ def test_a_table_shared_by_eqx_nn_shared_is_resized_once_and_the_bias_with_it(ge
     decode = EmbeddingDecode(make_table("first", with_bias=True))
     shared = eqx.nn.Shared((lookup, decode), where=lambda s: s[1].table, get=lambda s: s[0].table)
     key = getkey()
-    new = resize_vocabulary(shared, 10, key=key)
+    new = resize_vocabulary(shared, 10, key=key, pad_to_multiple_of=1)
     new_lookup, new_decode = new()
     assert new_lookup.table.embeddings is new_decode.table.embeddings
-    assert eqx.tree_equal(new_decode, resize_vocabulary(decode, 10, key=key))
+    expected = resize_vocabulary(decode, 10, key=key, pad_to_multiple_of=1)
+    assert eqx.tree_equal(new_decode, expected)
     assert new_decode(jnp.ones((2, 4))).shape == (2, 10)
     assert len(jax.tree.leaves(eqx.filter(new, eqx.is_array))) == 2
     moments = optax.adam(1e-3).init(eqx.filter(shared, eqx.is_array))
-    moments = resize_vocabulary(moments, 10)
+    moments = resize_vocabulary(moments, 10, pad_to_multiple_of=1)
     expected = optax.adam(1e-3).init(eqx.filter(new, eqx.is_array))
     assert eqx.tree_equal(moments, expected)
 
@@ -317,7 +319,7 @@ def test_a_table_shared_by_eqx_nn_shared_is_resized_once_and_the_bias_with_it(ge
 def test_a_decode_whose_table_is_elsewhere_stays():
     table = make_table("first")
     decode = eqx.tree_at(lambda decode: decode.table, EmbeddingDecode(table, soft_cap=3.0), None)
-    resized, new = resize_vocabulary((decode, table), 10)
+    resized, new = resize_vocabulary((decode, table), 10, pad_to_multiple_of=1)
     assert eqx.tree_equal(resized, decode) and new.vocab_size == 10
 
 
@@ -382,8 +384,9 @@ def test_both_parameters_of_lookahead_grow(getkey):
     model = eqx.filter(Model(getkey()), eqx.is_array)
     both = optax.LookaheadParams(model, jax.tree.map(lambda x: x + 1, model))
     key = getkey()
-    new = resize_vocabulary(both, 16, key=key)
-    assert eqx.tree_equal(new.fast, resize_vocabulary(model, 16, key=key))
+    new = resize_vocabulary(both, 16, key=key, pad_to_multiple_of=1)
+    expected = resize_vocabulary(model, 16, key=key, pad_to_multiple_of=1)
+    assert eqx.tree_equal(new.fast, expected)
     np.testing.assert_array_equal(new.slow.tokens.embeddings[:13], model.tokens.embeddings[:13] + 1)
 
 
@@ -408,14 +411,14 @@ def test_a_skeleton_stays_on_its_device():
 
 def test_arrays_of_numpy_grow_as_those_of_jax(getkey):
     key, table = getkey(), make_table("middle", with_bias=True)
-    new = resize_vocabulary(jax.tree.map(np.asarray, table), 9, key=key)
-    assert eqx.tree_equal(new, resize_vocabulary(table, 9, key=key))
+    new = resize_vocabulary(jax.tree.map(np.asarray, table), 9, key=key, pad_to_multiple_of=4)
+    assert eqx.tree_equal(new, resize_vocabulary(table, 9, key=key, pad_to_multiple_of=4))
 
 
 def test_factored_moments_of_another_vocabulary_are_left_alone():
     positions = EmbeddingTable(make_array((6, 4)), ("position", "embedding"), "position")
     factored = state_of(optax.adafactor(1e-3, min_dim_size_to_factor=2), positions)
-    moments, same = resize_vocabulary((make_table("first"), factored), 9)
+    moments, same = resize_vocabulary((make_table("first"), factored), 9, pad_to_multiple_of=1)
     assert moments.vocab_size == 9 and eqx.tree_equal(same, factored)
 
 
@@ -437,8 +440,10 @@ def test_what_is_no_array_in_the_place_of_a_table_stays(getkey):
 
 def test_the_key_has_a_name_and_the_others_may_have_theirs(getkey):
     table = make_table("first")
-    named = resize_vocabulary(tree=table, vocab_size=8, vocabulary_axis="vocabulary")
-    assert eqx.tree_equal(named, resize_vocabulary(table, 8))
+    named = resize_vocabulary(
+        tree=table, vocab_size=8, vocabulary_axis="vocabulary", pad_to_multiple_of=1
+    )
+    assert eqx.tree_equal(named, resize_vocabulary(table, 8, pad_to_multiple_of=1))
     with pytest.raises(TypeError, match="positional"):
         resize_vocabulary(table, 8, "vocabulary", getkey())  # pyright: ignore[reportCallIssue]
 
@@ -450,30 +455,46 @@ def state_of(optimizer, params: Any) -> Any:
 @pytest.mark.parametrize(
     "tree, sizes, message",
     [
-        ([], (3,), "no table has the vocabulary axis 'vocabulary': this tree holds no table"),
-        (make_table("first"), (3, "bytes"), "'bytes': this tree holds those of 'vocabulary'"),
+        ([], (3,), "no table has the vocabulary axis 'vocabulary': this tree has no tables"),
+        (make_table("first"), (3, "bytes"), "'bytes': this tree has tables of 'vocabulary'"),
         (make_table("first"), (0,), "at least 1, got 0 and 1"),
         (
             (make_table("first"), [EmbeddingTable(make_array((5, 3)), NAMES)]),
             (9,),
-            r"differ in size: 7 tokens at tree\[0\], 5 tokens at tree\[1\]\[0\]",
+            r"same size, got 7 tokens at tree\[0\].embeddings, 5 tokens at tree\[1\]\[0\]",
         ),
         (
             state_of(optax.adafactor(1e-3, min_dim_size_to_factor=2), make_table("first")),
             (9,),
-            r"v_row has an array of shape \(4,\) .* Adafactor, make a new state",
+            r"v_row.embeddings has shape \(4,\), .* Adafactor, make a new state",
         ),
         (
             [eqx.tree_at(lambda t: t.bias, make_table("first", with_bias=True), jnp.ones(7))],
             (9,),
-            r"differ in size: 7 tokens at tree\[0\], 5 tokens at tree\[0\].bias",
+            r"same size, got 7 tokens at tree\[0\].embeddings, 5 tokens at tree\[0\].bias",
         ),
     ],
     ids=["no table", "other name", "size 0", "two sizes", "factored", "stale bias"],
 )
 def test_what_cannot_be_resized_is_refused(tree, sizes, message):
     with pytest.raises(ValueError, match=message):
-        resize_vocabulary(tree, *sizes)
-    if len(sizes) == 1:
-        with pytest.raises(ValueError, match="at least 1"):
-            resize_vocabulary(tree, 9, pad_to_multiple_of=0)
+        resize_vocabulary(tree, *sizes, pad_to_multiple_of=1)
+
+
+def test_a_multiple_below_one_is_refused():
+    with pytest.raises(ValueError, match="at least 1, got 9 and 0"):
+        resize_vocabulary(make_table("first"), 9, pad_to_multiple_of=0)
+
+
+def test_padding_must_be_asked_for_where_there_is_some():
+    padded, plain = make_table("first"), EmbeddingTable(make_array((7, 4)), NAMES)
+    for tree in (padded, jax.eval_shape(lambda: padded), eqx.filter(padded, False)):
+        for size in 7, 9:
+            message = r"tree\[1\] has 2 padding rows.*say 1 for no padding, or the multiple"
+            with pytest.raises(ValueError, match=message):
+                resize_vocabulary([plain, tree], size)
+    assert eqx.tree_equal(
+        resize_vocabulary(plain, 9), resize_vocabulary(plain, 9, pad_to_multiple_of=1)
+    )
+    positions = EmbeddingTable(make_array((8, 4)), ("position", "d"), "position", padding_rows=1)
+    resize_vocabulary([plain, positions], 9)  # the padding of another vocabulary is left alone

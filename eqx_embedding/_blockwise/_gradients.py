@@ -1,0 +1,140 @@
+"""The gradients of a function of the scores of a chunk of tokens.
+
+By the formula of `_scores.py`, with z relative to the largest logit:
+
+    d_logits[j] = exp(z[j]) * (scale + slope * z[j]) + at_target * (j is the target) + everywhere
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ._chunks import over_tiles, tile
+from ._logits import Head, Options, tile_logits, without_padding
+from ._scores import as_scores, find_statistics, LOWEST, Statistics, TokenScores, Used
+
+
+class HeadGradient(NamedTuple):
+    rows: Float[Array, "V D"]
+    bias: Float[Array, " V"] | None
+
+
+def chunk_gradients(
+    options: Options,
+    used: Used,
+    head: Head,
+    x: Float[Array, "C D"],
+    targets: Int[Array, " C"],
+    cotangents_of: Callable[[TokenScores], tuple[TokenScores, Any]],
+    d_head: HeadGradient,
+) -> tuple[Float[Array, "C D"], HeadGradient, Any]:
+    """The gradients with respect to C tokens and to the table.
+
+    `cotangents_of(scores)` returns the cotangents of the scores, and anything else, which is
+    handed on. Returns the gradient of `x`; `d_head`, with that of the table added; anything else.
+    """
+    (C, D), (V, _) = x.shape, head.rows.shape
+    z = tile_logits(options, head, x, 0, V)
+
+    def logits(start: Any, size: int) -> Array:
+        return tile(z, start, size)
+
+    statistics = find_statistics(options, used, head, targets, logits)
+    scores = as_scores(options, targets, statistics)
+    cotangents, other = cotangents_of(scores)
+    coefficients = _find_coefficients(options, used, statistics, scores, cotangents)
+
+    def add(start: Any, size: int, carry: Any) -> Any:
+        target_row = targets - head.start - start
+        d_z = _logit_gradient(options, head, coefficients, target_row, logits(start, size), start)
+        return _add_products(options, head, x, d_z, start, *carry)
+
+    carry = jnp.zeros((C, D), options.wide), d_head
+    d_x, d_head = over_tiles(V, options.plan(V, D).tile_size, add, carry)
+    return d_x, d_head, other
+
+
+class _Coefficients(NamedTuple):
+    """Of the formula above; each of shape (C,), and `None` for zeros."""
+
+    maximum: Array
+    scale: Array
+    slope: Array | None
+    at_target: Array
+    everywhere: Array | None
+
+
+def _find_coefficients(
+    options: Options,
+    used: Used,
+    statistics: Statistics,
+    scores: TokenScores,
+    cotangents: TokenScores,
+) -> _Coefficients:
+    total, slope, everywhere = statistics.total, None, None
+    scale = cotangents.logsumexp - cotangents.log_prob
+    if used.mean_log_prob:
+        scale = scale - cotangents.mean_log_prob
+        everywhere = cotangents.mean_log_prob / options.vocab_size
+    if used.entropy:
+        scale = scale + cotangents.entropy * (jnp.log(total) - scores.entropy)
+        slope = -cotangents.entropy / total
+    at_target = cotangents.log_prob
+    return _Coefficients(statistics.maximum, scale / total, slope, at_target, everywhere)
+
+
+def _logit_gradient(
+    options: Options,
+    head: Head,
+    coefficients: _Coefficients,
+    target_row: Array,
+    z: Array,
+    start: Any,
+) -> Array:
+    """Of the logits `z` of the rows from `start` on. `target_row` counts from there."""
+    maximum, scale, slope, at_target, everywhere = coefficients
+    shifted = z - maximum[None]
+    factor = scale[None]
+    if slope is not None:
+        factor = factor + slope[None] * jnp.maximum(shifted, LOWEST)
+    is_target = lax.broadcasted_iota(np.int32, z.shape, 0) == target_row[None]
+    d_z = factor * jnp.exp(shifted) + jnp.where(is_target, at_target[None], 0.0)
+    if everywhere is not None:
+        d_z = d_z + everywhere[None]
+    if options.soft_cap is not None:
+        # where the logit is -inf, the derivative of this would be NaN
+        capped = without_padding(options, head, z, start, 0.0) / options.soft_cap
+        d_z = d_z * (1 - capped**2)
+    return without_padding(options, head, d_z, start, 0.0)
+
+
+def _add_products(
+    options: Options, head: Head, x: Array, d_z: Array, start: Any, d_x: Array, d_head: HeadGradient
+) -> tuple[Array, HeadGradient]:
+    """Adds the gradients of a tile of logits to those of `x` and of the table."""
+    plan, size = options.plan(*head.rows.shape), len(d_z)
+
+    def add(array: Array, new: Array) -> Array:
+        new = tile(array, start, size) + new
+        return lax.dynamic_update_slice_in_dim(array, new, start, 0)
+
+    def dot(left: Array, right: Array, axis: int) -> Array:
+        dimensions = ((axis,), (0,)), ((), ())
+        return lax.dot_general(left, right, dimensions, preferred_element_type=options.wide)
+
+    d_bias = d_head.bias
+    if d_bias is not None:
+        d_bias = add(d_bias, jnp.sum(d_z, axis=1))
+    d_z = d_z.astype(plan.dtype)
+    rows = tile(head.rows, start, size).astype(plan.dtype)
+    rows = without_padding(options, head, rows, start, 0.0)
+    if plan.transpose:
+        d_x = d_x + dot(lax.optimization_barrier(d_z.T), rows, 1)
+    else:
+        d_x = d_x + dot(d_z, rows, 0)
+    x = x.astype(options.dtype).astype(plan.dtype)
+    return d_x, HeadGradient(add(d_head.rows, dot(d_z, x, 1)), d_bias)

@@ -1,0 +1,84 @@
+"""The logits of some tokens and some rows of a table."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ._chunks import tile
+from ._devices import index_of_device
+from ._plan import make_plan, Plan
+
+
+class Options(NamedTuple):
+    """What is known when the program is compiled."""
+
+    vocab_size: int  # the first so many rows are tokens, the others padding
+    padded: bool  # whether there are others
+    soft_cap: float | None
+    dtype: DTypeLike  # of the factors of the logits
+    wide: DTypeLike  # of all else: float32 or float64
+    chunk_size: int | None  # `None` leaves it to the plan
+    tiles: bool  # whether a device can cut its rows into tiles
+    mesh: AbstractMesh | None = None
+    vocabulary_axes: tuple[str, ...] = ()  # manual axes of the mesh that split the rows
+    outer_axes: frozenset[str] = frozenset()  # of a `jax.shard_map` around that one
+
+    def plan(self, V: int, D: int) -> Plan:
+        plan = make_plan(V, D, self.dtype, self.wide, self.tiles)
+        return plan if self.chunk_size is None else plan._replace(chunk_size=self.chunk_size)
+
+
+class Head(NamedTuple):
+    """What a device has of the table."""
+
+    rows: Float[Array, "V D"]  # in `Options.dtype`
+    bias: Float[Array, " V"] | None
+    start: Any  # the token of the first row
+
+
+def make_head(options: Options, rows: Array, bias: Array | None) -> Head:
+    start = np.int32(0)
+    if options.mesh is not None and options.vocabulary_axes:
+        start = index_of_device(options.mesh, options.vocabulary_axes) * np.int32(len(rows))
+    return Head(rows.astype(options.dtype), bias, start)
+
+
+def tile_logits(
+    options: Options, head: Head, x: Float[Array, "C D"], start: Any, size: int
+) -> Float[Array, "size C"]:
+    """The logits of `size` rows from `start` on, -inf for padding.
+
+    The vocabulary comes first, so that a tile of the logits is contiguous.
+    """
+    z = lax.dot_general(
+        tile(head.rows, start, size),
+        x.astype(options.dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=options.wide,
+    )
+    z = z if head.bias is None else z + tile(head.bias, start, size)[:, None]
+    z = z if options.soft_cap is None else options.soft_cap * jnp.tanh(z / options.soft_cap)
+    return without_padding(options, head, z, start, -jnp.inf)
+
+
+def without_padding(options: Options, head: Head, array: Array, start: Any, fill: float) -> Array:
+    """`array`, whose first axis is that of the rows from `start` on, with `fill` for padding."""
+    if not options.padded:
+        return array
+    row = head.start + start + lax.broadcasted_iota(np.int32, array.shape, 0)
+    return jnp.where(row < options.vocab_size, array, jnp.asarray(fill, array.dtype))
+
+
+def tokens_before(options: Options, head: Head, row: Any) -> Array:
+    """How many of the rows before `row` are tokens."""
+    return jnp.clip(options.vocab_size - head.start, 0, row).astype(options.wide)
+
+
+def is_unknown(options: Options, targets: Array) -> Array:
+    """Which targets are out of range."""
+    return (targets < 0) | (targets >= options.vocab_size)

@@ -1,0 +1,110 @@
+"""Finding the tables of a vocabulary in a tree, and their arrays."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from ._table import EmbeddingTable
+
+
+class Place(NamedTuple):
+    """Where an array has its vocabulary axis."""
+
+    axis: int
+    num_stacked: int  # the axes in front of the named ones
+
+
+def is_table_of(vocabulary_axis: str) -> Callable[[Any], bool]:
+    """An `is_leaf` for `jax.tree.map`, which stops at the tables of this vocabulary."""
+    return lambda node: _is_table(node) and node.vocabulary_axis == vocabulary_axis
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or its skeleton, and not a mask or `None`."""
+    return hasattr(leaf, "shape")
+
+
+def find_tables(tree: PyTree, vocabulary_axis: str) -> dict[str, EmbeddingTable]:
+    """The tables of a vocabulary, by the paths that error messages show."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_table)
+    tables = {f"tree{jax.tree_util.keystr(path)}": x for path, x in nodes if _is_table(x)}
+    found = {path: x for path, x in tables.items() if x.vocabulary_axis == vocabulary_axis}
+    if not found:
+        names = ", ".join(dict.fromkeys(repr(x.vocabulary_axis) for x in tables.values()))
+        raise ValueError(
+            f"no table has the vocabulary axis {vocabulary_axis!r}: this tree has "
+            + (f"tables of {names}." if names else "no tables.")
+        )
+    return found
+
+
+def find_vocab_size(tables: dict[str, EmbeddingTable]) -> int:
+    """The number of tokens that each of these tables has, or 0 if none has arrays."""
+    sizes: dict[int, str] = {}
+    for path, table in tables.items():
+        for field, names in _axis_names(table).items():
+            array = getattr(table, field)
+            if not is_array(array):
+                continue
+            place = _find_axis(table, array, names)
+            if place.num_stacked < 0:
+                raise ValueError(
+                    f"{path}.{field} has shape {array.shape}, but its axes are {names}. If this is "
+                    "the state of an optimizer that does not keep one number for each parameter, "
+                    "such as Adafactor, make a new state from the new model."
+                )
+            size = table._count_tokens(array.shape[place.axis])
+            sizes.setdefault(size, f"{path}.{field}")
+    if len(sizes) > 1:
+        raise ValueError(
+            "the tables of one vocabulary must have the same size, got "
+            + ", ".join(f"{size} tokens at {path}" for size, path in sizes.items())
+            + ". Give different vocabularies different names, with `vocabulary_axis`."
+        )
+    return next(iter(sizes), 0)
+
+
+def map_arrays(
+    function: Callable[..., Any],
+    table: EmbeddingTable,
+    *others: EmbeddingTable,
+    padding_rows: int | None = None,
+) -> EmbeddingTable:
+    """The table with `function(place, array, *arrays_of_others)` in place of each array.
+
+    Anything else in place of an array stays. `padding_rows=None` leaves their number unchanged.
+    """
+    new = {}
+    for field, names in _axis_names(table).items():
+        array, *rest = (getattr(x, field) for x in (table, *others))
+        if is_array(array):
+            array = function(_find_axis(table, array, names), array, *rest)
+        new[field] = array
+    padding_rows = table.padding_rows if padding_rows is None else padding_rows
+    # Build with a dummy array to pass `__check_init__`, then swap in the real leaves
+    names, vocabulary_axis = table.axis_names, table.vocabulary_axis
+    shape = [padding_rows + 1 if name == vocabulary_axis else 1 for name in names]
+    return eqx.tree_at(
+        lambda table: (table.embeddings, table.bias),
+        EmbeddingTable(np.zeros(shape), names, vocabulary_axis, padding_rows),
+        (new["embeddings"], new["bias"]),
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _is_table(node: Any) -> bool:
+    return isinstance(node, EmbeddingTable)
+
+
+def _axis_names(table: EmbeddingTable) -> dict[str, tuple[str, ...]]:
+    """The names of the last axes of each array of a table."""
+    return {"embeddings": table.axis_names, "bias": (table.vocabulary_axis,)}
+
+
+def _find_axis(table: EmbeddingTable, array: Any, names: tuple[str, ...]) -> Place:
+    num_stacked = len(array.shape) - len(names)
+    return Place(num_stacked + names.index(table.vocabulary_axis), num_stacked)
