@@ -419,6 +419,7 @@ def test_mapped_examples_share_one_gradient_of_the_table(mean, batch):
     of_sum = V * D * 4 if mean is mean_of_vmap_in_scan else 0
     assert temporaries(compiled) <= 1.2 * of_batch + of_sum
     text = compiled.as_text()
+    assert text is not None
     assert f"f32[{V},{D}]" in text
     assert not re.findall(rf"f32\[[\d,]+,{V},{D}\]", text)
 
