@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -456,6 +457,36 @@ def test_products_are_as_few_as_can_be():
         assert count(reduction=reduction, return_scores=True) == 1
     assert count(reduction="mean", gradients=True) == 3
     assert count(reduction="none", gradients=True) == 3  # and one for the value, not asked for
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_gradient_that_nobody_asks_for_is_not_computed(masked):
+    """Such as that of a frozen table."""
+
+    def loss(rows, hidden, weights, data):
+        table = dataclasses.replace(make_table("first"), embeddings=rows, padding_rows=0)
+        return EmbeddingDecode(table).token_loss(
+            lambda scores, a: -a * scores.log_prob,
+            hidden,
+            np.zeros(64, np.int32),
+            data,
+            weights=weights if masked else None,
+            chunk_size=16,
+        )
+
+    shapes = (2048, 8), (64, 8), (64,), (64,)  # two tiles, four chunks
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    options: Any = {"xla_backend_optimization_level": 0}
+
+    def products(*numbers):
+        lowered = jax.jit(jax.grad(loss, numbers)).lower(*operands)
+        text = lowered.compile(compiler_options=options).as_text()
+        assert text is not None
+        return text.count(" dot(")
+
+    # the logits, and then each gradient of a matrix
+    found = {wrt: products(*wrt) for wrt in ((0, 1), (1,), (3,))}
+    assert found == {(0, 1): 3, (1,): 2, (3,): 1}
 
 
 # Tokens that do not count

@@ -1,7 +1,7 @@
 """Losses and scores of tokens over eight devices equal those of one."""
 
-import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -66,6 +66,14 @@ def make_fn(closed):
     return fn
 
 
+def poison(operands):
+    """NaN wherever the weights leave a token out."""
+    table, closed, hidden, targets, weights, data = operands
+    mask = (weights != 0)[..., None]
+    hidden, data = (jnp.where(mask, x, jnp.nan) for x in (hidden, data))
+    return table, closed, hidden, targets, weights, data
+
+
 def on_mesh(setting, function, out_specs: Any = P(), rules=RULES):
     """`function(rules, table, closed, *batched)` in one of the `SETTINGS`."""
     if setting != "manual":
@@ -82,132 +90,151 @@ def on_mesh(setting, function, out_specs: Any = P(), rules=RULES):
     return inside
 
 
-def assert_equal_on_mesh(setting, function, operands, out_specs: Any = P(), rules=RULES):
+def differentiate(function, operands):
     """The results of a function, and the gradients of a sum of its first one."""
-    numbers = (0, 1, 2, 4, 5)
 
-    def differentiate(function):
-        def total(*operands):
-            results = function(*operands)
-            losses = results[0]
-            return jnp.vdot(losses, random(losses.shape, seed=6)), results
+    def total(*operands):
+        results = function(*operands)
+        losses = results[0]
+        return jnp.vdot(losses, random(losses.shape, seed=6)), results
 
-        def with_targets(*operands):
-            return jax.value_and_grad(total, numbers, has_aux=True)(*operands)
+    return quick_jit(jax.value_and_grad(total, (0, 1, 2, 4, 5), has_aux=True))(*operands)
 
-        return quick_jit(with_targets)
 
-    expected = differentiate(functools.partial(function, None))(*operands)
-    table, closed, *batched = operands
+@functools.cache
+def on_one_device(function):
+    return differentiate(functools.partial(function, None), make_operands())
+
+
+def assert_equals_one_device(setting, function, out_specs: Any = P(), rules=RULES, expected=None):
+    expected = on_one_device(function) if expected is None else expected
+    table, closed, *batched = poison(make_operands())
     with split(setting, table, *batched) as (table, *batched):
-        run = differentiate(on_mesh(setting, function, out_specs, rules))
-        assert_trees_close(run(table, closed, *batched), expected)
+        operands = table, place(make_mesh(setting), closed), *batched
+        actual = differentiate(on_mesh(setting, function, out_specs, rules), operands)
+        assert_trees_close(actual, expected)
 
 
 # Equal to one device
 
 
+def mean_and_scores(rules, table, closed, hidden, targets, weights, data):
+    return EmbeddingDecode(table, soft_cap=5.0).token_loss(
+        make_fn(closed),
+        hidden,
+        targets,
+        data,
+        weights=weights,
+        return_scores=True,
+        chunk_size=CHUNK_SIZE,
+        rules=rules,
+    )
+
+
+def losses_and_scores(rules, table, closed, hidden, targets, weights, data):
+    return EmbeddingDecode(table).token_loss(
+        make_fn(closed),
+        hidden,
+        jnp.where(weights == 0, -100, targets),
+        data,
+        ignore_index=-100,
+        reduction="none",
+        return_scores=True,
+        chunk_size=CHUNK_SIZE,
+        rules=rules,
+    )
+
+
 @settings
 def test_a_loss_and_its_scores_equal_those_of_one_device(setting):
-    def function(rules, table, closed, hidden, targets, weights, data):
-        return EmbeddingDecode(table, soft_cap=5.0).token_loss(
-            make_fn(closed),
-            hidden,
-            targets,
-            data,
-            weights=weights,
-            return_scores=True,
-            chunk_size=CHUNK_SIZE,
-            rules=rules,
-        )
-
-    assert_equal_on_mesh(setting, function, make_operands(), (P(), P("data")))
+    assert_equals_one_device(setting, mean_and_scores, (P(), P("data")))
 
 
 @settings
 def test_losses_that_stay_apart_equal_those_of_one_device(setting):
-    def function(rules, table, closed, hidden, targets, weights, data):
-        return EmbeddingDecode(table).token_loss(
-            make_fn(closed),
-            hidden,
-            jnp.where(weights == 0, -100, targets),
-            data,
-            ignore_index=-100,
-            reduction="none",
-            return_scores=True,
-            chunk_size=CHUNK_SIZE,
-            rules=rules,
-        )
-
-    assert_equal_on_mesh(setting, function, make_operands(), P("data"))
+    assert_equals_one_device(setting, losses_and_scores, P("data"))
 
 
 @settings
 def test_scores_equal_those_of_one_device(setting):
-    def function(rules, table, closed, hidden, targets, weights, data):
-        options: Any = dict(weights=weights, chunk_size=CHUNK_SIZE, rules=rules)
-        scores = EmbeddingDecode(table).score(hidden, targets, **options)
-        return jnp.stack(scores[:4], -1), scores.is_top
+    def scores(rules, table, hidden, targets):
+        return EmbeddingDecode(table).score(hidden, targets, chunk_size=CHUNK_SIZE, rules=rules)
 
-    table, closed, hidden, targets, weights, data = make_operands(padding_rows=0)
-    # some targets are top; two equal rows of different devices tie for others
-    embeddings, bias = jnp.asarray(table.embeddings), jnp.asarray(table.bias)
-    embeddings = embeddings.at[90].set(20 * embeddings[3]).at[3].multiply(20)
-    bias = bias.at[90].set(bias[3])
-    table = dataclasses.replace(table, embeddings=embeddings, bias=bias)
-    logits = EmbeddingDecode(table)(hidden)
-    targets = jnp.argmax(logits, -1).astype("int32")
-    assert jnp.any(targets == 3) and not jnp.any(targets == 90)
-    targets = jnp.where((targets == 3) & (jnp.arange(T) % 2 == 0)[None], 90, targets)
-    operands = table, closed, hidden, targets, weights, data
-    is_top = EmbeddingDecode(table).score(hidden, targets).is_top
-    np.testing.assert_array_equal(is_top, targets != 90)
-    assert_equal_on_mesh(setting, function, operands, P("data"))
+    table, _, hidden, *_ = make_operands(padding_rows=0)
+    # rows 3 and 90, of different devices, have the largest logits, which are equal
+    embeddings = jnp.asarray(table.embeddings).at[jnp.asarray([3, 90])].set(jnp.ones(D))
+    table = EmbeddingTable(embeddings, table.axis_names)
+    hidden = hidden.at[0].set(100.0)
+    targets = jnp.asarray(np.arange(B * T).reshape(B, T) % V, "int32").at[0, 3].set(90)
+    expected = quick_jit(functools.partial(scores, None))(table, hidden, targets)
+    assert expected.is_top[0].tolist() == [i == 3 for i in [0, 1, 2, 90, 4, 5, 6, 7, 8, 9]]
+    targets = targets.at[0, 4].set(3)
+    expected = quick_jit(functools.partial(scores, None))(table, hidden, targets)
+    assert np.flatnonzero(expected.is_top[0]).tolist() == [4]
+    with split(setting, table, hidden, targets) as (table, *batched):
+        function = functools.partial(on_mesh, setting)(
+            lambda rules, table, _, *x: scores(rules, table, *x), P("data")
+        )
+        assert_trees_close(quick_jit(function)(table, jnp.zeros(()), *batched), expected)
 
 
-@settings
-def test_mapped_examples_equal_those_of_one_device(setting):
-    def function(rules, table, closed, hidden, targets, weights, data):
-        def of_example(hidden, targets, weights, data):
-            return EmbeddingDecode(table).token_loss(
-                make_fn(closed),
-                hidden,
-                targets,
-                data,
-                weights=weights,
-                return_scores=True,
-                chunk_size=CHUNK_SIZE,
-                rules=rules,
-            )
-
-        return jax.vmap(of_example)(hidden, targets, weights, data)
+@pytest.mark.parametrize(
+    "setting, spmd_axis_name, reduction",
+    [
+        ("automatic", None, "mean"),
+        ("automatic", "data", "mean"),
+        ("rules", "data", "mean"),
+        ("rules", "data", "none"),
+        ("explicit", None, "mean"),
+        ("explicit", None, "none"),
+        ("manual", None, "mean"),
+    ],
+)
+def test_mapped_examples_equal_those_of_one_device(setting, spmd_axis_name, reduction):
+    def losses(rules, *operands, name=spmd_axis_name):
+        loss = functools.partial(loss_of_example, reduction, rules)
+        return (jax.vmap(loss, (None, None, 0, 0, 0, 0), spmd_axis_name=name)(*operands),)
 
     # the mapped axis is the one that the mesh splits
     rules = {"vocabulary": "model"}
-    assert_equal_on_mesh(setting, function, make_operands(), P("data"), rules)
+    assert_equals_one_device(setting, losses, P("data"), rules, mapped_on_one_device(reduction))
 
 
-def test_each_example_of_an_explicit_mesh_has_its_own_gradients():
-    def function(table, closed, hidden, targets, weights, data):
-        def loss(table, closed, hidden, targets, weights, data):
-            def fn(scores, data):
-                return closed[0] * data[0] * scores.entropy - scores.log_prob
+def loss_of_example(reduction, rules, table, closed, hidden, targets, weights, data):
+    return EmbeddingDecode(table).token_loss(
+        make_fn(closed),
+        hidden,
+        targets,
+        data,
+        weights=weights,
+        reduction=reduction,
+        chunk_size=CHUNK_SIZE,
+        rules=rules,
+    )
 
-            return EmbeddingDecode(table).token_loss(
-                fn, hidden, targets, data, weights=weights, chunk_size=CHUNK_SIZE
-            )
+
+@functools.cache
+def mapped_on_one_device(reduction):
+    loss = functools.partial(loss_of_example, reduction, None)
+    mapped = jax.vmap(loss, (None, None, 0, 0, 0, 0))
+    return differentiate(lambda *operands: (mapped(*operands),), make_operands())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_each_example_of_an_explicit_mesh_has_its_own_gradients(reduction):
+    def gradients(*operands):
+        def loss(*operands):
+            return jnp.sum(loss_of_example(reduction, None, *operands) ** 2)
 
         gradient = jax.value_and_grad(loss, (0, 1, 2, 4, 5))
-        return jax.vmap(gradient, (None, None, 0, 0, 0, 0))(
-            table, closed, hidden, targets, weights, data
-        )
+        return jax.vmap(gradient, (None, None, 0, 0, 0, 0))(*operands)
 
     table, closed, *batched = make_operands()
-    expected = quick_jit(function)(table, closed, *batched)
+    expected = quick_jit(gradients)(table, closed, *batched)
     assert expected[1][0].embeddings.shape == (B, V, D)
     with split("explicit", table, *batched) as (table, *batched):
         closed = place(make_mesh("explicit"), closed)
-        assert_trees_close(quick_jit(function)(table, closed, *batched), expected)
+        assert_trees_close(quick_jit(gradients)(table, closed, *batched), expected)
 
 
 @settings
@@ -224,72 +251,78 @@ def test_a_target_out_of_range_is_nan_whatever_the_loss(setting):
     assert np.argwhere(np.isnan(np.asarray(losses))).tolist() == [[0, 0]]
 
 
-@settings
-def test_what_is_masked_reaches_no_device(setting):
-    def function(rules, table, closed, hidden, targets, weights, data):
-        def loss(table, closed, hidden, data):
-            return EmbeddingDecode(table).token_loss(
-                make_fn(closed),
-                hidden,
-                targets,
-                data,
-                weights=weights,
-                chunk_size=CHUNK_SIZE,
-                rules=rules,
-            )
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_a_loss_may_close_over_an_array_that_a_mesh_splits(axis):
+    table, _, *batched = make_operands()
+    closed = jnp.linspace(0.5, 2, 8)
 
-        value, gradients = jax.value_and_grad(loss, (0, 1))(table, closed, hidden, data)
-        return value, gradients
+    def loss(table, closed, hidden, targets, weights, data):
+        def fn(scores):
+            return jnp.clip(scores.log_prob * jnp.tanh(closed).sum(), -20.0, 20.0)
 
-    table, closed, hidden, targets, weights, data = make_operands()
-    mask = (weights != 0)[..., None]
-    poisoned = jnp.where(mask, hidden, jnp.nan), targets, weights, jnp.where(mask, data, jnp.nan)
-    with split(setting, table, *poisoned) as (table_, *batched):
-        run = quick_jit(on_mesh(setting, function, (P(), (P("model"), P()))))
-        actual = run(table_, closed, *batched)
-    expected = quick_jit(functools.partial(function, None))(table, closed, *poisoned)
-    assert np.isfinite(expected[0])
-    assert_trees_close(actual, expected)
+        return EmbeddingDecode(table).token_loss(fn, hidden, targets, weights=weights)
+
+    run = jax.value_and_grad(loss, (0, 1, 2))
+    expected = quick_jit(run)(table, closed, *batched)
+    with split("explicit", table, *batched) as (table, *batched):
+        closed = place(make_mesh("explicit"), closed, axis)
+        value, gradients = quick_jit(run)(table, closed, *batched)
+        assert jax.typeof(gradients[1]).sharding.spec == P(axis)
+        assert_trees_close((value, gradients), expected)
 
 
 # Arrays of a mesh that nothing splits
 
 
-def test_arrays_on_a_mesh_that_is_not_set_need_no_split():
-    """As the last batch of an epoch, which the mesh does not divide."""
+@pytest.mark.parametrize("use", ["token_loss", "cross_entropy", "vmap", "decode", "lookup"])
+def test_arrays_on_a_mesh_that_is_not_set_need_no_split(use):
+    """Such as the last batch of an epoch, which the mesh does not divide."""
 
-    def everything(table, closed, hidden, targets, weights, data):
-        vectors = EmbeddingLookup(table)(targets)
+    def function(table, closed, hidden, targets, weights, data):
         decode = EmbeddingDecode(table, soft_cap=5.0)
-        hidden = hidden + vectors
-        options: Any = dict(weights=weights, chunk_size=CHUNK_SIZE)
+        if use == "token_loss":
+            options: Any = dict(weights=weights, chunk_size=CHUNK_SIZE)
+            return decode.token_loss(make_fn(closed), hidden, targets, data, **options)
+        return {
+            "cross_entropy": lambda: decode.cross_entropy(hidden, targets, reduction="none"),
+            "vmap": lambda: jax.vmap(decode.cross_entropy)(hidden, targets),
+            "decode": lambda: decode(hidden),
+            "lookup": lambda: EmbeddingLookup(table)(targets),
+        }[use]()
 
-        def fn(scores, data):
-            return closed[0] * data[0] * scores.entropy - scores.log_prob
+    table, closed, *batched = make_operands()
+    operands = table, closed, *(x[:7] for x in batched)
 
-        mean, scores = decode.token_loss(fn, hidden, targets, data, return_scores=True, **options)
-        losses = decode.cross_entropy(hidden, targets, reduction="none", **options)
-        of_examples = jax.vmap(decode.cross_entropy)(hidden, targets)
-        total = mean + jnp.sum(losses**2) + jnp.sum(of_examples**2)
-        return total + jnp.mean(decode(hidden) ** 2), (scores, losses, of_examples)
+    def total(*operands):
+        result = function(*operands)
+        return jnp.sum(result**2), result
 
-    operands = tuple(jax.tree.map(lambda x: x[:7], x) for x in make_operands()[2:])
-    operands = *make_operands()[:2], *operands
-    run = jax.value_and_grad(everything, (0, 1, 2, 4, 5), has_aux=True)
-    expected = quick_jit(run)(*operands)
+    run = quick_jit(jax.value_and_grad(total, (0, 1, 2, 4, 5), has_aux=True))
+    expected = run(*operands)
     placed = place(make_mesh("explicit"), operands)
-    # without `jax.jit`, JAX itself cannot differentiate arrays of a mesh that is not set
-    assert_trees_close(quick_jit(run)(*placed), expected)
+    assert_trees_close(run(*placed), expected)
+    # without `jax.jit` JAX has no gradients of such arrays
+    assert_trees_close(function(*placed), expected[0][1])
 
 
 # Sums over devices
 
 
-@pytest.mark.parametrize("setting", ["rules", "explicit", "manual"])
-@pytest.mark.parametrize("of", ["embeddings", "closure"])
-def test_sums_over_tokens_of_devices_are_in_float32(setting, of):
-    """256 of one device and 1 of each of seven others is 256 in bfloat16, whatever the order
-    that begins with 256, and 264 where 263 is rounded once."""
+three_settings = pytest.mark.parametrize("setting", ["rules", "explicit", "manual"])
+
+
+def sums(program) -> set[str]:
+    """The types of what a lowered program adds over devices. XLA for CPUs compiles sums of bfloat16
+    as sums of float32, XLA for accelerators does not."""
+    pattern = r"all_reduce.*?stablehlo\.(\w+) .*?\}\) : \(tensor<(\S+)>\)"
+    found = re.findall(pattern, program.as_text(), re.DOTALL)
+    return {kind for operation, kind in found if operation == "add"}
+
+
+@functools.cache
+def gradients_of_256_and_ones(setting):
+    """Of the embeddings, and of an array that the loss closes over: 256 comes from the tokens of
+    one device, and 1 from those of each of seven others."""
     table = EmbeddingTable(jnp.zeros((2, 1), jnp.bfloat16), ("vocabulary", "embedding"))
     closed, hidden = jnp.ones((), jnp.bfloat16), jnp.ones((8, 1), jnp.bfloat16)
     targets, weights = jnp.zeros(8, "int32"), jnp.ones(8).at[0].set(256.0)
@@ -303,34 +336,47 @@ def test_sums_over_tokens_of_devices_are_in_float32(setting, of):
         )
 
     with split(setting, table, hidden, targets, weights, data=8, model=1) as (table, *batched):
-        run = quick_jit(jax.grad(on_mesh(setting, loss), (0, 1)))
-        for_table, for_closed = run(table, closed, *batched)
-    if of == "embeddings":
-        assert np.asarray(for_table.embeddings).tolist() == [[-264], [264]]
-    else:
-        assert float(for_closed) == 264
+        run = jax.jit(jax.grad(on_mesh(setting, loss), (0, 1)))
+        lowered = run.lower(table, closed, *batched)
+        return *lowered.compile()(table, closed, *batched), sums(lowered)
 
 
-@pytest.mark.parametrize("setting", ["rules", "explicit", "manual"])
+# In bfloat16, 256 + 1 is 256, and 263 is 264.
+
+
+@three_settings
+def test_the_gradient_of_a_table_is_summed_in_float32(setting):
+    table, _, types = gradients_of_256_and_ones(setting)
+    assert np.asarray(table.embeddings).tolist() == [[-264], [264]]
+    assert "2x1xf32" in types and "2x1xbf16" not in types
+
+
+@three_settings
+def test_the_gradient_of_a_closure_is_summed_in_float32(setting):
+    _, closed, types = gradients_of_256_and_ones(setting)
+    assert closed.dtype == jnp.bfloat16 and float(closed) == 264
+    assert "bf16" not in types
+
+
+@three_settings
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_sums_over_rows_of_devices_are_in_float32(setting, reduction):
+def test_the_gradient_of_hidden_is_summed_in_float32(setting, reduction):
     rows = jnp.full((8, 1), 8.0, jnp.bfloat16).at[0].set(2048.0)
     table = EmbeddingTable(rows, ("vocabulary", "embedding"))
     hidden, targets = jnp.zeros((3, 1), jnp.bfloat16), jnp.zeros(3, "int32")
 
     def loss(rules, table, closed, hidden, targets):
-        def fn(scores):
-            return scores.logsumexp
-
         return EmbeddingDecode(table).token_loss(
-            fn, hidden, targets, reduction=reduction, rules=rules
+            lambda scores: scores.logsumexp, hidden, targets, reduction=reduction, rules=rules
         )
 
     with split(setting, table, hidden, targets, data=1, model=8) as (table, *batched):
-        out_specs = P() if reduction == "sum" else P("data")
-        function = on_mesh(setting, loss, out_specs)
-        run = quick_jit(jax.grad(lambda *x: jnp.sum(function(*x)), 2))
-        assert np.asarray(run(table, jnp.zeros(()), *batched)).tolist() == [[264]] * 3
+        function = on_mesh(setting, loss, P() if reduction == "sum" else P("data"))
+        run = jax.jit(jax.grad(lambda *operands: jnp.sum(function(*operands)), 2))
+        lowered = run.lower(table, jnp.zeros(()), *batched)
+        gradient = lowered.compile()(table, jnp.zeros(()), *batched)
+    assert np.asarray(gradient).tolist() == [[264]] * 3
+    assert "3x1xf32" in sums(lowered) and "3x1xbf16" not in sums(lowered)
 
 
 # What is moved
@@ -338,13 +384,7 @@ def test_sums_over_rows_of_devices_are_in_float32(setting, reduction):
 
 @pytest.mark.parametrize(
     "setting, mapped",
-    [
-        ("rules", False),
-        ("explicit", False),
-        ("explicit", True),
-        ("manual", False),
-        ("manual", True),
-    ],
+    [("rules", False), ("manual", False), ("explicit", False), ("explicit", True)],
 )
 def test_any_loss_moves_a_few_numbers_a_token_and_gradients_once(setting, mapped):
     rows, examples, tokens = 2048, 16, 32
@@ -362,13 +402,8 @@ def test_any_loss_moves_a_few_numbers_a_token_and_gradients_once(setting, mapped
                 fn, hidden, targets, advantages, chunk_size=CHUNK_SIZE, rules=rules
             )
 
-        def of_example(*operands):
-            given = rules and {"vocabulary": "model"}
-            return decode.token_loss(fn, *operands, chunk_size=CHUNK_SIZE, rules=given)
-
-        losses = jax.vmap(of_example)(hidden, targets, advantages)
-        total = jnp.sum(losses)
-        return lax.psum(total, "data") if setting == "manual" else total
+        loss = functools.partial(decode.token_loss, fn, chunk_size=CHUNK_SIZE)
+        return jnp.sum(jax.vmap(loss)(hidden, targets, advantages))
 
     operands = (
         random((examples, tokens, D), seed=1),
@@ -382,13 +417,12 @@ def test_any_loss_moves_a_few_numbers_a_token_and_gradients_once(setting, mapped
         jitted = jax.jit(run, out_shardings=(None, shardings))
         found = collectives(jitted.lower(*arguments).compile())
     assert set(found) == {"all-reduce"}
-    moved = found["all-reduce"]
-    gradients = {
-        "f32": [rows // 4 * D, examples // 2 * tokens * D],  # of a device's rows and tokens
-    }
-    large = [(shape[1], count) for shape, count in moved.items() if np.prod(shape[1]) > 8 * 16]
-    assert sorted(int(np.prod(shape)) for shape, _ in large) == sorted(gradients["f32"]), moved
-    assert all(count == 1 for _, count in large), moved
+    # a maximum and a few sums for each token of a chunk are small
+    large = {shape: n for (_, shape), n in found["all-reduce"].items() if np.prod(shape) > 8 * 16}
+    # those of the rows of a device, and of its tokens
+    gradients = sorted([rows // 4 * D, examples // 2 * tokens * D])
+    assert sorted(int(np.prod(shape)) for shape in large) == gradients, found
+    assert set(large.values()) == {1}, found
 
 
 def test_examples_split_over_an_explicit_mesh_share_the_table():
