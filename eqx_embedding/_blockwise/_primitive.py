@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 from .._sharding import as_axes, Axes
 
@@ -37,13 +37,11 @@ def call_as_one(
         return function(*structure.unflatten(leaves))
 
     def rule(size: int, mesh_axes: Axes, mapped: list[bool], leaves: list[Any]) -> Any:
-        if vmap_rule is None:
-            return None
         flags = structure.unflatten(mapped)
         return vmap_rule(size, mesh_axes, flags, *structure.unflatten(leaves))
 
     jaxpr, shapes = jax.make_jaxpr(on_leaves, return_shape=True)(*leaves)
-    results = _call.bind(*leaves, jaxpr=jaxpr, rule=rule)
+    results = _call.bind(*leaves, jaxpr=jaxpr, rule=rule if vmap_rule else None)
     return jax.tree.structure(shapes).unflatten(results)
 
 
@@ -84,7 +82,7 @@ def _map(axis, arguments, dims, *, jaxpr, rule):
     mapped = [dim is not None for dim in dims]
     moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arguments, dims)]
     mesh_axes = as_axes(axis.explicit_mesh_axis or axis.spmd_name)
-    results = rule(axis.size, mesh_axes, mapped, moved)
+    results = None if rule is None else rule(axis.size, mesh_axes, mapped, moved)
     if results is None:
         function = jax.vmap(
             jaxpr_as_fun(jaxpr),
@@ -97,7 +95,24 @@ def _map(axis, arguments, dims, *, jaxpr, rule):
     return results, [0] * len(results)
 
 
+def _drop_unused(used_results, operation):
+    """What nobody uses is not computed, such as the gradient of a table that is frozen."""
+    jaxpr, rule = operation.params["jaxpr"], operation.params["rule"]
+    if rule is not None:  # it takes all arguments, and returns all results
+        return [True] * len(operation.invars), operation
+    if not any(used_results) and not operation.effects:
+        return [False] * len(operation.invars), None
+    smaller, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, used_results)
+    new = operation.replace(
+        invars=[x for x, is_used in zip(operation.invars, used, strict=True) if is_used],
+        outvars=[x for x, is_used in zip(operation.outvars, used_results, strict=True) if is_used],
+        params={"jaxpr": ClosedJaxpr(smaller, jaxpr.consts), "rule": None},
+    )
+    return used, new
+
+
 ad.primitive_jvps[_call] = _differentiate
+partial_eval.dce_rules[_call] = _drop_unused
 batching.fancy_primitive_batchers[_call] = _map
 mlir.register_lowering(
     _call,
