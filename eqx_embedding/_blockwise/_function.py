@@ -73,6 +73,11 @@ def close_over(
 
     with no_mesh():
         closed = jax.make_jaxpr(checked)(scores, *data)
+        if _is_of_mesh(*closed.consts):
+            # Inner functions, such as `jnp.clip`, would keep the mesh in the types of their own.
+            with jax.disable_jit():
+                closed = jax.make_jaxpr(checked)(scores, *data)
+            _check_without_mesh(closed.jaxpr)
     closure = tuple(map(jnp.asarray, closed.consts))
     if differs := varying_axes(*closure):
         raise ValueError(
@@ -80,6 +85,22 @@ def close_over(
             "`jax.shard_map`: hand it over as one of the data instead, with the shape of the batch."
         )
     return TokenFunction(closed.jaxpr), closure
+
+
+def _is_of_mesh(*arrays: Any) -> bool:
+    return any(not jax.typeof(array).sharding.mesh.empty for array in arrays)
+
+
+def _check_without_mesh(jaxpr: Jaxpr) -> None:
+    for operation in jaxpr.eqns:
+        values = jax.tree.leaves(list(operation.params.values()), is_leaf=callable)
+        has_inner = any(isinstance(value, Jaxpr | ClosedJaxpr) for value in values)
+        if has_inner and any(not x.aval.sharding.mesh.empty for x in operation.invars):
+            raise ValueError(
+                f"fn closes over an array of a device mesh, and uses it in {operation.primitive}, a "
+                "condition, a loop or a function with a derivative of its own: hand it over as one "
+                "of the data instead, with the shape of the batch, or use it outside of that."
+            )
 
 
 def _check_real_scalar(loss: Any, data: tuple[jax.ShapeDtypeStruct, ...]) -> None:
