@@ -133,7 +133,7 @@ def prepare_tokens(
     """
     targets, in_range = tokens_in_range("targets", targets, vocab_size)
     all_count = weights is None and ignore_index is None
-    weights = jnp.ones_like(targets, dtype) if weights is None else _as_weights(weights)
+    weights = jnp.ones(targets.shape, dtype) if weights is None else _as_weights(weights)
     # before anything narrows the weights
     mask = None if all_count else place(jnp.asarray(weights.astype(bool)))
     if mask is not None and ignore_index is not None and _fits(ignore_index, targets.dtype):

@@ -6,7 +6,8 @@ and of rows of the table that one device has; C is the number of tokens of a chu
 From a call to the numbers, top down:
 
 - `_batch.py`: a batch, over the devices of a mesh and under `jax.vmap`.
-- `_losses.py`: all tokens of a device: their scores, losses, and the gradients of these.
+- `_device_total.py`, `_device_scores.py`, `_device_losses.py`: all tokens of a device, and what has
+  derivatives of our own: sums of losses; scores and losses that stay apart.
 - `_gradients.py`, `_scores.py`, `_logits.py`: a chunk of tokens.
 - `_chunks.py`, `_plan.py`: loops over chunks and tiles, and how the work is cut.
 - `_function.py`: a loss function as a value.

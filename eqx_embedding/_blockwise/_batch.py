@@ -14,13 +14,16 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
+from .._inputs import at_least_float32
 from .._sharding import Split, sum_over
-from ._devices import cast_to_varying, device_type, without_devices
+from ._device_losses import device_losses
+from ._device_scores import device_scores
+from ._device_total import device_total
+from ._devices import cast_to_varying, device_type
 from ._function import TokenFunction
 from ._logits import Options
-from ._losses import device_scores, device_total
 from ._primitive import call_as_one
-from ._scores import nan_if_unknown, TokenScores, Used
+from ._scores import TokenScores, Used
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -79,7 +82,7 @@ def total_loss(
         batch_shape = weights.shape
         head = _flatten_head(options, hidden, rows, bias)
         weights, data, targets, mask = _flatten(weights.ndim, (weights, data, targets, mask))
-        tokens = weights, data, closure, targets, mask
+        tokens = weights, data, _widen(closure), targets, mask
         head, tokens = _mark_shared(split, head, tokens)
         local = _for_device(options, split, head)
         both: Any = device_total(local, function, return_scores, *head, *tokens)
@@ -132,7 +135,9 @@ def _totals_of_examples(
     total = sum_over(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
     if not return_scores:
         return total, None
-    return total, TokenScores(*(_where(mask, score, 0.0) for score in scores))
+    return total, scores if mask is None else jax.tree.map(
+        lambda score: jnp.where(mask, score, jnp.zeros((), score.dtype)), scores
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -148,71 +153,46 @@ def weighted_losses(
 ) -> Array:
     """The weight of each token times its loss, `*batch`; zero where the mask leaves it out.
 
-    `of_example` says which arrays of the closure have the first axis of the batch, too.
+    `of_example` says which arrays of the closure have the first axis of the batch, too; `None` if
+    none has.
     """
 
-    def on_device(*operands):
+    def on_device(scores, weights, data, closure, mask):
+        operands = scores, weights, data, _widen(closure), mask
         _, operands = _mark_shared(split, (), operands)
-        local = functools.partial(_weigh_losses, function, of_example)
-        return without_devices(local, device_type(operands), *operands)
+        outer_axes = _outer_axes(split, operands)
+        return device_losses(function, of_example, outer_axes, *operands)
 
-    batch = P(*split.batch)
-    of_closure = P(split.batch[0]) if split.batch else P()
-    flags = of_example or [False] * len(closure)
-    closure_specs = tuple(of_closure if mapped else P() for mapped in flags)
-    specs = batch, batch, batch, closure_specs, batch
-    return split.map(on_device, specs, batch, (scores, weights, data, closure, mask))
+    def on_devices(*operands):
+        batch = P(*split.batch)
+        of_closure = P(split.batch[0]) if split.batch else P()
+        flags = of_example or [False] * len(closure)
+        closure_specs = tuple(of_closure if mapped else P() for mapped in flags)
+        return split.map(on_device, (batch, batch, batch, closure_specs, batch), batch, operands)
 
+    def on_examples(size, mesh_axes, mapped, scores, weights, data, closure, mask):
+        if of_example is not None:
+            return None
+        *of_tokens, of_closure, of_mask = mapped
+        each = (*of_tokens, of_mask), (scores, weights, data, mask)
+        scores, weights, data, mask = _repeat(size, *each)
+        wider, flags = split.with_examples(mesh_axes), of_closure if any(of_closure) else None
+        return weighted_losses(wider, function, flags, scores, weights, data, closure, mask)
 
-def _weigh_losses(
-    function: TokenFunction,
-    of_example: tuple[bool, ...] | None,
-    scores: TokenScores,
-    weights: Array,
-    data: tuple[Array, ...],
-    closure: tuple[Array, ...],
-    mask: Array | None,
-) -> Array:
-    if of_example is not None:  # with a closure of its own, each is mapped by itself
-        axes = tuple(0 if mapped else None for mapped in of_example)
-        each = functools.partial(_weigh_losses, function, None)
-        return jax.vmap(each, (0, 0, 0, axes, 0))(scores, weights, data, closure, mask)
-    of_tokens = function
-    for _ in range(weights.ndim):
-        of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, None))
-    # What the mask leaves out must not reach the gradient of `closure`: NaN times zero is NaN.
-    counted = functools.partial(_repeat_counted, mask)
-    numbers = TokenScores(*map(counted, scores, (-0.5, -1.0, 0.5, 1.0, 0.0)))
-    losses = weights * of_tokens(numbers, tuple(counted(array, 0.5) for array in data), closure)
-    nan = nan_if_unknown(scores, jnp.zeros_like(losses))
-    return _where(mask, losses + lax.stop_gradient(nan), 0.0)
-
-
-def _where(mask: Array | None, array: Array, value: float | Array) -> Array:
-    """The array, `*batch ...`, with the value where the mask leaves a token out."""
-    if mask is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        return array
-    mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
-    return jnp.where(mask, array, jnp.asarray(value).astype(array.dtype))
-
-
-def _repeat_counted(mask: Array | None, array: Array, otherwise: float) -> Array:
-    """The array, with a token that counts in the place of those that the mask leaves out.
-
-    If none counts, it is a number that hardly any function turns into NaN or infinity.
-    """
-    if mask is None or mask.size == 0 or jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        return array
-    one = array.reshape(-1, *array.shape[mask.ndim :])[jnp.argmax(mask)]
-    value = jnp.where(jnp.any(mask), one, jnp.asarray(otherwise).astype(array.dtype))
-    return _where(mask, array, lax.stop_gradient(value)[(None,) * mask.ndim])
+    operands = scores, weights, data, closure, mask
+    return call_as_one(on_devices, *operands, vmap_rule=on_examples)
 
 
 def _for_device(options: Options, split: Split, head: PyTree) -> Options:
     """Inside of the devices, which have a mesh of their own."""
     mesh = jax.sharding.get_abstract_mesh() if split.all_vocabulary else None
-    outer = device_type(head).varying - {*split.mapped} if split.mapped else frozenset()
-    return options._replace(mesh=mesh, vocabulary_axes=split.all_vocabulary, outer_axes=outer)
+    outer_axes = _outer_axes(split, head)
+    return options._replace(mesh=mesh, vocabulary_axes=split.all_vocabulary, outer_axes=outer_axes)
+
+
+def _outer_axes(split: Split, operands: PyTree) -> frozenset[str]:
+    """Of a `jax.shard_map` around that which this call enters."""
+    return device_type(operands).varying - {*split.mapped} if split.mapped else frozenset()
 
 
 def _flatten_head(options: Options, hidden: Array, rows: Array, bias: Array | None) -> Any:
@@ -240,6 +220,16 @@ def _mark_shared(split: Split, head: PyTree, tokens: PyTree) -> tuple[PyTree, Py
     axes = device_type(head, tokens).varying
     of_tokens = axes - {*split.all_vocabulary}  # where the vocabulary is split, tokens are the same
     return cast_to_varying(axes, head), cast_to_varying(of_tokens, tokens)
+
+
+def _widen(closure: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Floats of half precision as float32, the dtype in which their gradients are summed."""
+
+    def widen(array: Array) -> Array:
+        is_float = jnp.issubdtype(array.dtype, jnp.floating)
+        return array.astype(at_least_float32(array.dtype)) if is_float else array
+
+    return tuple(map(widen, closure))
 
 
 def _repeat(size: int, mapped: PyTree, arrays: PyTree) -> PyTree:

@@ -116,3 +116,8 @@ class Chunks:
         carry = sums, results
         sums, results = loop(self.count, step if self.mask is None else step_if_used, carry)
         return sums, jax.tree.map(self.join, results)
+
+
+def only(is_token: Array | None, array: Array) -> Array:
+    """The array, with zeros in places that have no token."""
+    return array if is_token is None else jnp.where(is_token, array, 0.0)

@@ -33,6 +33,16 @@ class DeviceType(NamedTuple):
     mesh: AbstractMesh
     varying: frozenset[str]  # the manual mesh axes along which it differs
 
+    # JAX cannot save what differs along the axes of two `jax.shard_map`, one inside the other, from
+    # the forward pass for the backward pass. So the types of what is saved do not name the outer
+    # axes.
+
+    def outside(self, axes: frozenset[str]) -> "DeviceType":
+        return self._replace(varying=self.varying - axes)
+
+    def inside(self, axes: frozenset[str]) -> "DeviceType":
+        return self._replace(varying=self.varying | axes)
+
 
 def device_type(*trees: PyTree) -> DeviceType:
     """Of arrays of one mesh, some of which may have none."""
@@ -80,7 +90,7 @@ def min_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) ->
 
 
 def index_of_device(mesh: AbstractMesh, axes: tuple[str, ...]) -> Array:
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh), jax.auto_pcast(True):
         return _erase_type(lax.axis_index(axes))
 
 

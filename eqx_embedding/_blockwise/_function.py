@@ -17,7 +17,7 @@ from ._scores import TokenScores, Used
 
 
 class TokenFunction:
-    """`function(scores, data, closure)`: the loss of one token.
+    """`function(scores, data, closure)`: the loss of one token. The closure may have wider dtypes.
 
     Two of them are equal if they compute the same by the same operations. So a function that is
     defined again for each call is compiled once, unless it has a custom derivative.
@@ -32,7 +32,9 @@ class TokenFunction:
     def __call__(
         self, scores: TokenScores, data: tuple[Array, ...], closure: tuple[Array, ...]
     ) -> Array:
-        (loss,) = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, closure))(*scores, *data)
+        types: Any = [variable.aval for variable in self.jaxpr.constvars]
+        consts = [array.astype(of.dtype) for array, of in zip(closure, types, strict=True)]
+        (loss,) = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, consts))(*scores, *data)
         return jnp.asarray(loss)  # a constant is a number of NumPy
 
     def of_tokens(
@@ -95,11 +97,12 @@ def _check_without_mesh(jaxpr: Jaxpr) -> None:
     for operation in jaxpr.eqns:
         values = jax.tree.leaves(list(operation.params.values()), is_leaf=callable)
         has_inner = any(isinstance(value, Jaxpr | ClosedJaxpr) for value in values)
-        if has_inner and any(not x.aval.sharding.mesh.empty for x in operation.invars):
+        types: Any = [variable.aval for variable in operation.invars]
+        if has_inner and any(not of.sharding.mesh.empty for of in types):
             raise ValueError(
-                f"fn closes over an array of a device mesh, and uses it in {operation.primitive}, a "
-                "condition, a loop or a function with a derivative of its own: hand it over as one "
-                "of the data instead, with the shape of the batch, or use it outside of that."
+                "fn closes over an array of a device mesh, and uses it in a condition, a loop or a "
+                f"function with a derivative of its own ({operation.primitive}): hand it over as "
+                "one of the data instead, with the shape of the batch, or use it outside of that."
             )
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ._chunks import over_tiles, tile
@@ -21,6 +22,11 @@ from ._scores import as_scores, find_statistics, LOWEST, Statistics, TokenScores
 class HeadGradient(NamedTuple):
     rows: Float[Array, "V D"]
     bias: Float[Array, " V"] | None
+
+
+def zeros_like(head: Head, dtype: DTypeLike) -> HeadGradient:
+    bias = None if head.bias is None else jnp.zeros(len(head.rows), dtype)
+    return HeadGradient(jnp.zeros(head.rows.shape, dtype), bias)
 
 
 def chunk_gradients(

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ._chunks import tile
+from ._chunks import Chunks, tile
 from ._devices import index_of_device
 from ._plan import make_plan, Plan
 
@@ -31,6 +31,10 @@ class Options(NamedTuple):
     def plan(self, V: int, D: int) -> Plan:
         plan = make_plan(V, D, self.dtype, self.wide, self.tiles)
         return plan if self.chunk_size is None else plan._replace(chunk_size=self.chunk_size)
+
+
+def chunks_of(options: Options, hidden: Array, rows: Array, mask: Array | None) -> Chunks:
+    return Chunks(hidden.shape[0], options.plan(*rows.shape).chunk_size, mask)
 
 
 class Head(NamedTuple):

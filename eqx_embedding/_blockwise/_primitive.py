@@ -37,10 +37,12 @@ def call_as_one(
         return function(*structure.unflatten(leaves))
 
     def rule(size: int, mesh_axes: Axes, mapped: list[bool], leaves: list[Any]) -> Any:
+        assert vmap_rule is not None
         flags = structure.unflatten(mapped)
         return vmap_rule(size, mesh_axes, flags, *structure.unflatten(leaves))
 
-    jaxpr, shapes = jax.make_jaxpr(on_leaves, return_shape=True)(*leaves)
+    with jax.auto_pcast(False):  # of the `spmd_axis_name` of a `jax.vmap`
+        jaxpr, shapes = jax.make_jaxpr(on_leaves, return_shape=True)(*leaves)
     results = _call.bind(*leaves, jaxpr=jaxpr, rule=rule if vmap_rule else None)
     return jax.tree.structure(shapes).unflatten(results)
 
@@ -81,7 +83,7 @@ def _differentiate(primals, tangents, *, jaxpr, rule):
 def _map(axis, arguments, dims, *, jaxpr, rule):
     mapped = [dim is not None for dim in dims]
     moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arguments, dims)]
-    mesh_axes = as_axes(axis.explicit_mesh_axis or axis.spmd_name)
+    mesh_axes = as_axes(axis.explicit_mesh_axis)
     results = None if rule is None else rule(axis.size, mesh_axes, mapped, moved)
     if results is None:
         function = jax.vmap(
@@ -90,7 +92,8 @@ def _map(axis, arguments, dims, *, jaxpr, rule):
             axis_size=axis.size,
             spmd_axis_name=axis.spmd_name,
         )
-        results = function(*moved)
+        with jax.auto_pcast(False):
+            results = function(*moved)
     results = jax.tree.leaves(results)
     return results, [0] * len(results)
 

@@ -224,7 +224,7 @@ def mapped_on_one_device(reduction):
 def test_each_example_of_an_explicit_mesh_has_its_own_gradients(reduction):
     def gradients(*operands):
         def loss(*operands):
-            return jnp.sum(loss_of_example(reduction, None, *operands) ** 2)
+            return jnp.sum(jnp.sin(loss_of_example(reduction, None, *operands)))
 
         gradient = jax.value_and_grad(loss, (0, 1, 2, 4, 5))
         return jax.vmap(gradient, (None, None, 0, 0, 0, 0))(*operands)
