@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Shap
 
 from ._blockwise import (
     close_over,
+    Operands,
     Options,
     score_tokens,
     TokenScores,
@@ -30,7 +31,6 @@ from ._inputs import (
     at_least_float32,
     prepare_tokens,
     Real,
-    Tokens,
     Whole,
 )
 from ._sharding import explicit_axes, find_split, remaining, Split, without_padding
@@ -130,11 +130,14 @@ class EmbeddingDecode(eqx.Module):
         columns = remaining(explicit_axes(head.rows)[0], batch)
         sharding, vocab_size = split.sharding([*batch, columns]), split.vocab_size(self.table)
         logits = _product(self._products(head), split, vocab_size, sharding, *head[:2])
-        if head.bias is not None:
-            bias = split.place(head.bias.astype(logits.dtype), [columns])
-            logits = logits + jnp.expand_dims(bias, range(batch_axes))
-        if self.table.padding_rows > 0:
+        bias = head.bias
+        if self.table.padding_rows > 0:  # XLA would copy the table if this came after the bias
             logits = _drop_padding(logits, split, [*batch, ()], vocab_size)
+            bias = bias if bias is None else _drop_padding(bias, split, [()], vocab_size)
+            columns = ()
+        if bias is not None:
+            bias = split.place(bias.astype(logits.dtype), [columns])
+            logits = logits + jnp.expand_dims(bias, range(batch_axes))
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
         dtype = self.logits_dtype or self.dtype or jnp.result_type(*jax.tree.leaves(head))
@@ -414,7 +417,7 @@ class EmbeddingDecode(eqx.Module):
             mesh_axes=split.manual_batch,
             place=lambda array: split.place(array, split.batch),
         )
-        return _Call(options, split, head, tokens)
+        return _Call(options, split, Operands(*head, tokens.targets, tokens.mask), tokens.weights)
 
 
 class _Call(NamedTuple):
@@ -422,31 +425,27 @@ class _Call(NamedTuple):
 
     options: Options
     split: Split
-    head: _Head
-    tokens: Tokens
+    operands: Operands
+    weights: Array
 
     def scores(self, used: Used) -> TokenScores:
-        targets, _, mask = self.tokens
-        return score_tokens(self.options, self.split, used, *self.head, targets, mask)
+        return score_tokens(self.options, self.split, used, self.operands)
 
     def loss(
         self, fn: Callable[..., Any], data: tuple[Any, ...], reduction: str, return_scores: bool
     ) -> Any:
-        targets, weights, mask = self.tokens
-        arrays = tuple(as_data(i, array, weights.shape) for i, array in enumerate(data))
-        of_token = (jax.ShapeDtypeStruct(a.shape[weights.ndim :], a.dtype) for a in arrays)
-        function, closure = close_over(fn, self.options.wide, tuple(of_token))
+        options, split, operands, weights = self
+        data = tuple(as_data(i, array, weights.shape) for i, array in enumerate(data))
+        of_token = (jax.ShapeDtypeStruct(a.shape[weights.ndim :], a.dtype) for a in data)
+        function, closure = close_over(fn, options.wide, tuple(of_token))
         if reduction == "none":
             scores = self.scores(function.used(return_scores))
-            loss = weighted_losses(
-                self.split, function, None, scores, weights, arrays, closure, mask
-            )
+            of_tokens = scores, weights, data, closure, operands.mask
+            loss = weighted_losses(split, function, None, *of_tokens)
             scores = lax.stop_gradient(scores)
         else:
-            tokens = weights, arrays, closure, targets, mask
-            loss, scores = total_loss(
-                self.options, self.split, function, return_scores, *self.head, *tokens
-            )
+            operands = operands._replace(weights=weights, data=data, closure=closure)
+            loss, scores = total_loss(options, split, function, return_scores, operands)
         return (loss, scores) if return_scores else loss
 
 
@@ -485,12 +484,9 @@ def _contract(hidden: Array, rows: Array, dtype: np.dtype, out_sharding: Any) ->
     )
 
 
-def _drop_padding(logits: Array, split: Split, axes: Any, vocab_size: int) -> Array:
-    """The logits of tokens, of those of all rows. A mesh that divided the rows divides no more."""
-    position = logits.ndim - 1
-    if split.manual_vocabulary:
-        logits = lax.all_gather(
-            logits, split.manual_vocabulary, axis=position, tiled=True, to="invarying"
-        )
-    logits = split.place(logits, axes)
-    return lax.slice_in_dim(logits, 0, vocab_size, axis=position)
+def _drop_padding(array: Array, split: Split, axes: Any, vocab_size: int) -> Array:
+    """`... rows` to `... vocab_size`. A mesh that divides the rows does not divide the tokens."""
+    position, manual = array.ndim - 1, split.manual_vocabulary
+    if manual:
+        array = lax.all_gather(array, manual, axis=position, tiled=True, to="invarying")
+    return lax.slice_in_dim(split.place(array, axes), 0, vocab_size, axis=position)

@@ -20,5 +20,5 @@ from ._batch import (
     weighted_losses as weighted_losses,
 )
 from ._function import close_over as close_over, TokenFunction as TokenFunction
-from ._logits import Options as Options
+from ._logits import Operands as Operands, Options as Options
 from ._scores import TokenScores as TokenScores, Used as Used

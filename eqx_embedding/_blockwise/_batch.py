@@ -1,8 +1,4 @@
-"""Scores and losses of a batch, over the devices of a mesh, and under `jax.vmap`.
-
-`hidden` is `*batch` followed by the axes that follow V in `rows`; `weights`, `targets` and `mask`
-are `*batch`, `data` are `*batch ...`. `mask` and `bias` may be `None`.
-"""
+"""Scores and losses of a batch, over the devices of a mesh, and under `jax.vmap`."""
 
 import functools
 import math
@@ -21,44 +17,30 @@ from ._device_scores import device_scores
 from ._device_total import device_total
 from ._devices import cast_to_varying, device_type
 from ._function import TokenFunction
-from ._logits import Options
+from ._logits import Operands, Options
 from ._primitive import call_as_one
 from ._scores import TokenScores, Used
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def score_tokens(
-    options: Options,
-    split: Split,
-    used: Used,
-    hidden: Array,
-    rows: Array,
-    bias: Array | None,
-    targets: Array,
-    mask: Array | None,
-) -> TokenScores:
+def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> TokenScores:
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
 
-    def on_device(hidden, rows, bias, targets, mask):
-        head = _flatten_head(options, hidden, rows, bias)
-        head, tokens = _mark_shared(split, head, _flatten(targets.ndim, (targets, mask)))
-        scores = device_scores(_for_device(options, split, head), used, *head, *tokens)
-        return jax.tree.map(lambda s: s.reshape(targets.shape), scores)
+    def on_device(operands: Operands) -> TokenScores:
+        local, flat = _prepare(options, split, operands)
+        scores = device_scores(local, used, flat)
+        return jax.tree.map(lambda s: s.reshape(operands.targets.shape), scores)
 
-    def on_devices(*operands):
-        batch, vocabulary = P(*split.batch), P(split.vocabulary)
-        specs = batch, vocabulary, vocabulary, batch, batch
-        return split.map(on_device, specs, batch, operands)
+    def on_devices(operands: Operands) -> TokenScores:
+        return split.map(on_device, (_specs(split),), P(*split.batch), (operands,))
 
-    def on_examples(size, mesh_axes, mapped, hidden, rows, bias, targets, mask):
-        if any(jax.tree.leaves(mapped[1:3])):
+    def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
+        if mapped.rows or mapped.bias:
             return None  # each example has a table of its own
-        hidden, targets, mask = _repeat(size, (mapped[0], *mapped[3:]), (hidden, targets, mask))
-        wider = split.with_examples(mesh_axes)
-        return score_tokens(options, wider, used, hidden, rows, bias, targets, mask)
+        each = _of_examples(size, mapped, operands, "hidden", "targets", "mask")
+        return score_tokens(options, split.with_examples(mesh_axes), used, each)
 
-    operands = hidden, rows, bias, targets, mask
-    return call_as_one(on_devices, *operands, vmap_rule=on_examples)
+    return call_as_one(on_devices, operands, vmap_rule=on_examples)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -67,42 +49,27 @@ def total_loss(
     split: Split,
     function: TokenFunction,
     return_scores: bool,
-    hidden: Array,
-    rows: Array,
-    bias: Array | None,
-    weights: Array,
-    data: tuple[Array, ...],
-    closure: tuple[Array, ...],
-    targets: Array,
-    mask: Array | None,
+    operands: Operands,
 ) -> tuple[Array, TokenScores | None]:
     """The weighted sum of the losses, and the scores without gradient."""
 
-    def on_device(hidden, rows, bias, weights, data, closure, targets, mask):
-        batch_shape = weights.shape
-        head = _flatten_head(options, hidden, rows, bias)
-        weights, data, targets, mask = _flatten(weights.ndim, (weights, data, targets, mask))
-        tokens = weights, data, _widen(closure), targets, mask
-        head, tokens = _mark_shared(split, head, tokens)
-        local = _for_device(options, split, head)
-        both: Any = device_total(local, function, return_scores, *head, *tokens)
+    def on_device(operands: Operands) -> tuple[Array, TokenScores | None]:
+        local, flat = _prepare(options, split, operands)
+        both: Any = device_total(local, function, return_scores, flat)
         total, scores = both
-        scores = jax.tree.map(lambda s: s.reshape(batch_shape), scores)
+        scores = jax.tree.map(lambda s: s.reshape(operands.targets.shape), scores)
         return sum_over(split.all_batch, total), scores
 
-    def on_devices(*operands):
-        batch, vocabulary = P(*split.batch), P(split.vocabulary)
-        specs = batch, vocabulary, vocabulary, batch, batch, P(), batch, batch
-        return split.map(on_device, specs, (P(), batch), operands)
+    def on_devices(operands: Operands) -> Any:
+        return split.map(on_device, (_specs(split),), (P(), P(*split.batch)), (operands,))
 
-    def on_examples(size, mesh_axes, mapped, *operands):
-        if any(jax.tree.leaves(mapped[1:3])):
+    def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
+        if mapped.rows or mapped.bias:
             return None
         wider = split.with_examples(mesh_axes)
         return _totals_of_examples(options, wider, function, return_scores, size, mapped, operands)
 
-    operands = hidden, rows, bias, weights, data, closure, targets, mask
-    total, scores = call_as_one(on_devices, *operands, vmap_rule=on_examples)
+    total, scores = call_as_one(on_devices, operands, vmap_rule=on_examples)
     return total, jax.tree.map(lax.stop_gradient, scores)
 
 
@@ -112,31 +79,30 @@ def _totals_of_examples(
     function: TokenFunction,
     return_scores: bool,
     size: int,
-    mapped: Any,
-    operands: Any,
+    mapped: Operands,
+    operands: Operands,
 ) -> tuple[Array, TokenScores | None]:
     """`total_loss` of each example. Their cotangents differ, so scores of tokens stay apart.
 
     `split` is that of the batch with the axis of examples in front.
     """
-    hidden, rows, bias, weights, data, closure, targets, mask = operands
-    of_all = mapped[0] or mapped[6]  # else the scores are those of all examples alike
-    used = function.used(return_scores)
-    if of_all:
-        each = _repeat(size, (mapped[0], mapped[6], mapped[7]), (hidden, targets, mask))
-        scores = score_tokens(options, split, used, each[0], rows, bias, *each[1:])
-    else:
-        some = mask if mask is None or not mapped[7] else jnp.any(mask, axis=0)
-        one = split._replace(batch=split.batch[1:])
-        scores = score_tokens(options, one, used, hidden, rows, bias, targets, some)
-        scores = TokenScores(*_repeat(size, (False,) * len(scores), tuple(scores)))
-    weights, data, mask = _repeat(size, (mapped[3], mapped[4], mapped[7]), (weights, data, mask))
-    losses = weighted_losses(split, function, mapped[5], scores, weights, data, closure, mask)
+    used, mask = function.used(return_scores), operands.mask
+    of_scores = operands._replace(weights=None, data=(), closure=())
+    if mapped.hidden or mapped.targets:
+        each = _of_examples(size, mapped, of_scores, "hidden", "targets", "mask")
+        scores = score_tokens(options, split, used, each)
+    else:  # the scores are those of all examples alike
+        some = of_scores._replace(mask=jnp.any(mask, axis=0) if mapped.mask else mask)
+        scores = score_tokens(options, split._replace(batch=split.batch[1:]), used, some)
+        scores = TokenScores(*(_repeat(size, False, score) for score in scores))
+    each = _of_examples(size, mapped, operands, "weights", "data", "mask")
+    of_tokens = scores, each.weights, each.data, operands.closure, each.mask
+    losses = weighted_losses(split, function, mapped.closure, *of_tokens)
     total = sum_over(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
     if not return_scores:
         return total, None
     return total, scores if mask is None else jax.tree.map(
-        lambda score: jnp.where(mask, score, jnp.zeros((), score.dtype)), scores
+        lambda score: jnp.where(each.mask, score, jnp.zeros((), score.dtype)), scores
     )
 
 
@@ -163,31 +129,42 @@ def weighted_losses(
         outer_axes = _outer_axes(split, operands)
         return device_losses(function, of_example, outer_axes, *operands)
 
-    def on_devices(*operands):
+    def on_devices(operands):
         batch = P(*split.batch)
         of_closure = P(split.batch[0]) if split.batch else P()
         flags = of_example or [False] * len(closure)
         closure_specs = tuple(of_closure if mapped else P() for mapped in flags)
         return split.map(on_device, (batch, batch, batch, closure_specs, batch), batch, operands)
 
-    def on_examples(size, mesh_axes, mapped, scores, weights, data, closure, mask):
+    def on_examples(size, mesh_axes, mapped, operands):
         if of_example is not None:
             return None
-        *of_tokens, of_closure, of_mask = mapped
-        each = (*of_tokens, of_mask), (scores, weights, data, mask)
-        scores, weights, data, mask = _repeat(size, *each)
-        wider, flags = split.with_examples(mesh_axes), of_closure if any(of_closure) else None
-        return weighted_losses(wider, function, flags, scores, weights, data, closure, mask)
+        *of_tokens, closure, mask = operands
+        *tokens_mapped, closure_mapped, mask_mapped = mapped
+        *of_tokens, mask = _repeat(size, (*tokens_mapped, mask_mapped), (*of_tokens, mask))
+        flags = closure_mapped if any(closure_mapped) else None
+        wider = split.with_examples(mesh_axes)
+        return weighted_losses(wider, function, flags, *of_tokens, closure, mask)
 
     operands = scores, weights, data, closure, mask
-    return call_as_one(on_devices, *operands, vmap_rule=on_examples)
+    return call_as_one(on_devices, operands, vmap_rule=on_examples)
 
 
-def _for_device(options: Options, split: Split, head: PyTree) -> Options:
-    """Inside of the devices, which have a mesh of their own."""
+def _specs(split: Split) -> Operands:
+    """How each operand is split over the devices."""
+    batch, vocabulary = P(*split.batch), P(split.vocabulary)
+    return Operands(batch, vocabulary, vocabulary, batch, batch, batch, batch, P())
+
+
+def _prepare(options: Options, split: Split, operands: Operands) -> tuple[Options, Operands]:
+    """Of one device: what it knows, and its operands, of N tokens, in a wide dtype."""
+    flat = _flatten(options, operands)
+    head, tokens = _mark_shared(split, flat[:3], flat[3:])
     mesh = jax.sharding.get_abstract_mesh() if split.all_vocabulary else None
-    outer_axes = _outer_axes(split, head)
-    return options._replace(mesh=mesh, vocabulary_axes=split.all_vocabulary, outer_axes=outer_axes)
+    local = options._replace(
+        mesh=mesh, vocabulary_axes=split.all_vocabulary, outer_axes=_outer_axes(split, head)
+    )
+    return local, Operands(*head, *tokens)
 
 
 def _outer_axes(split: Split, operands: PyTree) -> frozenset[str]:
@@ -195,21 +172,22 @@ def _outer_axes(split: Split, operands: PyTree) -> frozenset[str]:
     return device_type(operands).varying - {*split.mapped} if split.mapped else frozenset()
 
 
-def _flatten_head(options: Options, hidden: Array, rows: Array, bias: Array | None) -> Any:
-    """Hidden vectors as (N, D), the table as (V, D) and (V,), in a wide dtype."""
-    features = math.prod(rows.shape[1:])
-    N = math.prod(hidden.shape[: hidden.ndim - rows.ndim + 1])
-    hidden, rows = hidden.reshape(N, features), rows.reshape(len(rows), features)
-    return jax.tree.map(lambda a: a.astype(options.wide), (hidden, rows, bias))
+def _flatten(options: Options, operands: Operands) -> Operands:
+    """`*batch` as N, and the axes of an embedding as D."""
+    batch_axes = operands.targets.ndim
+    N, D = operands.targets.size, math.prod(operands.rows.shape[1:])
 
+    def flatten(array: Array) -> Array:
+        return array.reshape(N, *array.shape[batch_axes:])
 
-def _flatten(batch_axes: int, arrays: PyTree) -> PyTree:
-    """`*batch ...` as `N ...`."""
-
-    def flatten(array):
-        return array.reshape(math.prod(array.shape[:batch_axes]), *array.shape[batch_axes:])
-
-    return jax.tree.map(flatten, arrays)
+    tokens = operands.targets, operands.mask, operands.weights, operands.data
+    targets, mask, weights, data = jax.tree.map(flatten, tokens)
+    hidden, rows = operands.hidden.reshape(N, D), operands.rows.reshape(len(operands.rows), D)
+    hidden, rows, bias = jax.tree.map(
+        lambda array: array.astype(options.wide), (hidden, rows, operands.bias)
+    )
+    closure = _widen(operands.closure)
+    return Operands(hidden, rows, bias, targets, mask, weights, data, closure)
 
 
 def _mark_shared(split: Split, head: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree]:
@@ -230,6 +208,12 @@ def _widen(closure: tuple[Array, ...]) -> tuple[Array, ...]:
         return array.astype(at_least_float32(array.dtype)) if is_float else array
 
     return tuple(map(widen, closure))
+
+
+def _of_examples(size: int, mapped: Operands, operands: Operands, *names: str) -> Operands:
+    """The operands, of which those that are named have an axis of examples in front."""
+    new = {name: _repeat(size, getattr(mapped, name), getattr(operands, name)) for name in names}
+    return operands._replace(**new)
 
 
 def _repeat(size: int, mapped: PyTree, arrays: PyTree) -> PyTree:

@@ -37,7 +37,12 @@ def device_losses(
     `of_example` says which arrays of the closure have the first axis of the batch, too; `None` if
     none has. `outer_axes` are those of a `jax.shard_map` around that of this call.
     """
-    operands = scores, weights, data, closure, mask
+    return _all_losses(function, of_example, scores, weights, data, closure, mask)
+
+
+def _all_losses(
+    function: TokenFunction, of_example: tuple[bool, ...] | None, *operands: Any
+) -> Array:
     losses = functools.partial(_losses, function, of_example)
     return without_devices(losses, device_type(operands), *operands)
 
@@ -48,7 +53,7 @@ def _device_losses_forward(
     outer_axes: frozenset[str],
     *operands: Any,
 ) -> Any:
-    losses = device_losses(function, of_example, outer_axes, *operands)
+    losses = _all_losses(function, of_example, *operands)
     return losses, retype(device_type(operands).outside(outer_axes), operands)
 
 
@@ -90,7 +95,9 @@ def _losses(
     counted = functools.partial(_repeat_counted, mask)
     numbers = TokenScores(*map(counted, scores, PLAIN_SCORES))
     losses = of_tokens(numbers, tuple(counted(array, PLAIN_DATA) for array in data), closure)
-    losses = nan_if_unknown(scores, weights * losses)
+    # The NaN must not hide the gradient: that of a vector which is not finite is NaN.
+    nan = jax.lax.stop_gradient(nan_if_unknown(scores, jnp.zeros_like(losses)))
+    losses = weights * losses + nan
     return losses if mask is None else jnp.where(mask, losses, 0.0)
 
 

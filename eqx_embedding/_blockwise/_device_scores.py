@@ -2,9 +2,6 @@
 
 Scores have a cotangent for each token, which is not known before the backward pass. So that makes
 the logits again: 8NVD operations, 2NVD for each product.
-
-Shapes: `hidden` is (N, D), `rows` (V, D), `bias` (V,) or `None`; `targets`, and `mask`, which says
-what tokens count, are (N,); `mask` may be `None`. Floats are of `Options.wide`.
 """
 
 import functools
@@ -18,78 +15,54 @@ from .._inputs import nan_where
 from ._chunks import only
 from ._devices import device_type, retype, without_devices
 from ._gradients import chunk_gradients, HeadGradient, zeros_like
-from ._logits import chunks_of, is_unknown, make_head, Options
+from ._logits import chunks_of, is_unknown, make_head, Operands, Options
 from ._scores import chunk_scores, TokenScores, Used
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def device_scores(
-    options: Options,
-    used: Used,
-    hidden: Array,
-    rows: Array,
-    bias: Array | None,
-    targets: Array,
-    mask: Array | None,
-) -> TokenScores:
+def device_scores(options: Options, used: Used, operands: Operands) -> TokenScores:
     """The scores of N tokens; zeros for those that the mask leaves out."""
-    return _all_scores(options, used, hidden, rows, bias, targets, mask)
+    return _all_scores(options, used, operands)
 
 
-def _all_scores(options: Options, used: Used, *operands: Any) -> TokenScores:
-    kind = device_type(operands[3])
-    return without_devices(functools.partial(_scores, options, used), kind, *operands)
+def _all_scores(options: Options, used: Used, operands: Operands) -> TokenScores:
+    scores = functools.partial(_scores, options, used)
+    return without_devices(scores, device_type(operands.targets), operands)
 
 
-def _scores(
-    options: Options,
-    used: Used,
-    hidden: Array,
-    rows: Array,
-    bias: Array | None,
-    targets: Array,
-    mask: Array | None,
-) -> TokenScores:
-    head = make_head(options, rows, bias)
+def _scores(options: Options, used: Used, operands: Operands) -> TokenScores:
+    head = make_head(options, operands)
 
     def chunk(sums: Any, is_token: Array | None, x: Array, y: Array) -> Any:
         return sums, chunk_scores(options, used, head, x, y)
 
-    _, scores = chunks_of(options, hidden, rows, mask).run(chunk, (hidden, targets), ())
+    tokens = operands.hidden, operands.targets
+    _, scores = chunks_of(options, operands).run(chunk, tokens, ())
     return scores
 
 
-def _device_scores_forward(options: Options, used: Used, *operands: Any) -> Any:
-    scores = _all_scores(options, used, *operands)
-    return scores, tuple(
-        retype(device_type(operand).outside(options.outer_axes), operand) for operand in operands
-    )
+def _device_scores_forward(options: Options, used: Used, operands: Operands) -> Any:
+    saved = (retype(device_type(x).outside(options.outer_axes), x) for x in operands)
+    return _all_scores(options, used, operands), Operands(*saved)
 
 
 def _device_scores_backward(
-    options: Options, used: Used, operands: Any, cotangents: TokenScores
-) -> Any:
-    types = tuple(device_type(operand).inside(options.outer_axes) for operand in operands[:3])
+    options: Options, used: Used, operands: Operands, cotangents: TokenScores
+) -> tuple[Operands]:
+    types = Operands(*(device_type(operand).inside(options.outer_axes) for operand in operands))
     gradients = functools.partial(_score_gradients, options, used)
-    return *without_devices(gradients, types, *operands, cotangents[:4]), None, None
+    return (without_devices(gradients, types, operands, cotangents[:4]),)
 
 
 def _score_gradients(
-    options: Options,
-    used: Used,
-    hidden: Array,
-    rows: Array,
-    bias: Array | None,
-    targets: Array,
-    mask: Array | None,
-    cotangents: tuple[Array, ...],
-) -> tuple[Array, Array, Array | None]:
+    options: Options, used: Used, operands: Operands, cotangents: tuple[Array, ...]
+) -> Operands:
     # A token whose scores are not used must not poison the others, whatever its vector is.
     needed = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents])
-    mask = needed if mask is None else needed & mask
+    mask = needed if operands.mask is None else needed & operands.mask
     d_log_prob, *others = cotangents
-    d_log_prob = nan_where(is_unknown(options, targets) & (d_log_prob != 0), d_log_prob)
-    head = make_head(options, rows, bias)
+    unknown = is_unknown(options, operands.targets) & (d_log_prob != 0)
+    head = make_head(options, operands)
 
     def chunk(
         d_head: HeadGradient, is_token: Array | None, x: Array, y: Array, given: tuple[Array, ...]
@@ -103,10 +76,11 @@ def _score_gradients(
         d_x, d_head, _ = chunk_gradients(options, used, head, x, y, of_tokens, d_head)
         return d_head, d_x
 
-    tokens = hidden, targets, (d_log_prob, *others)
-    chunks = chunks_of(options, hidden, rows, mask)
+    tokens = operands.hidden, operands.targets, (nan_where(unknown, d_log_prob), *others)
+    chunks = chunks_of(options, operands._replace(mask=mask))
     d_head, d_hidden = chunks.run(chunk, tokens, zeros_like(head, options.wide))
-    return d_hidden, *d_head
+    d_rows, d_bias = d_head
+    return Operands(d_hidden, d_rows, d_bias, targets=None, mask=None)
 
 
 device_scores.defvjp(_device_scores_forward, _device_scores_backward)

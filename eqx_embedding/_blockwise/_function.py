@@ -61,8 +61,8 @@ def close_over(
 
     **Raises:**
 
-    A `TypeError` if `fn` returns something other than a real scalar. A `ValueError` if it closes
-    over an array that differs from device to device.
+    A `TypeError` if `fn` returns something other than a real scalar. A `ValueError` if it names an
+    axis of `jax.vmap` or of a mesh, or closes over an array that differs from device to device.
     """
     number: Any = jax.ShapeDtypeStruct((), dtype)
     truth: Any = jax.ShapeDtypeStruct((), bool)
@@ -80,6 +80,11 @@ def close_over(
             with jax.disable_jit():
                 closed = jax.make_jaxpr(checked)(scores, *data)
             _check_without_mesh(closed.jaxpr)
+    if axes := sorted({str(e.name) for e in closed.effects if hasattr(e, "name")}):
+        raise ValueError(
+            f"fn names the axes {axes}, but it computes the loss of one token, where these axes do "
+            "not exist: reduce over them before, in the data, or after, in the loss."
+        )
     closure = tuple(map(jnp.asarray, closed.consts))
     if differs := varying_axes(*closure):
         raise ValueError(

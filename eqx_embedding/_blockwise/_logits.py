@@ -33,8 +33,20 @@ class Options(NamedTuple):
         return plan if self.chunk_size is None else plan._replace(chunk_size=self.chunk_size)
 
 
-def chunks_of(options: Options, hidden: Array, rows: Array, mask: Array | None) -> Chunks:
-    return Chunks(hidden.shape[0], options.plan(*rows.shape).chunk_size, mask)
+class Operands(NamedTuple):
+    """The arrays that scores and losses are computed from, or something for each of them.
+
+    A batch and an embedding have any number of axes, until `_batch.py` makes N, V and D of them.
+    """
+
+    hidden: Any  # *batch *embedding
+    rows: Any  # V *embedding
+    bias: Any  # V, or `None`
+    targets: Any  # *batch
+    mask: Any  # *batch, which tokens count; `None` if all do
+    weights: Any = None  # *batch; `None` where only scores are asked for
+    data: Any = ()  # arrays *batch ..., of which a function gets one row for each token
+    closure: Any = ()  # arrays, which a function gets as they are
 
 
 class Head(NamedTuple):
@@ -45,11 +57,16 @@ class Head(NamedTuple):
     start: Any  # the token of the first row
 
 
-def make_head(options: Options, rows: Array, bias: Array | None) -> Head:
-    start = np.int32(0)
+def make_head(options: Options, operands: Operands) -> Head:
+    rows, start = operands.rows, np.int32(0)
     if options.mesh is not None and options.vocabulary_axes:
         start = index_of_device(options.mesh, options.vocabulary_axes) * np.int32(len(rows))
-    return Head(rows.astype(options.dtype), bias, start)
+    return Head(rows.astype(options.dtype), operands.bias, start)
+
+
+def chunks_of(options: Options, operands: Operands) -> Chunks:
+    chunk_size = options.plan(*operands.rows.shape).chunk_size
+    return Chunks(operands.hidden.shape[0], chunk_size, operands.mask)
 
 
 def tile_logits(

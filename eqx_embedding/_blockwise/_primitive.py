@@ -19,16 +19,16 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 from .._sharding import as_axes, Axes
 
 
-# `rule(size, mesh_axes, mapped, *arguments)` returns the results of `size` calls, with an axis for
-# them in front. Of `arguments`, those that are `mapped` have it, too, split over `mesh_axes`. It
-# returns `None` to leave it to JAX.
+# `rule(size, mesh_axes, mapped, argument)` returns the results of `size` calls, with an axis for
+# them in front. Those arrays of `argument` that are `mapped` have it, too, split over `mesh_axes`.
+# It returns `None` to leave it to JAX.
 VmapRule = Callable[..., Any]
 
 
 def call_as_one(
     function: Callable[..., Any], *arguments: Any, vmap_rule: VmapRule | None = None
 ) -> Any:
-    """`function(*arguments)`; it closes over no array."""
+    """`function(*arguments)`; it closes over no array. With a `vmap_rule` it has one argument."""
     if getattr(jax.config, "jax_disable_jit"):  # to find a fault line by line
         return function(*arguments)
     leaves, structure = jax.tree.flatten(arguments)
@@ -38,8 +38,8 @@ def call_as_one(
 
     def rule(size: int, mesh_axes: Axes, mapped: list[bool], leaves: list[Any]) -> Any:
         assert vmap_rule is not None
-        flags = structure.unflatten(mapped)
-        return vmap_rule(size, mesh_axes, flags, *structure.unflatten(leaves))
+        (mapped_argument,), (argument,) = map(structure.unflatten, (mapped, leaves))
+        return vmap_rule(size, mesh_axes, mapped_argument, argument)
 
     with jax.auto_pcast(False):  # of the `spmd_axis_name` of a `jax.vmap`
         jaxpr, shapes = jax.make_jaxpr(on_leaves, return_shape=True)(*leaves)
