@@ -34,6 +34,7 @@ from ._inputs import (
     Whole,
 )
 from ._sharding import explicit_axes, find_split, remaining, Split, without_padding
+from ._suggest import suggest, suggest_array, suggest_number, suggest_tokens
 from ._table import EmbeddingTable, Rules
 
 
@@ -43,6 +44,17 @@ LARGEST = 1e30
 Hidden = Float[Array | np.ndarray, "..."]
 Targets = Integer[ArrayLike, "..."]
 Weights = Bool[ArrayLike, "..."] | Integer[ArrayLike, "..."] | Float[ArrayLike, "..."]
+
+
+_suggest = suggest(
+    hidden=suggest_array,
+    targets=suggest_tokens,
+    weights=suggest_array,
+    ignore_index=suggest_number,
+    label_smoothing=suggest_number,
+    z_loss=suggest_number,
+    chunk_size=suggest_number,
+)
 
 
 class _Head(NamedTuple):
@@ -102,6 +114,7 @@ class EmbeddingDecode(eqx.Module):
         if self.dtype is not None:
             as_float_dtype("factors", "dtype", self.dtype)
 
+    @_suggest
     @jax.named_scope("EmbeddingDecode")
     def __call__(
         self, hidden: Hidden, *, rules: Rules | None = None, key: PRNGKeyArray | None = None
@@ -143,6 +156,7 @@ class EmbeddingDecode(eqx.Module):
         dtype = self.logits_dtype or self.dtype or jnp.result_type(*jax.tree.leaves(head))
         return logits.astype(dtype)
 
+    @_suggest
     @jax.named_scope("EmbeddingDecode.score")
     def score(
         self,
@@ -186,6 +200,7 @@ class EmbeddingDecode(eqx.Module):
         used = Used(mean_log_prob=True, entropy=True, is_top=True)
         return call.scores(used)
 
+    @_suggest
     @jax.named_scope("EmbeddingDecode.token_loss")
     def token_loss(
         self,
@@ -217,9 +232,9 @@ class EmbeddingDecode(eqx.Module):
             one token, and mapped over all: `scores` is a [`eqx_embedding.TokenScores`][] of
             scalars, and each of `data` has lost its batch axes. It may be any JAX code that has a
             gradient in reverse mode and names no axis of `jax.vmap` or of a mesh. Gradients reach
-            what it closes over, too. Under explicit mesh axes, pass arrays of the mesh that it uses
-            in loops as `data`. Outside of `jax.jit`, a function with a custom derivative, such as
-            `jax.nn.relu`, is compiled again for each call.
+            what it closes over, too; but with explicit mesh axes, `data` alone may reach functions
+            with a derivative of their own, such as `jax.nn.relu`. Outside of `jax.jit`, a loss with
+            such functions is compiled again for each call.
         - `hidden`, `targets`, `weights`, `ignore_index`, `chunk_size`, `rules`: as in
             [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         - `data`: arrays of shape `*batch ...`, such as advantages. They have gradients, too: use
@@ -245,6 +260,7 @@ class EmbeddingDecode(eqx.Module):
         call = self._call(hidden, targets, weights, ignore_index, reduction, chunk_size, rules)
         return call.loss(fn, data, reduction, return_scores)
 
+    @_suggest
     @jax.named_scope("EmbeddingDecode.cross_entropy")
     def cross_entropy(
         self,

@@ -2,8 +2,12 @@
 
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+import jax
+import numpy as np
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -29,7 +33,8 @@ def suggest(**suggestions: Callable[[Any], str | None]) -> Callable[[Function], 
                 given = dict(zip(parameters, args)) | kwargs
                 for name in suggestions.keys() & given.keys():
                     if (suggestion := suggestions[name](given[name])) is not None:
-                        error.add_note(f"Instead of {name}={given[name]!r}, use {suggestion}.")
+                        wrong = _in_short(given[name])
+                        error.add_note(f"Instead of {name}={wrong}, use {suggestion}.")
                 raise
 
         return checked
@@ -39,3 +44,26 @@ def suggest(**suggestions: Callable[[Any], str | None]) -> Callable[[Function], 
 
 def suggest_key(key: Any) -> str | None:
     return f"jax.random.key({key})" if isinstance(key, int) else None
+
+
+def suggest_array(array: Any) -> str | None:
+    return f"jnp.asarray({_in_short(array)})" if isinstance(array, list | tuple) else None
+
+
+def suggest_tokens(tokens: Any) -> str | None:
+    is_array = isinstance(tokens, jax.Array | np.ndarray)
+    if is_array and not np.issubdtype(tokens.dtype, np.integer):
+        return "integers; for one-hot vectors these are jnp.argmax(..., axis=-1)"
+    return suggest_array(tokens)
+
+
+def suggest_number(number: Any) -> str | None:
+    if isinstance(number, jax.Array | np.ndarray):
+        return "a number of Python, which is known when the program is traced"
+    return None
+
+
+def _in_short(value: Any) -> str:
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype.name}{list(value.shape)}"
+    return reprlib.repr(value)

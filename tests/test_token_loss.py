@@ -583,6 +583,7 @@ class Pair(eqx.Module):
         (lambda scores, b: lax.complex(*scores[:2]), r"real number .* returned complex64\[\]"),
         (lambda scores, b: 1j, r"real number .* returned ~?complex64\[\]"),
         (lambda scores, b: jax.random.key(0), r"real number .* returned key"),
+        (lambda scores, b: (b, scores), r"real number .* returned tuple.*return_scores=True"),
         (lambda scores, b: (scores.log_prob, b), "returned tuple"),
         (lambda scores, b: (scores.log_prob,), "returned tuple"),
         (lambda scores, b: [scores.log_prob], "returned list"),
@@ -597,6 +598,34 @@ def test_a_loss_that_is_no_real_scalar_is_refused(result, message):
     with pytest.raises(TypeError, match=message) as info:
         layer.token_loss(result, hidden, TARGETS, b)
     assert "(3,)" in str(info.value)  # the shape of the data of one token
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda scores: scores.log_prob,  # without the data
+        lambda scores, b: jnp.mean(scores.log_prob, axis=-1),  # for a batch
+    ],
+)
+def test_an_error_of_a_loss_says_what_it_is_called_with(fn):
+    layer, hidden, _, _, b, _ = make_operands()
+    with pytest.raises((TypeError, ValueError, IndexError)) as info:
+        layer.token_loss(fn, hidden, TARGETS, b)
+    (note,) = info.value.__notes__
+    assert "scores of one token" in note and "[(3,)]" in note
+
+
+def test_a_loss_that_names_an_axis_is_refused():
+    layer, hidden, *_ = make_operands()
+
+    def fn(scores):
+        return scores.log_prob - lax.pmean(scores.log_prob, "examples")
+
+    def loss(hidden, targets):
+        return layer.token_loss(fn, hidden, targets)
+
+    with pytest.raises(ValueError, match=r"fn names the axes \['examples'\]"):
+        jax.vmap(loss, axis_name="examples")(hidden, TARGETS)
 
 
 @pytest.mark.parametrize(

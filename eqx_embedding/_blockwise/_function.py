@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, Literal
 from jax.interpreters import partial_eval
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -68,18 +69,27 @@ def close_over(
     truth: Any = jax.ShapeDtypeStruct((), bool)
     scores = TokenScores(number, number, number, number, truth)
 
+    called = (
+        "fn is called with the scores of one token, each of shape (), and data of the shapes "
+        f"{[part.shape for part in data]}, and mapped over all tokens."
+    )
+
     def checked(*arguments: Any) -> Array:
-        loss = fn(*arguments)
-        _check_real_scalar(loss, data)
+        try:
+            loss = fn(*arguments)
+        except Exception as error:
+            error.add_note(called)
+            raise
+        _check_real_scalar(loss, called)
         return jnp.asarray(loss).astype(dtype)
 
     with no_mesh():
         closed = jax.make_jaxpr(checked)(scores, *data)
-        if _is_of_mesh(*closed.consts):
+        if any(_is_explicit(array) for array in closed.consts):
             # Inner functions, such as `jnp.clip`, would keep the mesh in the types of their own.
             with jax.disable_jit():
                 closed = jax.make_jaxpr(checked)(scores, *data)
-            _check_without_mesh(closed.jaxpr)
+            _check_derivatives(closed.jaxpr)
     if axes := sorted({str(e.name) for e in closed.effects if hasattr(e, "name")}):
         raise ValueError(
             f"fn names the axes {axes}, but it computes the loss of one token, where these axes do "
@@ -94,24 +104,23 @@ def close_over(
     return TokenFunction(closed.jaxpr), closure
 
 
-def _is_of_mesh(*arrays: Any) -> bool:
-    return any(not jax.typeof(array).sharding.mesh.empty for array in arrays)
+def _is_explicit(array: Any) -> bool:
+    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
 
 
-def _check_without_mesh(jaxpr: Jaxpr) -> None:
+def _check_derivatives(jaxpr: Jaxpr) -> None:
     for operation in jaxpr.eqns:
-        values = jax.tree.leaves(list(operation.params.values()), is_leaf=callable)
-        has_inner = any(isinstance(value, Jaxpr | ClosedJaxpr) for value in values)
-        types: Any = [variable.aval for variable in operation.invars]
-        if has_inner and any(not of.sharding.mesh.empty for of in types):
+        is_custom = operation.primitive.name.startswith("custom_")
+        if is_custom and any(_is_explicit(x.aval) for x in operation.invars):
+            name = operation.params.get("name", operation.primitive)
             raise ValueError(
-                "fn closes over an array of a device mesh, and uses it in a condition, a loop or a "
-                f"function with a derivative of its own ({operation.primitive}): hand it over as "
-                "one of the data instead, with the shape of the batch, or use it outside of that."
+                f"fn closes over an array of an explicit mesh, and hands it to {name}, a function "
+                "with a derivative of its own: hand it over as one of the data instead, with the "
+                "shape of the batch."
             )
 
 
-def _check_real_scalar(loss: Any, data: tuple[jax.ShapeDtypeStruct, ...]) -> None:
+def _check_real_scalar(loss: Any, called: str) -> None:
     try:
         kind = jax.typeof(loss)
     except TypeError:
@@ -121,9 +130,8 @@ def _check_real_scalar(loss: Any, data: tuple[jax.ShapeDtypeStruct, ...]) -> Non
         if kind.shape == () and any(jnp.issubdtype(kind.dtype, r) for r in real):
             return
     raise TypeError(
-        f"fn must return the loss of one token, a real number of shape (), but returned {kind}. It "
-        f"is called with the scores of one token, each of shape (), and data of the shapes "
-        f"{[part.shape for part in data]}, and mapped over all tokens."
+        f"fn must return the loss of one token, a real number of shape (), but returned {kind}. "
+        f"{called} For the scores beside the loss, use return_scores=True."
     )
 
 

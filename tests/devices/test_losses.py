@@ -271,6 +271,30 @@ def test_a_loss_may_close_over_an_array_that_a_mesh_splits(axis):
         assert_trees_close((value, gradients), expected)
 
 
+@pytest.mark.parametrize("setting", ["automatic", "rules", "explicit"])
+def test_a_loss_may_hand_what_it_closes_over_to_a_function_with_its_own_derivative(setting):
+    """But for explicit axes, whose types JAX keeps within such a function."""
+    table, closed, hidden, targets, *_ = make_operands()
+
+    def loss(rules, table, closed, hidden, targets):
+        def fn(scores):
+            return -jax.nn.log_sigmoid(closed[0] * scores.log_prob)
+
+        return (EmbeddingDecode(table).token_loss(fn, hidden, targets, rules=rules),)
+
+    run = quick_jit(jax.value_and_grad(lambda *x: loss(None, *x)[0], (0, 1)))
+    expected = run(table, closed, hidden, targets)
+    with split(setting, table, hidden, targets) as (table, *batched):
+        closed = place(make_mesh(setting), closed)
+        on_devices = on_mesh(setting, loss)
+        run = quick_jit(jax.value_and_grad(lambda *x: on_devices(*x)[0], (0, 1)))
+        if setting == "explicit":
+            with pytest.raises(ValueError, match=r"explicit mesh, .* one of the data"):
+                run(table, closed, *batched)
+        else:
+            assert_trees_close(run(table, closed, *batched), expected)
+
+
 # Arrays of a mesh that nothing splits
 
 
