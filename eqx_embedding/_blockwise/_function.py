@@ -85,7 +85,7 @@ def close_over(
 
     with no_mesh():
         closed = jax.make_jaxpr(checked)(scores, *data)
-        if any(_is_explicit(array) for array in closed.consts):
+        if any(_is_explicit(jax.typeof(array)) for array in closed.consts):
             # Inner functions, such as `jnp.clip`, would keep the mesh in the types of their own.
             with jax.disable_jit():
                 closed = jax.make_jaxpr(checked)(scores, *data)
@@ -104,8 +104,8 @@ def close_over(
     return TokenFunction(closed.jaxpr), closure
 
 
-def _is_explicit(array: Any) -> bool:
-    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
+def _is_explicit(aval: Any) -> bool:
+    return AxisType.Explicit in aval.sharding.mesh.axis_types
 
 
 def _check_derivatives(jaxpr: Jaxpr) -> None:
