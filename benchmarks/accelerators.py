@@ -34,7 +34,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
