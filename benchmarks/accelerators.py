@@ -164,7 +164,7 @@ LAYOUTS = {"one device": None, "vocabulary split": "model", "fully sharded": "da
 def make_operands(devices, layout, shape, dtype, kind) -> tuple[Operands, Mesh]:
     """Shapes of N tokens for each device, split over a mesh with axes of a kind."""
     n, (N, D, V) = len(devices), shape
-    data = n if LAYOUTS[layout] != "model" else n // min(n, 8)
+    data = n if LAYOUTS[layout] != "model" else max(n // 4, 1)
     grid = np.asarray(devices).reshape(data, n // data)
     mesh = Mesh(grid, ("data", "model"), axis_types=(kind, kind))
 

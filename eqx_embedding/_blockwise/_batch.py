@@ -15,7 +15,7 @@ from .._sharding import Split, sum_over
 from ._device_losses import device_losses
 from ._device_scores import device_scores
 from ._device_total import device_total
-from ._devices import cast_to_varying, device_type
+from ._devices import cast_to_varying, device_type, widen
 from ._function import TokenFunction
 from ._logits import Operands, Options
 from ._primitive import call_as_one
@@ -124,7 +124,7 @@ def weighted_losses(
     """
 
     def on_device(scores, weights, data, closure, mask):
-        operands = scores, weights, data, _widen(closure), mask
+        operands = scores, weights, data, _widen_closure(closure), mask
         _, operands = _mark_shared(split, (), operands)
         outer_axes = _outer_axes(split, operands)
         return device_losses(function, of_example, outer_axes, *operands)
@@ -183,10 +183,9 @@ def _flatten(options: Options, operands: Operands) -> Operands:
     tokens = operands.targets, operands.mask, operands.weights, operands.data
     targets, mask, weights, data = jax.tree.map(flatten, tokens)
     hidden, rows = operands.hidden.reshape(N, D), operands.rows.reshape(len(operands.rows), D)
-    hidden, rows, bias = jax.tree.map(
-        lambda array: array.astype(options.wide), (hidden, rows, operands.bias)
-    )
-    closure = _widen(operands.closure)
+    head = hidden, rows, operands.bias
+    hidden, rows, bias = jax.tree.map(functools.partial(widen, options.wide), head)
+    closure = _widen_closure(operands.closure)
     return Operands(hidden, rows, bias, targets, mask, weights, data, closure)
 
 
@@ -200,14 +199,14 @@ def _mark_shared(split: Split, head: PyTree, tokens: PyTree) -> tuple[PyTree, Py
     return cast_to_varying(axes, head), cast_to_varying(of_tokens, tokens)
 
 
-def _widen(closure: tuple[Array, ...]) -> tuple[Array, ...]:
+def _widen_closure(closure: tuple[Array, ...]) -> tuple[Array, ...]:
     """Floats of half precision as float32, the dtype in which their gradients are summed."""
 
-    def widen(array: Array) -> Array:
+    def widen_float(array: Array) -> Array:
         is_float = jnp.issubdtype(array.dtype, jnp.floating)
-        return array.astype(at_least_float32(array.dtype)) if is_float else array
+        return widen(at_least_float32(array.dtype), array) if is_float else array
 
-    return tuple(map(widen, closure))
+    return tuple(map(widen_float, closure))
 
 
 def _of_examples(size: int, mapped: Operands, operands: Operands, *names: str) -> Operands:

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from .._sharding import varying_axes
@@ -59,6 +61,26 @@ def cast_to_varying(axes: frozenset[str], tree: PyTree) -> PyTree:
         return lax.pcast(array, new, to="varying") if new else array
 
     return jax.tree.map(cast, tree)
+
+
+def widen(dtype: DTypeLike, array: Array) -> Array:
+    """The array in a wider dtype. Its gradient is rounded after it is summed over devices."""
+    narrow = array.dtype
+    if narrow == dtype or device_type(array).mesh.empty:
+        return array.astype(dtype)
+
+    @jax.custom_vjp
+    def convert(array: Array) -> Array:
+        return array.astype(dtype)
+
+    def backward(_: None, cotangent: Array) -> tuple[Array]:
+        # XLA for TPUs would move the conversion alone before the sum.
+        info = jnp.finfo(narrow)
+        rounded = lax.reduce_precision(cotangent, info.nexp, info.nmant)
+        return (rounded.astype(narrow),)
+
+    convert.defvjp(lambda array: (array.astype(dtype), None), backward)
+    return convert(array)
 
 
 def without_devices(function: Callable[..., Any], types: PyTree, *arguments: PyTree) -> Any:

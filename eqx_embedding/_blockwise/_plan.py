@@ -61,12 +61,14 @@ def _accelerator_chunk(platform: Platform, N: int, D: int) -> int:
     result, a table of 16 bits, before that is written. A quarter of few tokens is enough.
 
     In bytes for each row of the table, the plain way holds 4N for logits on a TPU, and 2N more for
-    their gradient on a GPU. In chunks it holds 4D for the sum of the table's gradient, 4C for the
-    logits, in the place of the result as far as they fit, and on a GPU 2C for their gradient. One
-    chunk of all tokens, which is the plain way, is best as long as it holds no more.
+    their gradient on a GPU. Chunks hold 4D for the sum of the table's gradient. On a GPU they hold
+    4C for logits, as far as these do not fit into the place of the result, and 2C for their
+    gradient; on a TPU 8C for both, unless one fits. A single chunk of all tokens, which is the
+    plain way, is best as long as it holds no more.
     """
     C = min(max(min(D // 2, N // 4) // 128 * 128, 1024), 2048)
-    of_gradient = 2 if platform == "gpu" else 0
-    plain = (4 + of_gradient) * N
-    in_chunks = 4 * D + max(4 * C - 2 * D, 0) + of_gradient * C
-    return max(N, 1) if plain <= in_chunks else C
+    if platform == "gpu":
+        is_plain = 6 * N <= 4 * D + max(4 * C - 2 * D, 0) + 2 * C
+    else:
+        is_plain = 4 * N <= 4 * D + (8 * C if 4 * C > 2 * D else 0)
+    return max(N, 1) if is_plain else C
