@@ -8,6 +8,7 @@ import argparse
 import importlib
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 import jax
 import numpy as np
 import pytest
+from command_line import from_command_line
 
 from .pages import blocks, MANUAL, PAGES, read_page, ROOT, run_block
 
@@ -64,15 +66,17 @@ def test_layers_of_equinox_become_tables():
 
 
 def commands():
-    """Each command of a page that runs Python, in a block or in the text, with its page."""
+    """Each page with its commands: all in blocks, and those in the text that run Python."""
     for page in PAGES:
         text = read_page(page)
         lines = "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
         lines = lines.replace("\\\n", " ").splitlines()
         lines += re.findall(r"`((?:\S*/)?python[^`\n]* [^`\n]+)`", text)
         for line in lines:
-            for command in re.split(r"&&|;", line):
-                yield page, command.split(">")[0].split("#")[0].strip(" &")
+            for command in line.split("&&"):
+                command = " ".join(re.split("[>#&]", command)[0].split())
+                if command:
+                    yield page, command
 
 
 COMMANDS = sorted(set(commands()))
@@ -101,8 +105,14 @@ def test_each_command_has_what_it_names(page, command, monkeypatch):
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
         with pytest.raises(Parsed):
             module.main(arguments)
+    elif "examples/" in command:
+        script = next(word for word in words if word.startswith("examples/"))
+        config = importlib.import_module(Path(script).stem).Config
+        monkeypatch.setattr(sys, "argv", words[words.index(script) :])
+        if "--help" not in words:
+            from_command_line(config, None)
     else:
-        files = [word for word in words if re.fullmatch(r"(examples|tests|\.ci)/\S+", word)]
+        files = [word for word in words if re.fullmatch(r"(tests|\.ci)/\S+", word)]
         assert all((ROOT / file).exists() for file in files)
 
 
