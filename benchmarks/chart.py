@@ -75,7 +75,7 @@ def draw(results: dict[str, Any]) -> Figure:
     report = results["reports"][0]
     N, D, V = report["shape"]
     memory, times = read_bars(report)
-    figure = Figure(figsize=(4.8, 1.3 + 0.22 * (len(memory) + len(times))))
+    figure = Figure(figsize=(4.5, 1.3 + 0.22 * (len(memory) + len(times))))
     top, bottom = figure.subplots(2, 1, height_ratios=(len(memory), len(times)))
     draw_bars(top, memory, "Temporary memory, MB", 0)
     draw_bars(bottom, times, "Time, divided by optax's", 2)
@@ -83,10 +83,10 @@ def draw(results: dict[str, Any]) -> Figure:
     notes += [f"vocabulary {V:,}, {report['dtype']}, {results['device'].upper()}."]
     if any(bar.name == "tokamax" for bar in times):
         notes.append(NOTE)
-    figure.text(0.02, 0.01, "\n".join(notes), color=TEXT, fontsize=8.5, va="bottom")
+    figure.text(0.02, 0.01, "\n".join(notes), color=TEXT, fontsize=9, va="bottom")
     height = figure.get_figheight()
-    below, above = (0.25 + 0.16 * len(notes)) / height, 1 - 0.25 / height
-    figure.subplots_adjust(left=0.33, right=0.99, bottom=below, top=above, hspace=0.25)
+    below, above = (0.25 + 0.17 * len(notes)) / height, 1 - 0.25 / height
+    figure.subplots_adjust(left=0.35, right=0.99, bottom=below, top=above, hspace=0.25)
     return figure
 
 
