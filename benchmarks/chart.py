@@ -60,7 +60,10 @@ def draw_bars(axes: Axes, bars: list[Bar], title: str, digits: int):
     largest = max(ends)
     for i, bar in enumerate(bars):
         ours = bar.name == "eqx_embedding"
-        style = {"color": OURS if ours else TEXT, "weight": "bold" if ours else "normal"}
+        style: dict[str, Any] = {
+            "color": OURS if ours else TEXT,
+            "weight": "bold" if ours else "normal",
+        }
         axes.barh(i, bar.value, height=0.7, color=OURS if ours else OTHERS)
         if bar.quartiles is not None:
             axes.plot(bar.quartiles, (i, i), color=TEXT, linewidth=1)

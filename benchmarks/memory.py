@@ -20,8 +20,10 @@ def temporaries(loss, N: int, D: int, V: int) -> int:
         jax.ShapeDtypeStruct((V, D), "float32"),
         jax.ShapeDtypeStruct((N,), "int32"),
     )
-    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*operands).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    memory = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*operands).compile().memory_analysis()
+    if memory is None:
+        raise SystemExit(f"{jax.default_backend()} does not report the memory of programs.")
+    return memory.temp_size_in_bytes
 
 
 def cell(N: int, D: int, V: int) -> str:
