@@ -13,9 +13,9 @@ from jaxtyping import Array
 
 from .._inputs import nan_where
 from ._chunks import only
-from ._devices import device_type, retype, without_devices
+from ._devices import device_type, retype
 from ._gradients import chunk_gradients, HeadGradient, zeros_like
-from ._logits import chunks_of, is_unknown, make_head, Operands, Options
+from ._logits import chunks_of, is_unknown, make_head, on_device, Operands, Options
 from ._scores import chunk_scores, TokenScores, Used
 
 
@@ -26,11 +26,11 @@ def device_scores(options: Options, used: Used, operands: Operands) -> TokenScor
 
 
 def _all_scores(options: Options, used: Used, operands: Operands) -> TokenScores:
-    scores = functools.partial(_scores, options, used)
-    return without_devices(scores, device_type(operands.targets), operands)
+    scores = functools.partial(_scores, used)
+    return on_device(scores, options, device_type(operands.targets), operands)
 
 
-def _scores(options: Options, used: Used, operands: Operands) -> TokenScores:
+def _scores(used: Used, options: Options, operands: Operands) -> TokenScores:
     head = make_head(options, operands)
 
     def chunk(sums: Any, is_token: Array | None, x: Array, y: Array) -> Any:
@@ -50,12 +50,12 @@ def _device_scores_backward(
     options: Options, used: Used, operands: Operands, cotangents: TokenScores
 ) -> tuple[Operands]:
     types = Operands(*(device_type(operand).inside(options.outer_axes) for operand in operands))
-    gradients = functools.partial(_score_gradients, options, used)
-    return (without_devices(gradients, types, operands, cotangents[:4]),)
+    gradients = functools.partial(_score_gradients, used)
+    return (on_device(gradients, options, types, operands, cotangents[:4]),)
 
 
 def _score_gradients(
-    options: Options, used: Used, operands: Operands, cotangents: tuple[Array, ...]
+    used: Used, options: Options, operands: Operands, cotangents: tuple[Array, ...]
 ) -> Operands:
     # A token whose scores are not used must not poison the others, whatever its vector is.
     needed = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents])
@@ -76,7 +76,11 @@ def _score_gradients(
         d_x, d_head, _ = chunk_gradients(options, used, head, x, y, of_tokens, d_head)
         return d_head, d_x
 
-    tokens = operands.hidden, operands.targets, (nan_where(unknown, d_log_prob), *others)
+    tokens = (
+        operands.hidden,
+        operands.targets,
+        (nan_where(unknown, d_log_prob), *others),
+    )
     chunks = chunks_of(options, operands._replace(mask=mask))
     d_head, d_hidden = chunks.run(chunk, tokens, zeros_like(head, options.wide))
     d_rows, d_bias = d_head

@@ -18,7 +18,7 @@ from ._chunks import only
 from ._devices import device_type, without_devices
 from ._function import TokenFunction
 from ._gradients import chunk_gradients, zeros_like
-from ._logits import chunks_of, make_head, Operands, Options
+from ._logits import chunks_of, make_head, on_device, Operands, Options
 from ._scores import chunk_scores, nan_if_unknown, TokenScores
 
 
@@ -27,12 +27,12 @@ def device_total(
     options: Options, function: TokenFunction, return_scores: bool, operands: Operands
 ) -> tuple[Array, TokenScores | None]:
     """The sum of the weighted losses of N tokens, and their scores."""
-    total = functools.partial(_total, options, function, return_scores)
-    return without_devices(total, device_type(operands.targets), operands)
+    total = functools.partial(_total, function, return_scores)
+    return on_device(total, options, device_type(operands.targets), operands)
 
 
 def _total(
-    options: Options, function: TokenFunction, return_scores: bool, operands: Operands
+    function: TokenFunction, return_scores: bool, options: Options, operands: Operands
 ) -> tuple[Array, TokenScores | None]:
     head, used = make_head(options, operands), function.used(return_scores)
 
@@ -44,20 +44,25 @@ def _total(
         losses = only(is_token, nan_if_unknown(scores, losses))
         return total + jnp.sum(losses), scores if return_scores else None
 
-    tokens = operands.hidden, operands.targets, operands.weights, operands.data
+    tokens = (
+        operands.hidden,
+        operands.targets,
+        operands.weights,
+        operands.data,
+    )
     return chunks_of(options, operands).run(chunk, tokens, jnp.zeros((), options.wide))
 
 
 def _device_total_forward(
     options: Options, function: TokenFunction, return_scores: bool, operands: Operands
 ) -> Any:
-    both = functools.partial(_total_and_gradients, options, function, return_scores)
+    both = functools.partial(_total_and_gradients, function, return_scores)
     types = Operands(*(device_type(operand).outside(options.outer_axes) for operand in operands))
-    return without_devices(both, (device_type(operands.targets), types), operands)
+    return on_device(both, options, (device_type(operands.targets), types), operands)
 
 
 def _total_and_gradients(
-    options: Options, function: TokenFunction, return_scores: bool, operands: Operands
+    function: TokenFunction, return_scores: bool, options: Options, operands: Operands
 ) -> tuple[tuple[Array, TokenScores | None], Operands]:
     head, used = make_head(options, operands), function.used(return_scores)
 
@@ -79,7 +84,12 @@ def _total_and_gradients(
         of_chunk = d_x, losses, d_data, scores if return_scores else None
         return (total, d_closure, d_head), of_chunk
 
-    tokens = operands.hidden, operands.targets, operands.weights, operands.data
+    tokens = (
+        operands.hidden,
+        operands.targets,
+        operands.weights,
+        operands.data,
+    )
     closure = eqx.filter(operands.closure, eqx.is_inexact_array)
     zeros = jax.tree.map(jnp.zeros_like, closure), zeros_like(head, options.wide)
     sums = jnp.zeros((), options.wide), *zeros

@@ -60,7 +60,7 @@ def chunk_gradients(
         return _add_products(options, head, x, d_z, start, *carry)
 
     carry = jnp.zeros((C, D), options.wide), d_head
-    d_x, d_head = over_tiles(V, options.plan(V, D).tile_size, add, carry)
+    d_x, d_head = over_tiles(V, options.plan.tile_size, add, carry)
     return d_x, d_head, other
 
 
@@ -122,7 +122,7 @@ def _add_products(
     options: Options, head: Head, x: Array, d_z: Array, start: Any, d_x: Array, d_head: HeadGradient
 ) -> tuple[Array, HeadGradient]:
     """Adds the gradients of a tile of logits to those of `x` and of the table."""
-    plan, size = options.plan(*head.rows.shape), len(d_z)
+    plan, size = options.plan, len(d_z)
 
     def add(array: Array, new: Array) -> Array:
         new = tile(array, start, size) + new
@@ -142,5 +142,5 @@ def _add_products(
         d_x = d_x + dot(lax.optimization_barrier(d_z.T), rows, 1)
     else:
         d_x = d_x + dot(d_z, rows, 0)
-    x = x.astype(options.dtype).astype(plan.dtype)
+    x = x.astype(plan.dtype)
     return d_x, HeadGradient(add(d_head.rows, dot(d_z, x, 1)), d_bias)

@@ -1,5 +1,7 @@
 """The logits of some tokens and some rows of a table."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -7,11 +9,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ._chunks import Chunks, tile
-from ._devices import index_of_device
-from ._plan import make_plan, Plan
+from ._devices import index_of_device, without_devices
+from ._plan import make_plan, Platform
 
 
 class Options(NamedTuple):
@@ -24,13 +26,18 @@ class Options(NamedTuple):
     wide: DTypeLike  # of all else: float32 or float64
     chunk_size: int | None  # `None` leaves it to the plan
     tiles: bool  # whether a device can cut its rows into tiles
+    plan: Any = None  # a `Plan` for a platform
     mesh: AbstractMesh | None = None
     vocabulary_axes: tuple[str, ...] = ()  # manual axes of the mesh that split the rows
     outer_axes: frozenset[str] = frozenset()  # of a `jax.shard_map` around that one
 
-    def plan(self, V: int, D: int) -> Plan:
-        plan = make_plan(V, D, self.dtype, self.wide, self.tiles)
-        return plan if self.chunk_size is None else plan._replace(chunk_size=self.chunk_size)
+    def for_platform(self, platform: Platform, operands: "Operands") -> "Options":
+        """With a plan for the operands of a device."""
+        (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
+        plan = make_plan(platform, N, V, D, self.dtype, self.wide, self.tiles)
+        if self.chunk_size is not None:
+            plan = plan._replace(chunk_size=self.chunk_size)
+        return self._replace(plan=plan)
 
 
 class Operands(NamedTuple):
@@ -57,6 +64,29 @@ class Head(NamedTuple):
     start: Any  # the token of the first row
 
 
+def on_device(
+    function: Callable[..., Any],
+    options: Options,
+    types: PyTree,
+    operands: Operands,
+    *others: PyTree,
+) -> Any:
+    """`function(options, operands, *others)` of a device, whose results are given the `types`.
+
+    It is planned for the platform that the program is compiled for, which need not be the default
+    one of this process, and is not known before.
+    """
+
+    def planned(operands: Operands, *others: PyTree) -> Any:
+        operands = operands._replace(hidden=operands.hidden.astype(options.dtype))
+        plans = {name: options.for_platform(name, operands) for name in ("cpu", "gpu", "tpu")}
+        run = {name: functools.partial(function, plan) for name, plan in plans.items()}
+        tpu = {} if plans["tpu"] == plans["gpu"] else {"tpu": run["tpu"]}
+        return lax.platform_dependent(operands, *others, cpu=run["cpu"], default=run["gpu"], **tpu)
+
+    return without_devices(planned, types, operands, *others)
+
+
 def make_head(options: Options, operands: Operands) -> Head:
     rows, start = operands.rows, np.int32(0)
     if options.mesh is not None and options.vocabulary_axes:
@@ -65,8 +95,7 @@ def make_head(options: Options, operands: Operands) -> Head:
 
 
 def chunks_of(options: Options, operands: Operands) -> Chunks:
-    chunk_size = options.plan(*operands.rows.shape).chunk_size
-    return Chunks(operands.hidden.shape[0], chunk_size, operands.mask)
+    return Chunks(len(operands.hidden), options.plan.chunk_size, operands.mask)
 
 
 def tile_logits(
@@ -78,7 +107,7 @@ def tile_logits(
     """
     z = lax.dot_general(
         tile(head.rows, start, size),
-        x.astype(options.dtype),
+        x,
         (((1,), (1,)), ((), ())),
         preferred_element_type=options.wide,
     )

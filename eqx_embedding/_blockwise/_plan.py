@@ -1,10 +1,12 @@
 """How the work is cut: for speed and memory, without meaning for the result."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+
+Platform = Literal["cpu", "gpu", "tpu"]
 
 
 class Plan(NamedTuple):
@@ -14,20 +16,57 @@ class Plan(NamedTuple):
     transpose: bool  # whether to transpose a tile before its product with the table
 
 
-def make_plan(V: int, D: int, dtype: DTypeLike, wide: DTypeLike, tiles: bool) -> Plan:
-    """What is fast for this backend, these sizes, and factors of `dtype` summed in `wide`.
+def make_plan(
+    platform: Platform, N: int, V: int, D: int, dtype: DTypeLike, wide: DTypeLike, tiles: bool
+) -> Plan:
+    """What is fast for these sizes, and factors of `dtype` summed in `wide`.
 
-    The sizes for CPUs were chosen on two cores of an AMD EPYC, by `benchmarks/cross_entropy.py`.
+    `tiles` says whether a device can cut its rows into tiles.
     """
-    if jax.default_backend() != "cpu":
-        # Small products starve an accelerator. float16 would lose the small probabilities.
-        return Plan(4096, V, wide if dtype == jnp.float16 else dtype, False)
-    # Each chunk reads and writes the gradient of the table once, so larger chunks are faster, up to
-    # 256; the logits of 13/16 D tokens and the rest take less memory than that gradient. A chunk
-    # of 2**20 logits is small in any case: a small problem is one chunk, the plain way. Tiles of
-    # 2**18 numbers of the table fit the cache, and are work enough for a few threads. For the
-    # gradients, products in float32 are faster than in anything narrower. With a short D, XLA's
-    # product with a transposed left factor costs more than to transpose it first.
+    if platform == "cpu":
+        return _cpu_plan(V, D, wide, tiles)
+    # float16 would lose the small probabilities.
+    dtype = wide if dtype == jnp.float16 else dtype
+    return Plan(_accelerator_chunk(platform, N, D), V, dtype, transpose=False)
+
+
+def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool) -> Plan:
+    """Chosen on two cores of an AMD EPYC, by `benchmarks/cross_entropy.py`.
+
+    Each chunk reads and writes the gradient of the table once, so larger chunks are faster, up to
+    256; the logits of 13/16 D tokens and the rest take less memory than that gradient. A chunk of
+    2**20 logits is small in any case: a small problem is one chunk, the plain way. Tiles of 2**18
+    numbers of the table fit the cache, and are work enough for a few threads. For the gradients,
+    products in float32 are faster than in anything narrower. With a short D, XLA's product with a
+    transposed left factor costs more than to transpose it first.
+    """
     chunk_size = max(min(max(D * 13 // 16, 128), 256), 2**20 // V)
     tile_size = min(V, max(min(2**18 // D, 1024), 256)) if tiles else V
     return Plan(chunk_size, tile_size, wide, transpose=D < 256)
+
+
+def _accelerator_chunk(platform: Platform, N: int, D: int) -> int:
+    """Chosen by the memory of programs compiled for them, by `benchmarks/accelerators.py`.
+
+    Small products starve an accelerator, so no chunk has fewer than 1024 tokens. Each chunk reads
+    and writes the gradient of the table in float32, 8VD bytes, beside 6CVD operations. At the
+    published rates, that takes the following share of the time of the products, if nothing
+    overlaps:
+
+    | TPU v5e | v5p   | v6e   | TPU7x | H100  | B200  |
+    | ------- | ----- | ----- | ----- | ----- | ----- |
+    | 320/C   | 221/C | 746/C | 417/C | 394/C | 375/C |
+
+    So chunks are as large as costs no memory: the logits of D/2 tokens fit into the place of the
+    result, a table of 16 bits, before that is written. A quarter of few tokens is enough.
+
+    In bytes for each row of the table, the plain way holds 4N for logits on a TPU, and 2N more for
+    their gradient on a GPU. In chunks it holds 4D for the sum of the table's gradient, 4C for the
+    logits, in the place of the result as far as they fit, and on a GPU 2C for their gradient. One
+    chunk of all tokens, which is the plain way, is best as long as it holds no more.
+    """
+    C = min(max(min(D // 2, N // 4) // 128 * 128, 1024), 2048)
+    of_gradient = 2 if platform == "gpu" else 0
+    plain = (4 + of_gradient) * N
+    in_chunks = 4 * D + max(4 * C - 2 * D, 0) + of_gradient * C
+    return max(N, 1) if plain <= in_chunks else C

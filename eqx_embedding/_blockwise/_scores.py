@@ -120,7 +120,7 @@ def find_statistics(
     zeros, tops = jnp.zeros(len(targets), options.wide), jnp.zeros(len(targets), "int32")
     lowest = jnp.full_like(zeros, jnp.finfo(options.wide).min)  # -inf - -inf would be NaN
     start = Statistics(lowest, zeros, zeros, zeros, zeros, tops)
-    tile_size = options.plan(*head.rows.shape).tile_size
+    tile_size = options.plan.tile_size
     statistics = over_tiles(len(head.rows), tile_size, add, start)
     return _merge_devices(options, used, head, statistics)
 

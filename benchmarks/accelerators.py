@@ -1,0 +1,371 @@
+"""What the loss costs TPUs and GPUs, by their compilers, on a machine that has none of them.
+
+    pip install "jax[tpu]"          # or, for the H100:
+    pip install jax-cuda12-plugin==<jax> jax-cuda12-pjrt==<jax> nvidia-cuda-nvcc-cu12
+    JAX_PLATFORMS=cpu python -m benchmarks.accelerators [--target v5e v5p v6e tpu7x h100]
+        [--devices 1] [--shape N D V ..] [--chunk-size C] [--dtype bfloat16] [--json FILE]
+
+Compiles the mean cross-entropy and its gradients for a hidden vector of each token and the table:
+by this library, by optax from logits, and by the kernels of tokamax and levanter that are made for
+it, if they are installed. With `--devices`, N are the tokens of each device, on meshes of that
+many: tokens split over `data` and the vocabulary over `model`, or both over all (fully sharded).
+
+- MiB of temporaries and results, and MiB that each device sends: of the compiled program, exact.
+- operations (1e12) and the smallest size of a product: of the program before it is compiled, with
+  the trips of its loops; of other libraries as far as their kernels are made of products.
+- an estimate of the time: the longest of operations, memory traffic of the products, and what is
+  sent, at the published rates of the chip. Nothing ran, and programs reach less.
+
+On a GPU or TPU, `--time` runs the same programs, and prints medians.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from eqx_embedding import EmbeddingDecode, EmbeddingTable
+
+from .mesh_cost import each_instruction, gathered, group_size, reduced
+from .peers import with_optax, with_tokamax
+
+
+SHAPES = [
+    (4096, 4096, 128256),
+    (8192, 2304, 256000),
+    (32768, 4096, 128256),
+    (32768, 2560, 128256),
+    (32768, 768, 50304),
+]
+OURS, OPTAX = "eqx_embedding", "optax from logits"
+
+# An H100 as its driver describes it, for the compiler.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 device_memory_size: 84929347584
+  l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class Chip(NamedTuple):
+    platform: str
+    topologies: dict[int, str]  # for so many devices
+    operations: float  # 1e12 a second, of products in bfloat16
+    memory: float  # GB/s
+    links: float  # GB/s to other chips, one way
+
+
+GRID = {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
+CUBE = {1: "2x2x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"}
+CHIPS = {  # https://cloud.google.com/tpu/docs, and NVIDIA's data sheet of the H100 SXM
+    "v5e": Chip("tpu", GRID, 197, 819, 100),
+    "v5p": Chip("tpu", CUBE, 459, 2765, 300),
+    "v6e": Chip("tpu", GRID, 918, 1640, 224),
+    "tpu7x": Chip("tpu", CUBE, 2307, 7380, 600),
+    "h100": Chip("cuda", {n: f"1x1x{max(n, 2)}" for n in (1, 2, 4, 8)}, 989, 3350, 450),
+}
+
+
+# Without them, libtpu asks the network of a cloud, for minutes.
+NO_CLOUD = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v6e-4",
+}
+
+
+class NotInstalled(Exception):
+    pass
+
+
+@functools.cache
+def find_devices(target: str, count: int) -> list[Any]:
+    chip = CHIPS[target]
+    if count not in chip.topologies:
+        raise NotInstalled(f"no mesh of {count}: {sorted(chip.topologies)}")
+    try:
+        if chip.platform == "cuda":
+            options: Any = dict(target_config=H100, topology=chip.topologies[count])
+            found = topologies.get_topology_desc("h100", "cuda", **options)
+        else:
+            for name, value in NO_CLOUD.items():
+                os.environ.setdefault(name, value)
+            found = topologies.get_topology_desc(f"{target}:{chip.topologies[count]}", "tpu")
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise NotInstalled(f"its compiler is not installed ({lines[0][:90]})") from error
+    return list(found.devices)[:count]
+
+
+# What is compiled
+
+
+class Operands(NamedTuple):
+    hidden: Any
+    rows: Any
+    targets: Any
+
+
+def with_eqx_embedding(hidden, rows, targets, chunk_size=None):
+    decode = EmbeddingDecode(EmbeddingTable(rows, ("vocabulary", "embedding")))
+    return decode.cross_entropy(hidden, targets, chunk_size=chunk_size)
+
+
+def with_levanter(hidden, rows, targets):
+    hax = importlib.import_module("haliax")
+    loss = importlib.import_module("levanter.models.loss")
+    N, D, V = (hax.Axis(n, s) for n, s in zip("NDV", (*hidden.shape, len(rows)), strict=True))
+    named = hax.named(hidden, (N, D)), hax.named(rows, (V, D)), hax.named(targets, (N,))
+    losses = loss.maybe_fused_next_token_loss(N, D, V, *named, block_size=1024)
+    return losses.array.mean() if hasattr(losses, "array") else losses
+
+
+def losses_of(chunk_size):
+    losses = {
+        OURS: functools.partial(with_eqx_embedding, chunk_size=chunk_size),
+        OPTAX: with_optax,
+        "tokamax": with_tokamax,
+        "levanter": with_levanter,
+    }
+    missing = [n for n in ("tokamax", "levanter") if importlib.util.find_spec(n) is None]
+    return {name: loss for name, loss in losses.items() if name not in missing}, missing
+
+
+LAYOUTS = {"one device": None, "vocabulary split": "model", "fully sharded": "data"}
+
+
+def make_operands(devices, layout, shape, dtype, kind) -> tuple[Operands, Mesh]:
+    """Shapes of N tokens for each device, split over a mesh with axes of a kind."""
+    n, (N, D, V) = len(devices), shape
+    data = n if LAYOUTS[layout] != "model" else n // min(n, 8)
+    grid = np.asarray(devices).reshape(data, n // data)
+    mesh = Mesh(grid, ("data", "model"), axis_types=(kind, kind))
+
+    def split(sizes, dtype, axis=None):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P(axis)))
+
+    tokens = "data" if n > 1 else None
+    return (
+        Operands(
+            split((N * data, D), dtype, tokens),
+            split((V, D), dtype, LAYOUTS[layout]),
+            split((N * data,), jnp.int32, tokens),
+        ),
+        mesh,
+    )
+
+
+def trace(loss, operands: Operands, mesh: Mesh):
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*operands)
+
+
+def compile_for(target: str, traced):
+    return traced.lower(lowering_platforms=(CHIPS[target].platform,)).compile()
+
+
+# What is counted
+
+
+@dataclasses.dataclass
+class Products:
+    operations: float = 0
+    bytes: float = 0  # read and written
+    smallest: float = math.inf  # size of an axis of a product
+
+
+def count_products(jaxpr, platform: str) -> Products:
+    """Of a program, with the trips of its loops, as it is lowered for a platform."""
+    found = Products()
+
+    def visit(jaxpr, trips):
+        index = None  # of the branch for the platform
+        for operation in jaxpr.eqns:
+            name, params = operation.primitive.name, operation.params
+            if name == "platform_index":
+                names = params["platforms"]
+                matches = [i for i, of in enumerate(names) if of is None or platform in of]
+                index = operation.outvars[0], matches[0]
+            elif name == "dot_general":
+                add(operation, trips)
+            elif name == "cond":
+                branches = params["branches"]
+                if index is not None and operation.invars[0] is index[0]:
+                    visit(branches[index[1]].jaxpr, trips)
+                else:  # of a chunk that may be skipped
+                    visit(max((b.jaxpr for b in branches), key=lambda b: len(b.eqns)), trips)
+            else:
+                inner = trips * params["length"] if name == "scan" else trips
+                for value in params.values():
+                    if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                        visit(getattr(value, "jaxpr", value), inner)
+
+    def add(operation, trips):
+        left, right, out = (v.aval for v in (*operation.invars, *operation.outvars))
+        (contracted, _), _ = operation.params["dimension_numbers"]
+        sizes = [left.shape[axis] for axis in contracted]
+        found.operations += trips * 2 * out.size * math.prod(sizes)
+        found.bytes += trips * sum(a.size * a.dtype.itemsize for a in (left, right, out))
+        found.smallest = min(found.smallest, math.prod(sizes), *out.shape)
+
+    visit(jaxpr, 1)
+    return found
+
+
+WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}  # in bytes; 4 of all others
+
+
+def count_bytes(dtype: str, sizes: str) -> int:
+    return WIDTHS.get(dtype, 4) * math.prod(int(size) for size in sizes.split(",") if size)
+
+
+def count_moved(text: str) -> float:
+    """The bytes that each device sends, by the text of a compiled program, with its loops."""
+    moved = 0.0
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for _, line, trips in each_instruction(text):
+        match = re.match(rf"(?:ROOT )?%\S+ = (.*?) ({kinds})(?:-start)?\(", line)
+        if match is None:
+            continue
+        types, kind = match.groups()
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
+        if "-start(" in line and kind != "all-reduce":
+            arrays = arrays[len(arrays) // 2 :]  # operands and results: the results
+        numbers = sum(itertools.starmap(count_bytes, arrays)) / 4
+        if kind == "all-reduce":
+            moved += trips * reduced(group_size(line), numbers)
+        elif kind == "reduce-scatter":
+            moved += trips * gathered(group_size(line), numbers * group_size(line))
+        elif kind == "collective-permute":
+            moved += trips * 4 * numbers
+        else:
+            moved += trips * gathered(group_size(line), numbers)
+    return moved
+
+
+def measure(target: str, loss, operands: Operands, mesh: Mesh) -> dict[str, Any]:
+    chip = CHIPS[target]
+    traced = trace(loss, operands, mesh)
+    compiled = compile_for(target, traced)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    products = count_products(traced.jaxpr.jaxpr, chip.platform)
+    moved = count_moved(text) if mesh.size > 1 else 0.0
+    if AxisType.Auto in mesh.axis_types:  # one program for all devices
+        products.operations /= mesh.size
+        products.bytes /= mesh.size
+    parts = products.operations / chip.operations / 1e12, products.bytes / chip.memory / 1e9
+    return {
+        "temporaries": memory.temp_size_in_bytes / 2**20,
+        "results": memory.output_size_in_bytes / 2**20,
+        "moved": moved / 2**20,
+        "operations": products.operations / 1e12,
+        "smallest product": None if math.isinf(products.smallest) else products.smallest,
+        "estimated ms": 1e3 * max(*parts, moved / chip.links / 1e9),
+    }
+
+
+def run_for_time(shape, losses, dtype, rounds=10):
+    """Medians of seconds on the device at hand, interleaved."""
+    N, D, V = shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (N, D), dtype)
+    rows = jax.random.normal(keys[1], (V, D), dtype) / D**0.5
+    operands = hidden, rows, jax.random.randint(keys[2], (N,), 0, V)
+    calls = {name: jax.jit(jax.value_and_grad(loss, (0, 1))) for name, loss in losses.items()}
+    times = {name: [] for name in calls}
+    for i, (name, call) in itertools.product(range(rounds + 1), calls.items()):
+        began = time.perf_counter()
+        jax.block_until_ready(call(*operands))
+        times[name] += [time.perf_counter() - began] if i > 0 else []
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+HEADINGS = "temporaries", "results", "moved", "operations", "smallest product", "estimated ms"
+
+
+def print_row(name: str, row: dict[str, Any]) -> None:
+    cells = ["" if row[key] is None else f"{row[key]:,.1f}" for key in HEADINGS]
+    print(f"  {name:20}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--devices", nargs="+", type=int, default=[1])
+    parser.add_argument("--shape", nargs=3, type=int, action="append", metavar=("N", "D", "V"))
+    parser.add_argument("--chunk-size", type=int, help="of this library's loss")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--json", type=Path, help="a file to write the figures to")
+    parser.add_argument("--time", action="store_true", help="run on the accelerator at hand")
+    given = parser.parse_args(arguments)
+    losses, missing = losses_of(given.chunk_size)
+    shapes = [tuple(shape) for shape in given.shape or SHAPES]
+    for name in missing:
+        print(f"{name} is not installed")
+    if given.time:
+        if jax.default_backend() == "cpu":
+            parser.error("--time needs an accelerator, and JAX has none")
+        for shape in shapes:
+            print(f"\n{jax.devices()[0].device_kind}: N, D, V = {shape}, median ms")
+            for name, seconds in run_for_time(shape, losses, given.dtype).items():
+                print(f"  {name:20}{1e3 * seconds:10.1f}")
+        return
+    rows = []
+    for target, count in itertools.product(given.target, given.devices):
+        try:
+            devices = find_devices(target, count)
+        except NotInstalled as error:
+            print(f"{target}: {error}")
+            continue
+        for shape, layout in itertools.product(shapes, LAYOUTS):
+            if (layout == "one device") != (count == 1):
+                continue
+            where = dict(target=target, devices=count, layout=layout, shape=shape)
+            print(f"\n{target} x {count}, {layout}: {shape} tokens of each device, D, V")
+            print(f"  {'':20}" + "".join(f"{heading:>18}" for heading in HEADINGS))
+            for name, loss in losses.items():
+                # JAX places the operands of the plain way by itself, if axes are automatic.
+                kind = AxisType.Explicit if name == OURS else AxisType.Auto
+                operands = make_operands(devices, layout, shape, jnp.dtype(given.dtype), kind)
+                try:
+                    row = measure(target, loss, *operands)
+                except Exception as error:  # a kernel for another machine, or too much memory
+                    lines = str(error).strip().splitlines() or [""]
+                    print(f"  {name:20}does not compile: {type(error).__name__} {lines[0][:80]}")
+                else:
+                    print_row(name, row)
+                    rows.append({**where, "dtype": given.dtype, "name": name, **row})
+    if given.json is not None:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Programs for TPUs and GPUs: lowered anywhere, compiled where their compilers are installed."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType
+
+from benchmarks import accelerators
+from eqx_embedding import EmbeddingDecode, EmbeddingTable
+
+
+N, D, V = 2048, 16, 4096
+TARGETS = "v6e", "h100"
+
+
+def loss(hidden, rows, targets, weights=None):
+    decode = EmbeddingDecode(EmbeddingTable(rows, ("vocabulary", "embedding")))
+    return decode.cross_entropy(hidden, targets, weights=weights)
+
+
+def operands(N=N, D=D, V=V):
+    return (
+        jax.ShapeDtypeStruct((N, D), jnp.float32),
+        jax.ShapeDtypeStruct((V, D), jnp.float32),
+        jax.ShapeDtypeStruct((N,), jnp.int32),
+    )
+
+
+def chunk_sizes(text):
+    """The numbers of tokens of the products that are logits."""
+    found = re.findall(r"dot_general.*-> tensor<\d+x(\d+)xf32>", text)
+    return {int(size) for size in found} - {D}
+
+
+# A program is planned for the platform that it is lowered for, on any machine.
+
+
+def mean_of_examples(hidden, rows, targets):
+    hidden, targets = (x.reshape(2, N // 2, *x.shape[1:]) for x in (hidden, targets))
+    return jnp.mean(jax.vmap(loss, (0, None, 0))(hidden, rows, targets))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        loss,
+        jax.value_and_grad(loss, (0, 1)),
+        jax.value_and_grad(mean_of_examples, (0, 1)),
+        jax.value_and_grad(jax.checkpoint(loss), (0, 1)),
+    ],
+    ids=["loss", "gradients", "vmap", "checkpoint"],
+)
+@pytest.mark.parametrize("platform, chunk_size", [("cpu", 256), ("tpu", 1024), ("cuda", 1024)])
+def test_a_program_has_the_chunks_of_its_platform_and_no_others(platform, chunk_size, function):
+    text = jax.jit(function).trace(*operands()).lower(lowering_platforms=(platform,)).as_text()
+    assert chunk_sizes(text) == {chunk_size}
+
+
+def test_an_exported_program_has_a_plan_for_each_platform_and_runs_on_this_one():
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    exported = export.export(gradient, platforms=("cpu", "tpu", "cuda"))(*operands())
+    assert chunk_sizes(exported.mlir_module()) == {256, 1024}
+    draw = np.random.default_rng(0)
+    hidden, rows = (draw.normal(size=x.shape).astype("float32") for x in operands()[:2])
+    targets = draw.integers(0, V, N).astype("int32")
+    actual = export.deserialize(exported.serialize()).call(hidden, rows, targets)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(gradient(hidden, rows, targets))):
+        np.testing.assert_array_equal(a, e)
+
+
+# What the compilers of accelerators say
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    try:
+        accelerators.find_devices(request.param, 1)
+    except accelerators.NotInstalled as error:
+        pytest.skip(f"{request.param}: {error}")
+    return request.param
+
+
+def figures(target, shape, loss, dtype="bfloat16", devices=1, layout="one device", kind=None):
+    found = accelerators.find_devices(target, devices)
+    kind = AxisType.Explicit if kind is None else kind
+    given = accelerators.make_operands(found, layout, shape, jnp.dtype(dtype), kind)
+    return accelerators.measure(target, loss, *given)
+
+
+@pytest.mark.parametrize("shape", [(200, 512, 16384), (1500, 256, 16384), (4500, 1024, 16384)])
+def test_the_loss_never_takes_more_memory_than_the_plain_way(target, shape):
+    ours = figures(target, shape, accelerators.with_eqx_embedding)
+    plain = figures(target, shape, accelerators.with_optax)
+    assert ours["temporaries"] <= plain["temporaries"] + 1
+    assert ours["operations"] == pytest.approx(plain["operations"])
+
+
+def test_many_tokens_take_little_more_than_the_gradient_of_the_table(target):
+    N, D, V = shape = 16384, 2048, 32768
+    found = figures(target, shape, accelerators.with_eqx_embedding)
+    assert found["temporaries"] < 1.6 * V * D * 4 / 2**20
+    assert found["smallest product"] >= 1024
+    assert found["operations"] == 6 * N * D * V / 1e12
