@@ -18,8 +18,9 @@ are added.
 """
 
 import argparse
+import contextlib
 import functools
-import importlib
+import importlib.metadata
 import json
 import statistics
 import sys
@@ -226,6 +227,15 @@ def measure(shape, dtype, rounds, losses=tuple(LOSSES), chunk_sizes=()):
     }
 
 
+def installed_versions():
+    """The versions of the libraries that are measured here, by name."""
+    versions = {}
+    for name in ("jax", *PEERS, "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
 def show(report):
     N, D, V = report["shape"]
     print(f"\n{N} tokens, embedding {D}, vocabulary {V}, {report['dtype']}")
@@ -281,8 +291,8 @@ def main(arguments=None):
         if not settings.json:
             show(report)
     if settings.json:
-        device = jax.devices()[0].device_kind
-        json.dump({"device": device, "jax": jax.__version__, "reports": reports}, sys.stdout)
+        about = {"device": jax.devices()[0].device_kind, "versions": installed_versions()}
+        json.dump(about | {"reports": reports}, sys.stdout)
         print()
 
 

@@ -1,20 +1,23 @@
 """What examples/train_lm.py learns from a text, and what nanoGPT's small model learns from it.
 
-    python -m benchmarks.quality [--text FILE] [--steps 2000]
+    python -m benchmarks.quality [--text FILE] [--steps 2000] [--seeds 0 1 2]
 
 Both see the same batches of the same bytes: 12 sequences of 64 tokens a step. Both have 4 layers, 4
 heads, width 128 and no dropout. The loss is that of the whole held-out tenth, in nats for each
-byte.
+byte: the mean over the seeds, with the lowest and the highest. A seed draws the initial parameters
+and the batches.
 
-nanoGPT's is its `train_shakespeare_char` on a CPU: LayerNorm and GELU, no biases; learning rate
-1e-3 after 100 steps, a cosine down to 1e-4, betas 0.9 and 0.99, weight decay 0.1, clipping at 1. It
-needs PyTorch. The example's is the example as it is: `train_lm.main`, its own learning rate
-included.
+nanoGPT's model is implemented again here (benchmarks/gpt_torch.py, which needs PyTorch), with the
+settings of its `train_shakespeare_char` on a CPU: LayerNorm and GELU, no biases; learning rate 1e-3
+after 100 steps, a cosine down to 1e-4, betas 0.9 and 0.99, weight decay 0.1, clipping at 1. The
+other model is the example as it is: `train_lm.main`, whose learning rate is 3e-3 after a tenth of
+the steps, with a cosine down to a twentieth of that.
 """
 
 import argparse
 import importlib
 import math
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -57,28 +60,47 @@ def rate(steps, warm_up=100, peak=1e-3, end=1e-4):
     return at
 
 
+def losses_of(config):
+    """The held-out loss of each model, in nats for each byte, and why one cannot run."""
+    losses = {"examples/train_lm.py": train_lm.main(config)[-1]["val_loss"]}
+    try:
+        losses["nanoGPT's, in PyTorch"] = nano_gpt(config)
+    except ImportError as error:
+        return losses, str(error)
+    return losses, None
+
+
 def main(arguments=None, **sizes):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--text", type=Path)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     settings = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        config = train_lm.Config(
-            text=settings.text,
-            out=Path(folder) / "run",
-            steps=settings.steps,
-            report_every=settings.steps,
-            batch_size=12,
-            **sizes,
+    losses, missing = {}, None
+    for seed in settings.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            config = train_lm.Config(
+                text=settings.text,
+                out=Path(folder) / "run",
+                steps=settings.steps,
+                report_every=settings.steps,
+                batch_size=12,
+                seed=seed,
+                **sizes,
+            )
+            found, missing = losses_of(config)
+        for name, loss in found.items():
+            losses.setdefault(name, []).append(loss)
+    if missing is not None:
+        print(f"nanoGPT's not run: {missing}")
+    seeds = ", ".join(map(str, settings.seeds))
+    print(f"{settings.steps} steps on {read_text(settings.text).name}, seeds {seeds}, held out:")
+    for name, values in losses.items():
+        mean = statistics.mean(values)
+        print(
+            f"{name:24}{mean:7.3f} nats a byte ({min(values):.3f} to {max(values):.3f})"
+            f"{mean / math.log(2):7.3f} bits a byte"
         )
-        losses = {"examples/train_lm.py": train_lm.main(config)[-1]["val_loss"]}
-    try:
-        losses["nanoGPT's, in PyTorch"] = nano_gpt(config)
-    except ImportError as error:
-        print(f"nanoGPT's not run: {error}")
-    print(f"{config.steps} steps on {read_text(config.text).name}, held out:")
-    for name, loss in losses.items():
-        print(f"{name:24}{loss:7.3f} nats a byte{loss / math.log(2):7.3f} bits a byte")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    chart,
     cross_entropy,
     errors,
     losses,
+    memory,
     numerics,
     peers,
     plays,
@@ -153,6 +156,54 @@ def test_one_loss_is_measured_beside_cross_entropy(monkeypatch, capsys):
     ]
 
 
+@pytest.mark.usefixtures("no_torch")
+def test_the_chart_shows_the_figures_of_the_json(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cross_entropy, "PEERS", {"optax": peers.with_optax, "json": wrong})
+    monkeypatch.setitem(chart.NAMES, "json", "a wrong one")
+    shape = ["--shape", "32", "8", "50", "--rounds", "1", "--losses", "cross_entropy"]
+    cross_entropy.main([*shape, "--json"])
+    path, picture = tmp_path / "results.json", tmp_path / "picture.svg"
+    path.write_text(capsys.readouterr().out)
+    results = json.loads(path.read_text())
+    assert results["versions"]["jax"] == jax.__version__
+    rows = by_loss_and_name(results["reports"][0]["results"])
+    ours = rows["cross_entropy", "eqx_embedding"]
+    axes = chart.draw(results).axes
+    texts = [[text.get_text() for text in each.texts] for each in axes]
+    names = ["eqx_embedding", "from logits, optax"]
+    assert [each[::2] for each in texts] == [names, names]
+    assert texts[0][1] == f"{ours['temporaries'] / 1e6:.0f}"
+    assert texts[1][1::2] == [f"{ours['ratio']:.2f}", "1.00"]
+    chart.main([str(path), str(picture)])
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_the_chart_of_the_readme_has_its_json():
+    folder = Path(__file__).parent.parent / "docs" / "images"
+    results = json.loads((folder / "cross_entropy.json").read_text())
+    used, times = chart.read_bars(results["reports"][0])
+    assert {"eqx_embedding", "optax"} <= {bar.name for bar in used} & {bar.name for bar in times}
+    assert (folder / "cross_entropy.svg").stat().st_size < 100_000
+
+
+def test_memory_is_that_of_the_compiled_programs(capsys):
+    sizes = ["--tokens", "4096", "--embedding", "64", "--vocab-size", "4096"]
+    memory.main(sizes)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:5] == [
+        "4096 tokens, float32, cpu",
+        "",
+        "| embedding | vocabulary 4,096 |",
+        "| --- | --- |",
+    ]
+    share_of_table, share_of_logits = lines[5].split("|")[2].split()
+    assert 1 < float(share_of_table) < 10
+    # plain JAX holds the logits and their gradient
+    logits = 4 * 4096 * 4096
+    expected = float(share_of_table) * 4 * 4096 * 64 / (2 * logits)
+    assert float(share_of_logits.strip("()")) == pytest.approx(expected, rel=0.2)
+
+
 def run_torch(monkeypatch, compile_):
     monkeypatch.setattr(pytest.importorskip("torch"), "compile", compile_)
     operands = cross_entropy.draw((32, 8, 50), "float32")
@@ -229,9 +280,12 @@ def test_quality_holds_both_against_the_same_held_out_text(tmp_path, capsys):
     path = tmp_path / "text"
     path.write_text("to be, or not to be\n" * 300)
     sizes = {"num_layers": 1, "num_heads": 2, "embedding_size": 16, "sequence_length": 16}
-    quality.main(["--text", str(path), "--steps", "30"], **sizes)
+    quality.main(["--text", str(path), "--steps", "30", "--seeds", "3", "4"], **sizes)
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("30 steps on") for line in lines)
+    assert any(line.startswith("30 steps on") and "seeds 3, 4" in line for line in lines)
+    [figures] = [line.split()[1:] for line in lines if "train_lm.py" in line and "nats" in line]
+    lowest, highest = (float(figures[i].strip("()")) for i in (4, 6))
+    assert lowest < highest and float(figures[0]) == pytest.approx((lowest + highest) / 2, abs=1e-3)
     assert any("train_lm.py" in line and "nats a byte" in line for line in lines)
     has_torch = importlib.util.find_spec("torch") is not None
     assert any(line.startswith("nanoGPT") and "nats a byte" in line for line in lines) == has_torch

@@ -1,12 +1,7 @@
-"""Every line of Python in README.md runs, and says the truth about penzai.
-
-A block of Python starts afresh, unless the comment `<!-- continues -->` above it continues the
-block before it. The comment `<!-- given: ... -->` holds code that a reader will have: tokens, say.
-"""
+"""What docs/ says to users of penzai, haliax and flax is so."""
 
 import inspect
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,23 +12,19 @@ from penzai import pz
 
 from eqx_embedding import EmbeddingTable
 
-
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(
-    r"(?:^<!-- (continues|given: .*?) -->\n+)?^```python\n(.*?)^```$",
-    README,
-    re.MULTILINE | re.DOTALL,
-)
+from .pages import read_page, run_block
 
 
-def section(title: str) -> str:
-    return re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)[0]
+pytestmark = [
+    pytest.mark.usefixtures("jax_defaults"),
+    # treescope 0.1.10 touches every public name of numpy, and numpy 2.5 has deprecated one of them
+    pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning"),
+]
 
 
-def rows(title: str) -> list[list[str]]:
-    """The cells of each row of the tables of a section, without their headings."""
-    text = section(title)
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+def rows(page: str) -> list[list[str]]:
+    """The cells of each row of the tables of a page, without their headings."""
+    lines = [line for line in read_page(page).splitlines() if line.startswith("|")]
     headings = {i - 1 for i, line in enumerate(lines) if line.startswith("| ---")}
     return [
         [cell.strip() for cell in line[1:-1].split("|")]
@@ -49,32 +40,10 @@ def code(cell: str) -> str:
     return found[1]
 
 
-pytestmark = [
-    pytest.mark.usefixtures("jax_defaults"),
-    # treescope 0.1.10 touches every public name of numpy, and numpy 2.5 has deprecated one of them
-    pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning"),
-]
+# haliax and flax
 
 
-def run_block(number: int) -> dict:
-    comment, source = BLOCKS[number]
-    names = run_block(number - 1) if comment == "continues" else {}
-    if comment.startswith("given: "):
-        exec(comment.removeprefix("given: "), names)
-    exec(source, names)
-    return names
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_each_block_of_python_in_the_readme_runs(number, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run_block(number)
-
-
-# Coming from haliax or flax
-
-
-@pytest.mark.parametrize("row", rows("Coming from haliax or flax"), ids=lambda row: row[2])
+@pytest.mark.parametrize("row", rows("docs/from_haliax_and_flax.md"), ids=lambda row: row[2])
 def test_what_to_write_for_haliax_or_flax_runs(row):
     names = {"vocab_size": 11, "key": jax.random.key(0)}
     exec("import jax, jax.numpy as jnp\nfrom eqx_embedding import *", names)
@@ -83,10 +52,10 @@ def test_what_to_write_for_haliax_or_flax_runs(row):
     eval(code(row[2]), names)
 
 
-# Coming from penzai
+# penzai
 
 
-PENZAI = rows("Coming from penzai")
+PENZAI = rows("docs/from_penzai.md")
 
 # Where the two differ, and each result says so in its own way.
 DIFFERENT = {
@@ -102,8 +71,7 @@ DIFFERENT = {
 
 @pytest.fixture(scope="module")
 def penzai_names():
-    [number] = [i for i, (_, source) in enumerate(BLOCKS) if "theirs = pz.nn" in source]
-    return run_block(number)
+    return run_block("docs/from_penzai.md", 0)
 
 
 def plain(value: Any) -> tuple[Any, Any]:
@@ -121,7 +89,7 @@ def plain(value: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("row", PENZAI, ids=lambda row: row[0].strip("`"))
-def test_what_to_write_for_penzai_gives_the_same_result(row, penzai_names):
+def test_what_to_write_for_penzai_gives_the_same(row, penzai_names):
     theirs, ours = (eval(code(cell), dict(penzai_names)) for cell in row[1:])
     if row[0] in DIFFERENT:
         their_sign, our_sign = DIFFERENT[row[0]]
@@ -138,7 +106,7 @@ def test_what_to_write_for_penzai_gives_the_same_result(row, penzai_names):
         assert ours == theirs
 
 
-def test_the_section_on_penzai_covers_every_argument_attribute_and_method():
+def test_the_page_covers_each_member_of_penzais_table():
     table = pz.nn.EmbeddingTable
     members = {name for name in dir(table) if not name.startswith("_")} - {"from_config"}
     members |= set(inspect.signature(table.from_config).parameters)

@@ -1,0 +1,154 @@
+"""The code, commands and links of README.md, docs/ and the other pages.
+
+A block of Python starts afresh, unless the comment `<!-- continues -->` above it continues the
+block before it. The comment `<!-- given: ... -->` holds code that a reader will have: tokens, say.
+"""
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import jax
+import numpy as np
+import pytest
+from command_line import from_command_line
+
+from .pages import blocks, MANUAL, PAGES, read_page, ROOT, run_block
+
+
+PYTHON = [(page, number) for page in MANUAL for number in range(len(blocks(page)))]
+
+
+@pytest.mark.usefixtures("jax_defaults")
+# treescope 0.1.10 touches every public name of numpy, and numpy 2.5 has deprecated one of them
+@pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("page, number", PYTHON)
+def test_each_block_of_python_runs(page, number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_block(page, number)
+
+
+@pytest.mark.parametrize("page", MANUAL)
+def test_each_block_says_what_it_is(page):
+    fences = re.findall(r"^```(.*)$", read_page(page), re.MULTILINE)
+    assert set(fences[::2]) <= {"python", "sh", "text"} and set(fences[1::2]) <= {""}
+
+
+# The README
+
+
+def test_the_readme_is_short():
+    text = re.sub(r"^```.*?^```$|<!--.*?-->", "", read_page("README.md"), flags=re.M | re.S)
+    assert len(text.split()) <= 900
+
+
+@pytest.mark.usefixtures("jax_defaults")
+def test_before_and_after_give_the_same_loss():
+    names = run_block("README.md", 1)
+    np.testing.assert_allclose(names["same_loss"], names["loss"], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("jax_defaults")
+def test_layers_of_equinox_become_tables():
+    names = run_block("README.md", 4)
+    vectors, tokens = names["vectors"], np.arange(5)
+    np.testing.assert_array_equal(vectors, jax.vmap(names["embedding"])(tokens))
+    expected = jax.vmap(names["linear"])(vectors)
+    np.testing.assert_allclose(names["logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+# Commands
+
+
+def commands():
+    """Each page with its commands: all in blocks, and those in the text that run Python."""
+    for page in PAGES:
+        text = read_page(page)
+        lines = "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+        lines = lines.replace("\\\n", " ").splitlines()
+        lines += re.findall(r"`((?:\S*/)?python[^`\n]* [^`\n]+)`", text)
+        for line in lines:
+            for command in line.split("&&"):
+                command = " ".join(re.split("[>#&]", command)[0].split())
+                if command:
+                    yield page, command
+
+
+COMMANDS = sorted(set(commands()))
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("page, command", COMMANDS)
+def test_each_command_has_what_it_names(page, command, monkeypatch):
+    words = [word for word in shlex.split(command) if "=" not in word or word.startswith("-")]
+    if "install" in words:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        named = re.findall(r"\.\[(\w+)\]", command)
+        assert set(named) <= set(extras["optional-dependencies"])
+    elif "benchmarks" in command:
+        module = importlib.import_module(words[words.index("-m") + 1])
+        arguments = words[words.index("-m") + 2 :]
+        parse = argparse.ArgumentParser.parse_args
+
+        def parse_only(parser, arguments=None, namespace=None):
+            parse(parser, arguments, namespace)
+            raise Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        with pytest.raises(Parsed):
+            module.main(arguments)
+    elif "examples/" in command:
+        script = next(word for word in words if word.startswith("examples/"))
+        config = importlib.import_module(Path(script).stem).Config
+        monkeypatch.setattr(sys, "argv", words[words.index(script) :])
+        if "--help" not in words:
+            from_command_line(config, None)
+    else:
+        files = [word for word in words if re.fullmatch(r"(tests|\.ci)/\S+", word)]
+        assert all((ROOT / file).exists() for file in files)
+
+
+def test_the_setup_command_for_tests_is_found_by_ci():
+    [command] = re.findall("^python3 -m venv .*pytest$", read_page("README.md"), re.MULTILINE)
+    for script in "run", "versions":
+        assert "grep '^python3 -m venv .*pytest$' README.md" in (ROOT / ".ci" / script).read_text()
+    assert '".[tests]"' in command
+
+
+# Links
+
+
+def links(page: str) -> list[str]:
+    text = re.sub(r"^```.*?^```$", "", read_page(page), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_link_leads_somewhere(page):
+    for link in links(page):
+        parts = urlsplit(link)
+        if parts.scheme:
+            assert parts.scheme == "https" and re.fullmatch(r"[\w\-]+(\.[\w\-]+)+", parts.netloc)
+            continue
+        path = (ROOT / page).parent / parts.path if parts.path else ROOT / page
+        assert path.exists(), f"{page}: {link}"
+        assert not parts.fragment or parts.fragment in anchors(path), f"{page}: {link}"
+
+
+def test_each_page_of_the_docs_is_in_the_index():
+    pages = {page.removeprefix("docs/") for page in MANUAL if page.startswith("docs/")}
+    assert pages - {"index.md"} == {link for link in links("docs/index.md") if "/" not in link}
