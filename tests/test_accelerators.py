@@ -13,7 +13,7 @@ from benchmarks import accelerators, mesh_cost
 from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
 
-N, D, V = 2048, 16, 4096
+N, D, V = 4096, 16, 4096
 TARGETS = "v6e", "h100"
 
 
@@ -89,7 +89,9 @@ def compiled_text(target, layout, devices=8):
     shape, kind = (1024, 128, 4096), AxisType.Explicit
     given = accelerators.make_operands(found, layout, shape, jnp.dtype("bfloat16"), kind)
     traced = accelerators.trace(accelerators.with_eqx_embedding, *given)
-    return accelerators.compile_for(target, traced).as_text()
+    text = accelerators.compile_for(target, traced).as_text()
+    assert text is not None
+    return text
 
 
 def figures(target, shape, loss, dtype="bfloat16", devices=1, layout="one device", kind=None):
@@ -112,7 +114,7 @@ def test_the_loss_never_takes_more_memory_than_the_plain_way(target, shape):
 def test_many_tokens_take_little_more_than_the_gradient_of_the_table(target):
     N, D, V = shape = 8192, 2048, 32000
     found = figures(target, shape, accelerators.with_eqx_embedding)
-    assert found["temporaries"] < 1.5 * V * D * 4 / 2**20
+    assert found["temporaries"] < 1.6 * V * D * 4 / 2**20
     assert found["smallest product"] >= 1024
     assert found["operations"] == 6 * N * D * V / 1e12
 
