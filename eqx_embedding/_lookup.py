@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
 from ._inputs import at_least_float32, nan_where, tokens_in_range
+from ._raise import raise_unless
 from ._sharding import explicit_axes, find_split, remaining
 from ._table import EmbeddingTable, Rules
 
@@ -56,7 +57,10 @@ class EmbeddingLookup(eqx.Module):
     padding rows included, and train the wrong row in silence. Here `out_of_range` decides:
 
     - `"nan"`, the default: its vector is NaN, and no gradient reaches the table. This is free.
-    - `"raise"`: an error, by [`equinox.error_if`][], so that `EQX_ON_ERROR` is honoured.
+    - `"raise"`: an error, by [`equinox.error_if`][], as the environment variable `EQX_ON_ERROR`
+        says. Under `jit` with several devices, every device raises, and the error is one of JAX,
+        whose text ends with the message. **Inside a `jax.shard_map` with `check_vma=False` only the
+        devices with such a token raise; if others wait for them, XLA ends the process.**
     - `"clip"`: the nearest token stands in, and receives the gradient.
 
     **Fields:**
@@ -130,23 +134,22 @@ class EmbeddingLookup(eqx.Module):
         else:  # a row past the end has no value and no gradient
             index = xp.where(in_range, tokens, past_the_end)
         index = jnp.asarray(index)
+        if self.out_of_range == "raise":
+            failed = raise_unless(
+                in_range,
+                f"a token is out of range: the vocabulary {table.vocabulary_axis!r} has "
+                f"{vocab_size} tokens, so tokens must be at least 0 and below {vocab_size}.",
+            )
+            index = jnp.where(failed, jnp.asarray(past_the_end, index.dtype), index)
         # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
         batch = explicit_axes(index)
         others = [remaining(axes, batch) for axes in explicit_axes(array)]
         sharding = split.sharding([*others[:axis], *batch, *others[axis + 1 :]])
-        if mesh_axes:  # each device has some of the rows
-            start = lax.axis_index(mesh_axes) * array.shape[axis]
-            vectors = _take(array, index - start.astype(index.dtype), axis, 0.0, sharding)
-            vectors = lax.psum(vectors, mesh_axes)
-            missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
-            vectors = nan_where(missing, vectors)
-        else:
-            vectors = _take(array, index, axis, jnp.nan, sharding)
-        if self.out_of_range == "raise":
-            vectors = eqx.error_if(
-                vectors,
-                ~in_range,
-                f"a token is out of range: the vocabulary {table.vocabulary_axis!r} has "
-                f"{vocab_size} tokens, so tokens must be at least 0 and below {vocab_size}.",
-            )
-        return vectors
+        if not mesh_axes:
+            return _take(array, index, axis, jnp.nan, sharding)
+        # Each device has some of the rows.
+        start = lax.axis_index(mesh_axes) * array.shape[axis]
+        vectors = _take(array, index - start.astype(index.dtype), axis, 0.0, sharding)
+        vectors = lax.psum(vectors, mesh_axes)
+        missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
+        return nan_where(missing, vectors)

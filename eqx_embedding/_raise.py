@@ -1,0 +1,62 @@
+"""Errors about values that are known only when a program runs, raised on every device."""
+
+import functools
+import os
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from equinox.internal import unvmap_any
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool
+
+from ._sharding import sum_over, varying_axes
+
+
+def raise_unless(valid: Bool[Array | np.ndarray, "..."], message: str) -> Bool[Array, ""]:
+    """Raises an error unless all of `valid` is true, as `EQX_ON_ERROR` says; else returns False.
+
+    With `EQX_ON_ERROR=nan` there is no error, and the result is True in its place. An error stops
+    what depends on the result.
+    """
+    if isinstance(valid, np.ndarray):
+        failed = np.asarray(not valid.all())
+    else:
+        failed = jnp.any(~valid)
+        failed = unvmap_any(sum_over(varying_axes(failed), failed.astype(np.int32)) > 0)
+    if jax.device_count() == 1 or os.environ.get("EQX_ON_ERROR", "raise") != "raise":
+        return _raise_once(message, failed)
+    if not isinstance(failed, Tracer):
+        return _raise_once(message, bool(failed))
+
+    # `eqx.error_if` would raise on the first device only, and the others would wait for it. JAX
+    # cannot call Python from each device of a TPU, nor where a mesh has both manual and other axes.
+    check = functools.partial(
+        lax.platform_dependent,
+        tpu=functools.partial(_raise_once, message),
+        default=functools.partial(_raise_on_each_device, message),
+    )
+    mesh = jax.sharding.get_abstract_mesh()
+    others = set(mesh.axis_names) - set(mesh.manual_axes)
+    if mesh.manual_axes and others:
+        spec = PartitionSpec()
+        check = jax.shard_map(check, in_specs=spec, out_specs=spec, axis_names=others)
+    return check(failed)
+
+
+def _raise_once(message: str, failed: Bool[Array | np.ndarray, ""] | bool) -> Bool[Array, ""]:
+    return eqx.error_if(jnp.asarray(False), failed, message)
+
+
+def _raise_on_each_device(message: str, failed: Bool[Array, ""]) -> Bool[Array, ""]:
+    def fail(_) -> None:
+        raise RuntimeError(message)
+
+    def call_fail() -> Array:
+        jax.debug.callback(fail, failed, partitioned=True)
+        return jnp.asarray(True)
+
+    return lax.cond(failed, call_fail, lambda: jnp.asarray(False))
