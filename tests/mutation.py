@@ -28,6 +28,7 @@ from tqdm import tqdm
 SINGLE = {
     "_inputs": "lookup cross_entropy types faults",
     "_lookup": "lookup tying faults",
+    "_raise": "lookup faults",
     "_table": "table lookup decode",
     "_decode": "decode cross_entropy faults",
     "_blockwise/_batch": "vmap token_loss cross_entropy faults",
@@ -36,8 +37,10 @@ SINGLE = {
     "_blockwise/_function": "token_loss",
     "_blockwise/_gradients": "score cross_entropy faults",
     "_blockwise/_logits": "score cross_entropy faults",
-    "_blockwise/_losses": "token_loss score cross_entropy faults",
-    "_blockwise/_plan": "cross_entropy",
+    "_blockwise/_device_losses": "token_loss faults",
+    "_blockwise/_device_scores": "score token_loss faults",
+    "_blockwise/_device_total": "token_loss cross_entropy faults",
+    "_blockwise/_plan": "accelerators cross_entropy",
     "_blockwise/_primitive": "vmap token_loss cross_entropy",
     "_blockwise/_scores": "score cross_entropy faults",
     "_tree": "resize rows",
@@ -51,7 +54,7 @@ SINGLE = {
 }
 # With --devices, these are also held against the tests on eight devices, which take minutes.
 BLOCKWISE = tuple(module for module in SINGLE if module.startswith("_blockwise"))
-SPLIT = ("_sharding", "_lookup", "_decode", *BLOCKWISE)
+SPLIT = ("_sharding", "_lookup", "_raise", "_decode", *BLOCKWISE)
 
 # One replacement for each operator, the nearest one; every keyword, decorator and number.
 OPERATORS = """
