@@ -96,8 +96,6 @@ def tokens_in_range(
 
     Host data stays in NumPy: a 64-bit id must not wrap onto the row of another token.
     """
-    if isinstance(tokens, int) and not isinstance(tokens, bool):
-        tokens = np.int64(min(max(tokens, -1), vocab_size))  # a Python int has no size
     tokens = as_whole_array(name, tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {tokens.dtype.name}.")

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
+from ._inputs import as_array
 from ._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
 
 
@@ -177,15 +178,14 @@ def _explicit_sharding(array: Array, unsplit: int | None = None) -> NamedShardin
 
 def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: int) -> np.ndarray:
     """The selected tokens as unique int32 numbers."""
+    rows = np.arange(vocab_size)[rows] if isinstance(rows, slice) else rows
     try:
-        index = np.arange(vocab_size)[rows] if isinstance(rows, slice) else np.asanyarray(rows)
+        index = np.asarray(as_array("rows", rows))
     except jax.errors.TracerArrayConversionError:
         raise TypeError(
             "rows must be known when partition_rows is called, not traced: split the model "
             "outside of `jax.jit`, and give it both parts."
         ) from None
-    if isinstance(index, np.ma.MaskedArray):
-        raise ValueError("rows must not be a masked array, whose mask would be lost.")
     if index.dtype == bool and index.shape == (vocab_size,):
         index = np.flatnonzero(index)
     if index.ndim != 1 or index.size == 0 or not np.issubdtype(index.dtype, np.integer):

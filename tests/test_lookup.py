@@ -194,12 +194,10 @@ def test_a_64_bit_host_id_never_lands_on_the_row_of_another_token(far, x64):
                 EmbeddingLookup(table, "raise")(tokens)
 
 
-@pytest.mark.parametrize("token", [2**63, 2**64 - 1, 2**64 + 3, 2**200, -(2**63) - 1, -(2**200)])
-def test_a_python_int_that_no_dtype_holds_is_out_of_range(token):
-    table = make_table("first")
-    assert np.all(np.isnan(EmbeddingLookup(table)(token)))
-    end = table.embeddings[6 if token > 0 else 0]
-    np.testing.assert_array_equal(EmbeddingLookup(table, "clip")(token), end)
+@pytest.mark.parametrize("token", [2**64 + 3, -(2**63) - 1])
+def test_a_python_int_that_no_dtype_holds_is_refused(token):
+    with pytest.raises(TypeError, match="tokens must be integers, got object"):
+        EmbeddingLookup(make_table("first"))(token)
 
 
 class Special(enum.IntEnum):
