@@ -1,6 +1,6 @@
 """How the work is cut: for speed and memory, without meaning for the result."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -17,11 +17,12 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    platform: Platform, N: int, V: int, D: int, dtype: DTypeLike, wide: DTypeLike, tiles: bool
+    platform: Platform, N: Any, V: int, D: int, dtype: DTypeLike, wide: DTypeLike, tiles: bool
 ) -> Plan:
     """What is fast for these sizes, and factors of `dtype` summed in `wide`.
 
-    `tiles` says whether a device can cut its rows into tiles.
+    `tiles` says whether a device can cut its rows into tiles. A symbolic N of `jax.export` is an error
+    of JAX.
     """
     if platform == "cpu":
         return _cpu_plan(V, D, wide, tiles)
@@ -45,7 +46,7 @@ def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool) -> Plan:
     return Plan(chunk_size, tile_size, wide, transpose=D < 256)
 
 
-def _accelerator_chunk(platform: Platform, N: int, D: int) -> int:
+def _accelerator_chunk(platform: Platform, N: Any, D: int) -> int:
     """Chosen by the memory of programs compiled for them, by `benchmarks/accelerators.py`.
 
     Small products starve an accelerator, so no chunk has fewer than 1024 tokens. Each chunk reads
