@@ -21,8 +21,8 @@ def make_plan(
 ) -> Plan:
     """What is fast for these sizes, and factors of `dtype` summed in `wide`.
 
-    `tiles` says whether a device can cut its rows into tiles. A symbolic N of `jax.export` is an error
-    of JAX.
+    `tiles` says whether a device can cut its rows into tiles. A symbolic N of `jax.export` is an
+    error of JAX.
     """
     if platform == "cpu":
         return _cpu_plan(V, D, wide, tiles)
