@@ -76,11 +76,8 @@ def _score_gradients(
         d_x, d_head, _ = chunk_gradients(options, used, head, x, y, of_tokens, d_head)
         return d_head, d_x
 
-    tokens = (
-        operands.hidden,
-        operands.targets,
-        (nan_where(unknown, d_log_prob), *others),
-    )
+    cotangents = nan_where(unknown, d_log_prob), *others
+    tokens = operands.hidden, operands.targets, cotangents
     chunks = chunks_of(options, operands._replace(mask=mask))
     d_head, d_hidden = chunks.run(chunk, tokens, zeros_like(head, options.wide))
     d_rows, d_bias = d_head

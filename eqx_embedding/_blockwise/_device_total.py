@@ -44,12 +44,7 @@ def _total(
         losses = only(is_token, nan_if_unknown(scores, losses))
         return total + jnp.sum(losses), scores if return_scores else None
 
-    tokens = (
-        operands.hidden,
-        operands.targets,
-        operands.weights,
-        operands.data,
-    )
+    tokens = operands.hidden, operands.targets, operands.weights, operands.data
     return chunks_of(options, operands).run(chunk, tokens, jnp.zeros((), options.wide))
 
 
@@ -84,12 +79,7 @@ def _total_and_gradients(
         of_chunk = d_x, losses, d_data, scores if return_scores else None
         return (total, d_closure, d_head), of_chunk
 
-    tokens = (
-        operands.hidden,
-        operands.targets,
-        operands.weights,
-        operands.data,
-    )
+    tokens = operands.hidden, operands.targets, operands.weights, operands.data
     closure = eqx.filter(operands.closure, eqx.is_inexact_array)
     zeros = jax.tree.map(jnp.zeros_like, closure), zeros_like(head, options.wide)
     sums = jnp.zeros((), options.wide), *zeros

@@ -34,7 +34,8 @@ class Options(NamedTuple):
     def for_platform(self, platform: Platform, operands: "Operands") -> "Options":
         """With a plan for the operands of a device."""
         (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
-        plan = make_plan(platform, N, V, D, self.dtype, self.wide, self.tiles)
+        masked = operands.mask is not None
+        plan = make_plan(platform, N, V, D, self.dtype, self.wide, self.tiles, masked)
         if self.chunk_size is not None:
             plan = plan._replace(chunk_size=self.chunk_size)
         return self._replace(plan=plan)

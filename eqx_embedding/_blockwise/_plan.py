@@ -17,31 +17,40 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    platform: Platform, N: Any, V: int, D: int, dtype: DTypeLike, wide: DTypeLike, tiles: bool
+    platform: Platform,
+    N: Any,
+    V: int,
+    D: int,
+    dtype: DTypeLike,
+    wide: DTypeLike,
+    tiles: bool,
+    masked: bool,
 ) -> Plan:
     """What is fast for these sizes, and factors of `dtype` summed in `wide`.
 
-    `tiles` says whether a device can cut its rows into tiles. A symbolic N of `jax.export` is an
-    error of JAX.
+    `tiles` says whether a device can cut its rows into tiles, and `masked` whether some tokens may
+    not count. A symbolic N of `jax.export` is an error of JAX.
     """
     if platform == "cpu":
-        return _cpu_plan(V, D, wide, tiles)
+        return _cpu_plan(V, D, wide, tiles, masked)
     # float16 would lose the small probabilities.
     dtype = wide if dtype == jnp.float16 else dtype
     return Plan(_accelerator_chunk(platform, N, D), V, dtype, transpose=False)
 
 
-def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool) -> Plan:
+def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool, masked: bool) -> Plan:
     """Chosen on two cores of an AMD EPYC, by `benchmarks/cross_entropy.py`.
 
     Each chunk reads and writes the gradient of the table once, so larger chunks are faster, up to
     256; the logits of 13/16 D tokens and the rest take less memory than that gradient. A chunk of
-    2**20 logits is small in any case: a small problem is one chunk, the plain way. Tiles of 2**18
-    numbers of the table fit the cache, and are work enough for a few threads. For the gradients,
-    products in float32 are faster than in anything narrower. With a short D, XLA's product with a
-    transposed left factor costs more than to transpose it first.
+    2**20 logits is small in any case: a small problem is one chunk, the plain way. With a mask, the
+    last chunk is half empty on average, so that smaller chunks save more than they cost. Tiles of
+    2**18 numbers of the table fit the cache, and are work enough for a few threads. For the
+    gradients, products in float32 are faster than in anything narrower. With a short D, XLA's
+    product with a transposed left factor costs more than to transpose it first.
     """
-    chunk_size = max(min(max(D * 13 // 16, 128), 256), 2**20 // V)
+    largest = 128 if masked else 256
+    chunk_size = max(min(max(D * 13 // 16, 128), largest), 2**20 // V)
     tile_size = min(V, max(min(2**18 // D, 1024), 256)) if tiles else V
     return Plan(chunk_size, tile_size, wide, transpose=D < 256)
 
