@@ -528,7 +528,7 @@ def test_a_masked_array_is_refused_for_its_mask_would_be_lost():
         "weights": lambda: layer.cross_entropy(hidden, TARGETS, weights=masked),
         "rows": lambda: partition_rows(table, masked),
     }.items():
-        with pytest.raises(TypeError, match=f"{name} are a masked array"):
+        with pytest.raises(TypeError, match=f"{name} must not be a masked array"):
             call()
 
 
