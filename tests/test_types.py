@@ -375,8 +375,8 @@ def test_wrong_tokens_and_policies_are_clear_errors_without_checks(unchecked):
         ),
         (
             "array to ignore",
-            "Instead of ignore_index=int32[2], use a number of Python, which is known when the "
-            "program is traced.",
+            "Instead of ignore_index=int32[2], use a Python number, which is known while JAX "
+            "traces the program.",
         ),
     ],
 )
