@@ -41,10 +41,10 @@ def as_float_dtype(what: str, name: str, dtype: DTypeLike) -> np.dtype:
         found = jnp.dtype(dtype)
     except TypeError:  # which does not name the argument
         raise ValueError(
-            f"{what} are floats, got {name}={dtype!r}, which is not a dtype."
+            f"{what} must be floating, got {name}={dtype!r}, which is not a dtype."
         ) from None
     if not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f"{what} are floats, got {name}={found.name}.")
+        raise ValueError(f"{what} must be floating, got {name}={found.name}.")
     return found
 
 

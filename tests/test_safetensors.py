@@ -157,7 +157,7 @@ def test_the_dtype_is_that_of_the_file_or_as_wanted(stored, wanted, path):
             np.testing.assert_array_equal(load_safetensors(path).embeddings, array)
     else:
         np.testing.assert_array_equal(load_safetensors(path).embeddings, array)
-    with pytest.raises(ValueError, match="embeddings are floats, got dtype=int32"):
+    with pytest.raises(ValueError, match="embeddings must be floating, got dtype=int32"):
         load_safetensors(path, dtype=jnp.int32)
 
 

@@ -344,8 +344,13 @@ def test_invariants_are_checked_again_when_fields_are_replaced():
         (5, {"heads": 2, "features": 0}, {}, "at least 1, got vocabulary=5, heads=2, features=0"),
         (5, {"embedding": -2}, {}, "at least 1, got vocabulary=5, embedding=-2"),
         (5, {"embedding": 2}, {"pad_to_multiple_of": 0}, "at least 1.*pad_to_multiple_of=0"),
-        (5, {"embedding": 2}, {"dtype": jnp.int32}, "embeddings are floats, got dtype=int32"),
-        (5, {"embedding": 2}, {"dtype": "complex64"}, "embeddings are floats, got dtype=complex64"),
+        (5, {"embedding": 2}, {"dtype": jnp.int32}, "embeddings must be floating, got dtype=int32"),
+        (
+            5,
+            {"embedding": 2},
+            {"dtype": "complex64"},
+            "embeddings must be floating, got dtype=complex64",
+        ),
         (
             5,
             {"embedding": 2},

@@ -294,11 +294,12 @@ def test_errors_of_our_own_are_the_same_with_and_without_checks(checked, uncheck
         ),
         (
             "no such dtype",
-            "ValueError: embeddings are floats, got dtype='float33', which is not a dtype.",
+            "ValueError: embeddings must be floating, got dtype='float33', which is not a dtype.",
         ),
         (
             "no logits dtype",
-            "ValueError: logits are floats, got logits_dtype='float33', which is not a dtype.",
+            "ValueError: logits must be floating, got logits_dtype='float33', which is not a "
+            "dtype.",
         ),
         ("numpy float as target", "TypeError: targets must be integers, got float32."),
         (
