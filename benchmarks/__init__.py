@@ -2,5 +2,5 @@ import sys
 from pathlib import Path
 
 
-# The example is measured as it is, and is no package.
+# The examples are scripts, not a package
 sys.path.append(str(Path(__file__).parent.parent / "examples"))

@@ -1,11 +1,10 @@
-"""Draws memory and time of the cross-entropy from what benchmarks/cross_entropy.py wrote as JSON.
+"""Draws memory and time of the cross-entropy from the JSON of benchmarks/cross_entropy.py.
 
     python -m benchmarks.cross_entropy --losses cross_entropy --rounds 8 --json > FILE.json
     python -m benchmarks.chart FILE.json FILE.svg
 
-The chart shows the first shape in the file. Its background is transparent, and its colours can be
-read on a light and on a dark page. A thin line across the end of a bar spans the middle half of the
-times, from the first quartile to the third.
+The chart shows the first shape in the file. Its background is transparent, for light and dark
+pages. A thin line across the end of a bar goes from the first quartile of the times to the third.
 """
 
 import argparse

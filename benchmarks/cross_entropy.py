@@ -1,19 +1,20 @@
-"""Losses and their gradients, by this library and by others, side by side in one process.
+"""Time, memory and error of losses and their gradients, in this library and in others.
 
     python -m benchmarks.cross_entropy [--losses cross_entropy focal ..] [--shape N D V]
                                       [--rounds 3] [--dtype float32] [--json]
                                       [--chunk-size 128 256 512]
 
 The losses and their plain versions are in benchmarks/losses.py, other libraries in
-benchmarks/peers.py. Times are medians over rounds in the order A B .. B A, so that other work on
-the machine slows all of them alike: compare the ratios. Each time is divided by that of
+benchmarks/peers.py. All run in one process, in the order A B .. B A in each round, so that other
+work on the machine slows all of them alike. Times are medians. Compare the ratios, which divide a
+time by that of
 
 - optax: optax's cross-entropy, from logits;
 - plain: the same loss in plain JAX, from logits (for cross-entropy, optax's);
 - CE: this library's cross-entropy, unmasked, of all tokens in one call.
 
-MB are the temporaries of the compiled program. Errors are the largest difference of the loss and of
-the gradients from float64, relative to the largest number. On a GPU, two larger models in bfloat16
+MB are the temporaries of the compiled program. An error is the largest difference from float64, in
+the loss and the gradients, divided by the largest number. On a GPU, two larger models in bfloat16
 are added.
 """
 
@@ -80,7 +81,7 @@ Programs = dict[str, Callable[[], Any]]
 
 
 def programs_of_cross_entropy(operands, dtype, chunk_sizes) -> Programs:
-    """The programs that compute the cross-entropy, by name. A call builds one."""
+    """Functions that build the programs for the cross-entropy, by name."""
     ours = LOSSES[BASE].here
     programs: Programs = {OURS: functools.partial(compile_gradient, ours, operands)}
     for size in chunk_sizes:
@@ -98,7 +99,7 @@ def programs_of_cross_entropy(operands, dtype, chunk_sizes) -> Programs:
 
 
 def programs_of(name, operands) -> Programs:
-    """The programs that compute any other loss."""
+    """Functions that build the programs for any other loss, by name."""
     loss = LOSSES[name]
     return {
         OURS: functools.partial(compile_gradient, loss.here, operands),
@@ -112,13 +113,13 @@ class Run(NamedTuple):
 
 
 def try_runs(programs, expected):
-    """The programs that run here, with their errors, and why the others do not."""
+    """The programs that run here, with their errors, and the reasons why the others do not."""
     runs, missing = {}, {}
     for name, make in programs.items():
         try:
             call = make()
             result = call()  # also warms up
-        except Exception as error:  # a program that fails is reported, and the others go on
+        except Exception as error:  # a program that fails is reported, and the others run
             reason = next(iter(str(error).splitlines()), "")
             missing[name] = f"{type(error).__name__}: {reason}"
             continue
@@ -148,7 +149,7 @@ def expect(loss, operands):
 
 
 def make_runs(shape, dtype, losses, chunk_sizes):
-    """What runs, and why the rest does not, by loss and name."""
+    """The programs that run, and the reasons why others do not, by loss and name."""
     N, _, V = shape
     operands = draw(shape, dtype)
     runs, missing = {}, {}
@@ -161,7 +162,7 @@ def make_runs(shape, dtype, losses, chunk_sizes):
             continue
         if loss == BASE:
             programs = programs_of_cross_entropy(operands, dtype, chunk_sizes)
-            if BASE not in losses:  # only what the others are compared with
+            if BASE not in losses:  # only those that other losses are compared with
                 programs = {name: programs[name] for name in (OURS, "optax")}
         else:
             programs = programs_of(loss, (*operands, *data))
@@ -182,7 +183,7 @@ def time_in_turn(runs, rounds):
 
 
 def ratios(loss, name, medians):
-    """The time, divided by each of those that it is compared with."""
+    """The time, divided by each time that it is compared with."""
     forward = ", forward" if name.endswith(", forward") else ""
     plain = "optax" + forward if loss == BASE else PLAIN
     references = {

@@ -1,4 +1,4 @@
-"""How far a loss and its gradients are from those of float64."""
+"""Errors of a loss and its gradients, against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def exact(hidden, rows, targets):
-    """Cross-entropy and its gradients by numpy in float64, some tokens at a time."""
+    """Cross-entropy and its gradients in NumPy and float64, some tokens at a time."""
     hidden, rows = (np.asarray(a, np.float64) for a in (hidden, rows))
     targets, N = np.asarray(targets), len(hidden)
     loss, for_hidden, for_rows = 0.0, np.zeros_like(hidden), np.zeros_like(rows)
@@ -26,7 +26,7 @@ def exact(hidden, rows, targets):
 
 
 def in_float64(loss, operands):
-    """A loss of JAX and its gradients, of the same operands in float64."""
+    """A JAX loss and its gradients, computed from the operands in float64."""
 
     def widen(array):
         floating = jnp.issubdtype(array.dtype, jnp.floating)
@@ -38,12 +38,12 @@ def in_float64(loss, operands):
 
 
 def largest_error(result, expected):
-    """The largest difference, in the largest number that is expected of the same array."""
+    """The largest difference, divided by the largest number expected in the same array."""
 
     def error(one, other):
         one = np.asarray(one.astype(jnp.float32) if isinstance(one, jax.Array) else one)
         return float(np.max(np.abs(one - other)) / np.max(np.abs(other)))
 
-    # not Python's max, which passes over a NaN
+    # not Python's max, which can ignore a NaN
     errors = map(error, jax.tree.leaves(result), jax.tree.leaves(expected))
     return float(np.max(list(errors)))

@@ -1,4 +1,4 @@
-"""The transformer of examples/toy_transformer.py, of Equinox's own layers and optax's loss."""
+"""The transformer of examples/toy_transformer.py, with Equinox's layers and optax's loss."""
 
 import equinox as eqx
 import jax
@@ -71,7 +71,7 @@ def matrices(model):
 
 
 class Training:
-    """Training steps as one writes them with `eqx.filter_jit`."""
+    """Training steps with `eqx.filter_jit`, as users write them."""
 
     def __init__(self, sizes: dict[str, int], optimizer, weights):
         model = GPT(**sizes, key=jax.random.key(0))

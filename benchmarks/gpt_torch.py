@@ -1,4 +1,4 @@
-"""The transformer of examples/toy_transformer.py and nanoGPT's, of plain `torch.nn` modules."""
+"""The transformer of examples/toy_transformer.py and that of nanoGPT, in plain `torch.nn`."""
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ class GPT(nn.Module):
 
 
 def nano_gpt(vocab_size, sequence_length, num_layers, num_heads, size):
-    """nanoGPT's: LayerNorm and GELU, no biases, and its initial parameters."""
+    """nanoGPT's model: LayerNorm, GELU, no biases, and its initial parameters."""
     model = GPT(
         vocab_size,
         sequence_length,
@@ -100,7 +100,7 @@ class Training:
 
 
 def toy(sizes, weights):
-    """The transformer of the example with `weights`, matrices of outputs by inputs."""
+    """The transformer of the example with the given weights, of shape (outputs, inputs)."""
     model = GPT(**sizes)
     tokens, positions, blocks = weights
     with torch.no_grad():

@@ -1,8 +1,9 @@
 """Losses, each written twice: for this library, and in plain JAX.
 
-The first function of a pair is the loss of one token, from its scores: the `fn` of
-`EmbeddingDecode.token_loss`. The second, `..._of_logits`, is the same loss in plain JAX, of all
-tokens, from their logits. Three pairs, with `decode`, use `EmbeddingDecode.cross_entropy`.
+The first function of a pair computes the loss of one token from its scores: it is the `fn` of
+`EmbeddingDecode.token_loss`. The second, `..._of_logits`, computes the same loss of all tokens from
+their logits, in plain JAX. The first functions with an argument `decode` call
+`EmbeddingDecode.cross_entropy` instead.
 """
 
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def policy_gradient_of_logits(logits, targets, advantages, old_log_probs):
 
 
 def focal(scores):
-    """Focal loss (arXiv:1708.02002): tokens that are already likely count less."""
+    """Focal loss (arXiv:1708.02002): targets that are already likely count less."""
     return -((1 - jnp.exp(scores.log_prob)) ** 2) * scores.log_prob
 
 
@@ -78,7 +79,7 @@ def unlikelihood_of_logits(logits, targets, unwanted):
 
 
 def distillation(scores, teacher_log_prob):
-    """The target's term of KL(teacher || student), where the rest was not stored."""
+    """The target's term of KL(teacher || student). Only that of the teacher was stored."""
     return jnp.exp(teacher_log_prob) * (teacher_log_prob - scores.log_prob)
 
 
@@ -98,7 +99,7 @@ def masked_of_logits(logits, targets, mask):
 
 
 def vmapped(decode, hidden, targets):
-    """The mean cross-entropy of examples, each by a call of its own under `vmap`."""
+    """The mean cross-entropy of examples, with one call for each under `vmap`."""
     losses = jax.vmap(decode.cross_entropy)(as_examples(hidden), as_examples(targets))
     return jnp.mean(losses)
 
@@ -109,7 +110,7 @@ def vmapped_of_logits(logits, targets):
 
 
 def unreduced(decode, hidden, targets, factors):
-    """The cross-entropy of each token, which is used after the call."""
+    """The cross-entropy of each token, weighted after the call."""
     losses = decode.cross_entropy(hidden, targets, reduction="none")
     return jnp.mean(losses * factors)
 
@@ -127,7 +128,7 @@ def as_examples(array):
     return array.reshape(EXAMPLES, -1, *array.shape[1:])
 
 
-# Data of each token, for N tokens and a vocabulary of V.
+# The data of each loss, for N tokens and a vocabulary of V
 
 
 def no_data(key, N, V):
@@ -166,7 +167,7 @@ def factor_data(key, N, V):
 
 
 class Loss(NamedTuple):
-    """A loss, as a function of `hidden` (N D), `rows` (V D), `targets` (N) and data (N each)."""
+    """A loss of `hidden` (N D), `rows` (V D), `targets` (N) and data (N each)."""
 
     title: str
     of_decode: Callable[..., Any]  # (decode, hidden, targets, *data) -> the mean

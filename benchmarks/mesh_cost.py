@@ -1,20 +1,27 @@
-"""What a tied table costs each device of a mesh: bytes held, bytes moved, operations.
+"""The cost of a tied table for each device of a mesh: bytes held, bytes moved, operations.
 
     python -m benchmarks.mesh_cost [--tokens 4096 --embedding 64 --vocab-size 8192]
 
-Compares a table whose vocabulary is split over `model`, with tokens split over `data`, with fully
-sharded data parallelism: tokens and table split over all devices, and the table gathered for use.
-First predicted on paper by the functions below, and counted in the programs that XLA compiles for
-1, 2, 4 and 8 CPU devices: collectives and products, times the trips of the loops around them, and
-the memory analysis. Then the paper alone, for a vocabulary of 256,000 on 256 devices.
+Two layouts are compared:
 
-XLA for CPUs reduces the gradients of the lookup and of the loss one by one, and whole. "Summed
-first" is what a program moves that reduces their sum, and scatters it where the table is split.
+- vocabulary split: the vocabulary is split over `model`, and the tokens over `data`;
+- fully sharded (data parallelism): tokens and table are split over all devices, and the table is
+  gathered for use.
 
-The program is the gradient of the mean loss of vectors that are looked up in the table itself. N
-are tokens, D is the size of an embedding, V of the vocabulary, C of a chunk of tokens; d and m are
-the sizes of `data` and `model`, n = d m. Numbers have 4 bytes. A ring of g devices that reduces S
-bytes sends (g - 1) / g S twice, one that gathers S bytes sends that once.
+The first table has the predictions of the formulas below, beside the cost counted in the programs
+that XLA compiles for 1, 2, 4 and 8 CPU devices: its collectives and matrix products, times the
+iterations of the loops around them, and its memory analysis. The second table has predictions
+alone, for a vocabulary of 256,000 on 256 devices.
+
+XLA for CPUs reduces the gradient of the lookup and that of the loss separately, and as whole
+arrays. "Summed first" is the cost of a program that adds the two first, and leaves each device its
+part of the sum.
+
+The program is the gradient of the mean loss of vectors that are looked up in the same table. N is
+the number of tokens, D the size of an embedding, V the size of the vocabulary, C the number of
+tokens in a chunk; d and m are the sizes of `data` and `model`, and n = d m. Numbers have 4 bytes.
+To reduce S bytes over a ring of g devices, each device sends 2 (g - 1) / g S bytes; to gather them,
+half of that.
 """
 
 import argparse
@@ -39,7 +46,7 @@ from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable  # no
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one device and one gradient."""
+    """The cost of one gradient for one device."""
 
     held: float  # bytes
     moved: float  # bytes sent
@@ -68,7 +75,7 @@ def vocabulary_split(s: Sizes, d: int, m: int, summed_first: bool = False) -> Co
     rows, tokens = s.V / m, s.N / d
     chunks = tokens / s.C
     return Cost(
-        # the rows and their two gradients; vectors, their gradient in chunks and in whole; the
+        # the rows and their two gradients; the vectors and their gradient, in chunks and whole; the
         # logits of a chunk
         held=4 * (3 * rows * s.D + 3 * tokens * s.D + min(s.C, tokens) * rows),
         # over `model`: the vectors, three numbers a token, the gradient of the vectors; over
@@ -118,7 +125,7 @@ def compile_gradient(s: Sizes, layout: str, d: int, m: int):
 
 
 def each_instruction(program: str):
-    """The instructions of a compiled program in text, and how often each runs."""
+    """The instructions in the text of a compiled program, and how often each runs."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in program.splitlines():
@@ -139,13 +146,13 @@ def each_instruction(program: str):
 
 
 def numbers(types: str) -> list[list[int]]:
-    """The sizes of the arrays that a type of an instruction names."""
+    """The shapes of the arrays in the type of an instruction."""
     shapes = re.findall(r"\w+\[([\d,]*)\]", types)
     return [[int(size) for size in shape.split(",") if size] for shape in shapes]
 
 
 def group_size(line: str) -> int:
-    """How many devices take part in a collective, in each of the three ways to write it."""
+    """How many devices take part in a collective. XLA writes this in three ways."""
     if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
@@ -158,7 +165,7 @@ def group_size(line: str) -> int:
 
 
 def count(compiled) -> Cost:
-    """What a compiled program costs, by its text and its memory analysis."""
+    """The cost of a compiled program, from its text and its memory analysis."""
     moved = operations = 0.0
     sizes: dict[tuple[str, str], list[int]] = {}
     for computation, line, trips in each_instruction(compiled.as_text()):
@@ -179,7 +186,7 @@ def count(compiled) -> Cost:
             left = re.match(r"%([\w.\-]+)", rest)
             axes = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", rest)
             if left is None or axes is None:
-                raise ValueError(f"a product that is not understood: {line}")
+                raise ValueError(f"cannot read this product: {line}")
             shape = sizes[computation, left[1]]
             contracted = math.prod(shape[int(axis)] for axis in axes[1].split(","))
             operations += trips * 2 * total * contracted
@@ -204,7 +211,7 @@ def main(arguments=None):
     parser.add_argument("--chunk-size", type=int, default=256, help="C, on each device")
     given = parser.parse_args(arguments)
     if jax.device_count() < DEVICES:
-        parser.error(f"this takes {DEVICES} devices, JAX has {jax.device_count()}")
+        parser.error(f"this needs {DEVICES} devices, but JAX has {jax.device_count()}")
     if given.tokens % DEVICES or given.vocab_size % DEVICES or min(vars(given).values()) < 1:
         parser.error(f"all sizes must be above 0, --tokens and --vocab-size multiples of {DEVICES}")
     s = Sizes(given.tokens, given.embedding, given.vocab_size, given.chunk_size)

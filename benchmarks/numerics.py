@@ -1,11 +1,12 @@
-"""How far the numbers are from those of float64, by this library and by plain JAX.
+"""Errors of this library and of plain JAX, against float64.
 
     python -m benchmarks.numerics [--shape N D V] [--dtype float32 bfloat16 float16] [--json]
 
-An error is the largest difference from what numpy computes in float64 of the same operands, divided
-by the largest number there. Tokens are drawn as words occur, the k-th one in proportion to 1 / k.
-Plain JAX is `table[tokens]` for the lookup, and optax's loss of the logits of an `einsum`, which
-have the dtype of the operands, or float32 if one asks for it.
+An error is the largest difference from the result of NumPy in float64 for the same operands,
+divided by the largest number in that result. The k-th token is drawn with a probability in
+proportion to 1 / k, as words are distributed. Plain JAX is `table[tokens]` for the lookup, `einsum`
+for the logits, and optax's loss. Its logits have the dtype of the operands; "float32 logits" is the
+same with logits in float32.
 """
 
 import argparse
@@ -29,7 +30,7 @@ NAMES = ("vocabulary", "embedding")
 
 
 class Here:
-    """This library, as it comes."""
+    """This library, with its default options."""
 
     def lookup(self, rows, tokens):
         return EmbeddingLookup(EmbeddingTable(rows, NAMES))(tokens)
@@ -42,7 +43,7 @@ class Here:
 
 
 class Plain:
-    """What one writes without it."""
+    """The same in plain JAX and optax."""
 
     logits_dtype = None
 
@@ -59,7 +60,7 @@ class Plain:
 
 
 class Float32Logits(Plain):
-    """What one writes if one knows better."""
+    """Plain JAX with logits in float32."""
 
     logits_dtype = jnp.float32
 
@@ -86,7 +87,7 @@ def measure(shape, dtype):
     scattered = np.zeros_like(rows64)
     np.add.at(scattered, np.asarray(tokens), cotangents64)
     loss64, gradients64 = exact(hidden, rows, tokens)
-    some = slice(None, 256)  # of the logits, for those of all tokens take a gigabyte in float64
+    some = slice(None, 256)  # all logits would take a gigabyte in float64
     logits64 = hidden64[some] @ rows64.T
     errors = {}
     for name, way in WAYS.items():

@@ -38,7 +38,7 @@ def with_penzai(hidden, rows, targets):
 
 def with_tokamax(hidden, rows, targets):
     tokamax, flags = importlib.import_module("tokamax"), importlib.import_module("absl.flags")
-    flags.FLAGS.mark_as_parsed()  # tokamax would read our command line
+    flags.FLAGS.mark_as_parsed()  # else tokamax would read our command line
     return tokamax.linear_softmax_cross_entropy_loss(hidden, targets, rows.T, reduction="mean")
 
 
@@ -51,7 +51,7 @@ PEERS = {
 
 
 class Torch:
-    """PyTorch on the CPU, eager or compiled, which does not tell the size of its temporaries."""
+    """PyTorch on the CPU, eager or compiled. It does not report the size of its temporaries."""
 
     temporaries = None
 
@@ -64,7 +64,7 @@ class Torch:
         def loss(hidden, rows, targets):
             return torch.nn.functional.cross_entropy(hidden @ rows.T, targets)
 
-        # It compiles at its first call, which fails if there is no C++ compiler.
+        # Compiled at the first call, which fails without a C++ compiler
         self.loss = torch.compile(loss, dynamic=False) if compiled else loss
 
     def __call__(self):

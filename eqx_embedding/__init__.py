@@ -1,8 +1,38 @@
-"""One embedding table per vocabulary, for lookup, decode and loss, in Equinox."""
+"""One embedding table per vocabulary, for lookup, decode and loss, in Equinox.
+
+    table = EmbeddingTable.from_config(50257, {"embedding": 768}, key=jax.random.key(0))
+    vectors = EmbeddingLookup(table)(tokens)        # the embedding of each token
+    hidden = ...                                    # your model goes here
+    decode = EmbeddingDecode(table)                 # the same table: weight tying
+    logits = decode(hidden)                         # a score for every token of the vocabulary
+    loss = decode.cross_entropy(hidden, targets)    # never holds all logits at once
+
+**Modules**, one purpose each:
+
+- `_table`: `EmbeddingTable`, the parameters. `_lookup`: `EmbeddingLookup`, tokens to vectors.
+    `_decode`: `EmbeddingDecode`, vectors to logits, scores and losses.
+- `_inputs`: converts and checks the tokens, targets, weights and numbers of the caller.
+- `_sharding`: finds which axes of a device mesh split the table and the batch.
+- `_blockwise/`: the kernels. They compute losses from the logits of one chunk of tokens at a time.
+- `_resize`: grows a vocabulary. `_rows`: trains some of its rows. `_tree`: finds its tables in a
+    model. `_safetensors`: reads and writes a table.
+- `_raise`: run-time errors on every device. `_suggest`, `_beartype`: type errors.
+
+**How a loss is computed**, from the call to the numbers:
+
+1. Method: `EmbeddingDecode.cross_entropy` writes the loss of one token as a function of its scores,
+    and passes it to `EmbeddingDecode.token_loss`, which accepts any such function.
+2. Inputs: `_inputs` checks targets and weights, and marks the tokens that count.
+3. Devices: `_sharding` says which mesh axes split what, and `_blockwise/_batch.py` gives each
+    device its part of the batch and of the table.
+4. Kernel: the rest of `_blockwise/` runs on one device and loops over chunks of tokens. For each
+    chunk it computes the logits, the scores, the loss and the gradients.
+5. Back: the devices add up their losses. Gradients reach the vectors, the table and the weights.
+"""
 
 from jaxtyping import install_import_hook
 
-# Before the hook: it would check `_beartype` with itself, and import beartype for `_suggest`
+# Outside of the hook: type checks of these two would import beartype right away, or recurse.
 from . import _beartype as _beartype, _suggest as _suggest
 
 

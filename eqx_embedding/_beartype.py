@@ -1,4 +1,4 @@
-"""beartype as a type checker that is imported by the first check, not by `import eqx_embedding`.
+"""beartype, imported by the first check and not by `import eqx_embedding`.
 
 Importing it and building the checks of all functions take longer than the rest of the import.
 """
@@ -13,5 +13,5 @@ def beartype(function):
 
         return beartype.beartype(function)
 
-    # Without the name of `function`: jaxtyping calls this, and does not show its name
+    # No `functools.wraps`: only jaxtyping calls this, and never shows its name
     return lambda *args, **kwargs: checked()(*args, **kwargs)

@@ -1,4 +1,9 @@
-"""`EmbeddingDecode`: vectors to logits, and to everything that follows from logits."""
+"""`EmbeddingDecode`: vectors to logits, and to scores and losses without the logits.
+
+`__call__` computes all logits with one matrix product. The other methods all take one path:
+`_prepare` checks the arguments and finds how devices split the arrays, and `_Prepared` calls the
+kernels in `_blockwise/`, which compute the logits of a chunk of tokens at a time.
+"""
 
 import functools
 from collections.abc import Callable
@@ -38,7 +43,7 @@ from ._suggest import suggest, suggest_array, suggest_number, suggest_tokens
 from ._table import EmbeddingTable, Rules
 
 
-# Beside a soft cap or a z-loss above this, float32 would lose the logits.
+# With a larger soft cap or z-loss, float32 would round the logits away.
 LARGEST = 1e30
 
 Hidden = Float[Array | np.ndarray, "..."]
@@ -57,8 +62,8 @@ _suggest = suggest(
 )
 
 
-class _Head(NamedTuple):
-    """The operands of all logits."""
+class _Arrays(NamedTuple):
+    """The arrays that logits are computed from."""
 
     hidden: Array  # *batch *embedding
     rows: Array  # rows *embedding
@@ -72,29 +77,29 @@ class EmbeddingDecode(eqx.Module):
     ```python
     decode = EmbeddingDecode(table)
     logits = decode(hidden)                        # *batch embedding -> *batch vocabulary
-    loss = decode.cross_entropy(hidden, targets)   # without ever holding the logits
+    loss = decode.cross_entropy(hidden, targets)   # never holds all logits at once
     ```
 
-    The logits are `hidden @ embeddings.T`, plus the bias of the table if it has one, then capped.
+    The logits are `hidden @ embeddings.T`. The bias of the table is added if it has one, and then
+    the soft cap is applied.
 
     **Fields:**
 
     - `table`: the [`eqx_embedding.EmbeddingTable`][].
     - `soft_cap`: keeps the logits between `-soft_cap` and `soft_cap`, as
-        `soft_cap * tanh(logits / soft_cap)`, after the bias, as in
-        [Gemma 2](https://arxiv.org/abs/2408.00118). A number, not traced, of at most 1e30.
-        Defaults to `None`: logits are not capped.
-    - `logits_dtype`: the dtype of the logits. Defaults to `None`: `dtype` if that is given, else
-        JAX's promotion of the hidden vector, the embeddings and the bias. Losses and scores do not
-        depend on it.
-    - `dtype`: the dtype of the factors of every product, as in flax, for mixed precision: a float32
-        table with `dtype=jnp.bfloat16` computes in bfloat16. Sums are float32 at least, and
+        `soft_cap * tanh(logits / soft_cap)`, like [Gemma 2](https://arxiv.org/abs/2408.00118). A
+        Python number, not traced, of at most 1e30. Defaults to `None`: logits are not capped.
+    - `logits_dtype`: the dtype of the logits. Losses and scores do not depend on it. Defaults to
+        `None`: `dtype` if that is given, else JAX's promotion of the hidden vector, the embeddings
+        and the bias.
+    - `dtype`: for mixed precision, the dtype of the factors of every matrix product, as in flax: a
+        float32 table with `dtype=jnp.bfloat16` computes in bfloat16. Sums are float32 at least, and
         gradients are not rounded to `dtype` on their way to the table and to `hidden`. Defaults to
-        `None`, JAX's promotion of the hidden vector and the embeddings.
+        `None`: JAX's promotion of the hidden vector and the embeddings.
 
     **Raises:**
 
-    A `ValueError` for a soft cap that is not positive or above 1e30, or for a `logits_dtype` or
+    A `ValueError` for a soft cap that is not positive or above 1e30, and for a `logits_dtype` or
     `dtype` that is not floating.
     """
 
@@ -106,8 +111,8 @@ class EmbeddingDecode(eqx.Module):
     def __check_init__(self):
         if self.soft_cap is not None and not 0 < self.soft_cap <= LARGEST:
             raise ValueError(
-                f"soft_cap must be positive and at most {LARGEST}, got {self.soft_cap}. None is no "
-                "cap at all."
+                f"soft_cap must be positive and at most {LARGEST}, got {self.soft_cap}. Use "
+                "None for no cap."
             )
         if self.logits_dtype is not None:
             as_float_dtype("logits", "logits_dtype", self.logits_dtype)
@@ -127,24 +132,24 @@ class EmbeddingDecode(eqx.Module):
 
         **Returns:**
 
-        The logits, of shape `*batch vocab_size`: padding rows have none. If a mesh splits the
-        vocabulary, it splits the logits alike, unless there are padding rows: no mesh divides
-        the rest of them, so that each device has the logits of the whole vocabulary.
+        The logits, of shape `*batch vocab_size`, without padding rows. If a mesh splits the
+        vocabulary, it splits the logits in the same way. With padding rows it does not: the mesh
+        need not divide the number of tokens, so each device gets the logits of all tokens.
 
         **Raises:**
 
-        A `ValueError` that names the embedding axes if `hidden` does not end with them, for a
-        stacked table, or for rules that do not fit the mesh.
+        A `ValueError` that names the embedding axes if `hidden` does not end with them, and for a
+        stacked table or rules that do not fit the mesh.
         """
         del key
-        head, batch_axes = self._head(hidden)
-        split = find_split(self.table, head.rows, head.hidden, 0, rules)
-        batch = explicit_axes(head.hidden)[:batch_axes]
-        columns = remaining(explicit_axes(head.rows)[0], batch)
+        arrays, batch_axes = self._checked_arrays(hidden)
+        hidden, rows, bias = arrays
+        split = find_split(self.table, rows, hidden, 0, rules)
+        batch = explicit_axes(hidden)[:batch_axes]
+        columns = remaining(explicit_axes(rows)[0], batch)
         sharding, vocab_size = split.sharding([*batch, columns]), split.vocab_size(self.table)
-        logits = _product(self._products(head), split, vocab_size, sharding, *head[:2])
-        bias = head.bias
-        if self.table.padding_rows > 0:  # XLA would copy the table if this came after the bias
+        logits = _product(self._product_dtypes(arrays), split, vocab_size, sharding, hidden, rows)
+        if self.table.padding_rows > 0:  # before the bias, after which XLA would copy the table
             logits = _drop_padding(logits, split, [*batch, ()], vocab_size)
             bias = bias if bias is None else _drop_padding(bias, split, [()], vocab_size)
             columns = ()
@@ -153,7 +158,7 @@ class EmbeddingDecode(eqx.Module):
             logits = logits + jnp.expand_dims(bias, range(batch_axes))
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
-        dtype = self.logits_dtype or self.dtype or jnp.result_type(*jax.tree.leaves(head))
+        dtype = self.logits_dtype or self.dtype or jnp.result_type(*jax.tree.leaves(arrays))
         return logits.astype(dtype)
 
     @_suggest
@@ -168,37 +173,36 @@ class EmbeddingDecode(eqx.Module):
         chunk_size: Whole | None = None,
         rules: Rules | None = None,
     ) -> TokenScores:
-        """Log-probability, entropy and more of each target, as if from the logits.
+        """The log-probability of each target, the entropy and more, without holding the logits.
 
         ```python
         scores = decode.score(hidden, targets)
         perplexity = jnp.exp(-jnp.mean(scores.log_prob))
         ```
 
-        The scores are differentiable in reverse mode, with respect to `hidden`, the table and its
-        bias; their gradient computes the logits again. For a loss that is a sum over tokens,
-        [`eqx_embedding.EmbeddingDecode.token_loss`][] is faster.
+        Gradients in reverse mode reach `hidden`, the table and its bias. They take one matrix
+        product more than those of a loss, because they compute the logits again. For a loss that
+        is a sum over tokens, [`eqx_embedding.EmbeddingDecode.token_loss`][] is faster.
 
         **Arguments:**
 
         - `hidden`, `targets`, `ignore_index`, `chunk_size`, `rules`: as in
             [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
-        - `weights`: of shape `*batch`; tokens of weight zero are not scored. Other weights make no
-            difference. Defaults to `None`, which scores all.
+        - `weights`: numbers or booleans of shape `*batch`. Tokens of weight zero are not scored;
+            all other weights have the same effect. Defaults to `None`: all tokens are scored.
 
         **Returns:**
 
-        [`eqx_embedding.TokenScores`][], each of shape `*batch`, in float32, or in float64 for
-        operands in float64. All scores of a token of weight zero are 0. A target out of range has
+        [`eqx_embedding.TokenScores`][], each of shape `*batch`, in float32, or in float64 if an
+        array is in float64. All scores of a token of weight zero are 0. A target out of range has
         the log-probability NaN.
 
         **Raises:**
 
         As [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         """
-        call = self._call(hidden, targets, weights, ignore_index, "none", chunk_size, rules)
-        used = Used(mean_log_prob=True, entropy=True, is_top=True)
-        return call.scores(used)
+        prepared = self._prepare(hidden, targets, weights, ignore_index, "none", chunk_size, rules)
+        return prepared.scores(Used(mean_log_prob=True, entropy=True, is_top=True))
 
     @_suggest
     @jax.named_scope("EmbeddingDecode.token_loss")
@@ -214,8 +218,8 @@ class EmbeddingDecode(eqx.Module):
         return_scores: bool = False,
         chunk_size: Whole | None = None,
         rules: Rules | None = None,
-    ) -> Float[Array, "..."] | Any:  # or a tuple of that and `TokenScores`
-        """Any loss of the scores of tokens, at the price and in the memory of a cross-entropy.
+    ) -> Float[Array, "..."] | Any:  # with `return_scores`, a tuple of that and `TokenScores`
+        """Any loss that is a function of the scores of a token, at the cost of a cross-entropy.
 
         ```python
         def policy_gradient(scores, advantage, old_log_prob):
@@ -228,37 +232,39 @@ class EmbeddingDecode(eqx.Module):
 
         **Arguments:**
 
-        - `fn`: `fn(scores, *data)` returns the loss of one token, a real scalar. It is written for
-            one token, and mapped over all: `scores` is a [`eqx_embedding.TokenScores`][] of
-            scalars, and each of `data` has lost its batch axes. It may be any JAX code that has a
-            gradient in reverse mode and names no axis of `jax.vmap` or of a mesh. Gradients reach
-            what it closes over, too; but with explicit mesh axes, `data` alone may reach functions
-            with a derivative of their own, such as `jax.nn.relu`. Outside of `jax.jit`, a loss with
-            such functions is compiled again for each call.
+        - `fn`: `fn(scores, *data)` returns the loss of *one* token, a real scalar, and is mapped
+            over all tokens. `scores` is a [`eqx_embedding.TokenScores`][] of scalars, and the
+            `data` have no batch axes. It may be any JAX code that has a gradient in reverse mode
+            and names no axis of `jax.vmap` or of a mesh. Gradients also reach the arrays that it
+            closes over. Two limits for functions with a custom derivative, such as `jax.nn.relu`:
+            with explicit mesh axes, they may be applied to `data`, but not to arrays that `fn`
+            closes over; and outside of `jax.jit`, a loss with them is compiled again for each call.
         - `hidden`, `targets`, `weights`, `ignore_index`, `chunk_size`, `rules`: as in
             [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
-        - `data`: arrays of shape `*batch ...`, such as advantages. They have gradients, too: use
-            `jax.lax.stop_gradient` for old log-probabilities. Gradients of float16 data underflow
-            under loss scaling: pass float32.
-        - `reduction`: `"mean"`, weighted, and 0 when all weights are zero; `"sum"`; or `"none"`,
-            of shape `*batch`: the loss of each token times its weight, whose gradient computes the
-            logits again. Defaults to `"mean"`.
+        - `data`: arrays of shape `*batch ...`, such as advantages. Gradients reach them: use
+            `jax.lax.stop_gradient` for old log-probabilities. Gradients of float16 data can
+            underflow: pass float32.
+        - `reduction`: `"mean"`, the weighted mean, which is 0 if all weights are zero; `"sum"`; or
+            `"none"`, the loss of each token times its weight, of shape `*batch`, whose gradient
+            computes the logits again. Defaults to `"mean"`.
         - `return_scores`: whether to return the scores as well. Defaults to `False`.
 
         **Returns:**
 
-        The loss: a scalar, or of shape `*batch` for `reduction="none"`, in float32, or in float64
-        for operands in float64. A target out of range at a weight other than zero makes it NaN.
-        With `return_scores=True`, `(loss, scores)`: the [`eqx_embedding.TokenScores`][] of the same
-        pass, `*batch` and without gradient.
+        The loss: a scalar, or of shape `*batch` for `reduction="none"`. It is in float32, or in
+        float64 if an array is in float64. It is NaN if a target is out of range, unless the weight
+        of that target is zero. With `return_scores=True`, `(loss, scores)`: the
+        [`eqx_embedding.TokenScores`][] of the same pass, of shape `*batch` and without gradient.
 
         **Raises:**
 
         As [`eqx_embedding.EmbeddingDecode.cross_entropy`][]; a `TypeError` if `fn` returns
         something other than a real scalar, and a `ValueError` for data of another shape.
         """
-        call = self._call(hidden, targets, weights, ignore_index, reduction, chunk_size, rules)
-        return call.loss(fn, data, reduction, return_scores)
+        prepared = self._prepare(
+            hidden, targets, weights, ignore_index, reduction, chunk_size, rules
+        )
+        return prepared.loss(fn, data, reduction, return_scores)
 
     @_suggest
     @jax.named_scope("EmbeddingDecode.cross_entropy")
@@ -275,70 +281,74 @@ class EmbeddingDecode(eqx.Module):
         return_scores: bool = False,
         chunk_size: Whole | None = None,
         rules: Rules | None = None,
-    ) -> Float[Array, "..."] | Any:  # or a tuple of that and `TokenScores`
-        """The cross-entropy of the targets, as if from the logits, which never all exist at once.
+    ) -> Float[Array, "..."] | Any:  # with `return_scores`, a tuple of that and `TokenScores`
+        """The cross-entropy of the targets. The logits of all tokens never exist at once.
 
         ```python
         loss = decode.cross_entropy(hidden, targets)
         ```
 
-        With the logits `z`, their `lse = logsumexp(z)`, and `e = label_smoothing`, the loss of a
-        token is
+        With the logits `z` of a token, `lse = logsumexp(z)` and `e = label_smoothing`, its loss is
 
         `lse - (1 - e) * z[target] - e / vocab_size * sum(z) + z_loss * lse**2`
 
         with label smoothing as in [Inception v3](https://arxiv.org/abs/1512.00567) and the
         z-loss of [PaLM](https://arxiv.org/abs/2204.02311).
 
-        It has gradients with respect to `hidden`, the table, its bias and `weights`. They are
-        computed together with the loss, a chunk of tokens at a time, by a derivative of its own:
-        for reverse mode (`jax.grad`), while JAX refuses forward mode (`jax.jvp`). Under `jax.vmap`
-        with a table that is not mapped, the examples become tokens of one call.
+        Gradients reach `hidden`, the table, its bias and `weights`. They are computed together with
+        the loss, a chunk of tokens at a time, by a custom derivative for reverse mode (`jax.grad`);
+        JAX refuses forward mode (`jax.jvp`). Under `jax.vmap` with a table that is not mapped, the
+        examples become tokens of one call.
 
         **Arguments:**
 
         - `hidden`: vectors of shape `*batch` followed by the embedding axes.
         - `targets`: integers of shape `*batch`: the token that each vector should score highest.
-            As in [`eqx_embedding.EmbeddingLookup`][], host data is checked at 64 bits.
-        - `weights`: of shape `*batch`, how much each token counts; booleans are a mask. A token
-            of weight zero has no part in anything, whatever its vector and its target are; the
-            gradient of its weight does not see its loss. Whole chunks of such tokens are skipped.
-            Defaults to `None`, which counts each token once.
-        - `ignore_index`: targets of this number have weight zero, such as -100. Defaults to `None`.
-        - `label_smoothing`: the part of the target, below 1, that is spread over all tokens.
-            Defaults to 0. A number, not traced: a new value triggers recompilation.
-        - `z_loss`: the factor of `lse**2`, which keeps the logits from drifting. 1e-4 in PaLM;
-            defaults to 0. A number, not traced.
-        - `reduction`: `"mean"`, weighted, and 0 when all weights are zero; `"sum"`; or `"none"`,
-            of shape `*batch`: the loss of each token times its weight, whose gradient computes the
-            logits again. Defaults to `"mean"`.
+            NumPy arrays are checked before JAX narrows them to 32 bits, as in
+            [`eqx_embedding.EmbeddingLookup`][].
+        - `weights`: how much each token counts, of shape `*batch`. Booleans are a mask. A token of
+            weight zero affects no result and no gradient, whatever its vector and its target are.
+            Its loss is not computed, and so is not part of the gradient of its weight. Chunks of
+            such tokens take no time. Defaults to `None`: each token counts once.
+        - `ignore_index`: targets of this number, such as -100, have weight zero. Defaults to
+            `None`.
+        - `label_smoothing`: how much of the target's probability is spread evenly over all tokens,
+            at least 0 and below 1. A Python number, not traced: each new value is compiled again.
+            Defaults to 0.
+        - `z_loss`: the factor of `lse**2`, which keeps the logits from drifting. PaLM uses 1e-4. A
+            Python number, not traced. Defaults to 0.
+        - `reduction`: `"mean"`, the weighted mean, which is 0 if all weights are zero; `"sum"`; or
+            `"none"`, the loss of each token times its weight, of shape `*batch`, whose gradient
+            computes the logits again. Defaults to `"mean"`.
         - `return_scores`: whether to return the scores as well, for accuracy or perplexity.
             Defaults to `False`.
-        - `chunk_size`: how many tokens have logits at once, rounded up to a multiple of 16. Less
-            takes less memory. Defaults to `None`, which chooses what is fast. Each device counts
-            its own tokens.
+        - `chunk_size`: for how many tokens of a device logits exist at once, rounded up to a
+            multiple of 16. Smaller chunks take less memory. Defaults to `None`: a fast size for
+            the platform.
         - `rules`: the axes of the device mesh that split the first axis of the batch and the
-            vocabulary, such as `{"batch": "data", "vocabulary": "model"}`. Not needed for
-            explicit mesh axes, which are part of the types of the arrays. Automatic axes are
-            hidden from this call: without rules the loss is right and the table is not gathered,
-            but its gradient is summed over devices once a chunk, rather than once, and weights move
-            hidden vectors between devices. Inside a `jax.shard_map` rules are needed for all axes
-            of it that split either; with `check_vma=False` nothing can tell that they are missing.
+            vocabulary, such as `{"batch": "data", "vocabulary": "model"}`. Not needed for explicit
+            mesh axes, which are part of the types of the arrays. Automatic axes cannot be seen
+            here. Without rules for them the loss is right and the table is not gathered, but the
+            gradient of the table is summed over devices once for each chunk, instead of once, and
+            with weights, hidden vectors move between devices. Inside a `jax.shard_map`, rules are
+            needed for those of its axes that split the batch or the vocabulary. If they are missing
+            there, this is an error, except with `check_vma=False`, where it cannot be detected.
 
         **Returns:**
 
-        The loss: a scalar, or of shape `*batch` for `reduction="none"`. It is computed and
-        returned in float32, or in float64 for operands in float64, whatever `logits_dtype` is.
-        A target out of range at a weight other than zero makes it, and its gradient, NaN.
-        With `return_scores=True`, `(loss, scores)`: the [`eqx_embedding.TokenScores`][] of the same
-        pass, `*batch` and without gradient.
+        The loss: a scalar, or of shape `*batch` for `reduction="none"`. It is computed and returned
+        in float32, or in float64 if an array is in float64, whatever `logits_dtype` is. The loss
+        and its gradient are NaN if a target is out of range, unless the weight of that target is
+        zero. With `return_scores=True`, `(loss, scores)`: the [`eqx_embedding.TokenScores`][] of
+        the same pass, of shape `*batch` and without gradient.
 
         **Raises:**
 
-        A `ValueError` for shapes that do not fit, for options out of their range, for a table
-        without embeddings or tokens, and for rules that do not fit the mesh, or sizes that it does
-        not divide. A `TypeError` for targets that are not integers, weights that are not real, and
-        64-bit targets that are traced outside of JAX's 64-bit mode.
+        - `ValueError` for shapes that do not fit; for options out of their range; for a table
+            without embeddings or tokens; for rules that do not fit the mesh; and for sizes that the
+            mesh does not divide.
+        - `TypeError` for targets that are not integers; for weights that are not real numbers; and
+            for 64-bit targets or weights that are traced outside of JAX's 64-bit mode.
         """
         smoothing, z_loss = as_real(label_smoothing), as_real(z_loss)
         if not 0 <= smoothing < 1:
@@ -364,8 +374,8 @@ class EmbeddingDecode(eqx.Module):
             rules=rules,
         )
 
-    def _head(self, hidden: Hidden) -> tuple[_Head, int]:
-        """The operands of all logits, and the number of batch axes."""
+    def _checked_arrays(self, hidden: Hidden) -> tuple[_Arrays, int]:
+        """The arrays that logits are computed from, and the number of batch axes."""
         hidden = jnp.asarray(as_array("hidden", hidden))
         if not jnp.issubdtype(hidden.dtype, jnp.floating):
             raise TypeError(f"hidden must be floating, got {hidden.dtype.name}.")
@@ -378,19 +388,19 @@ class EmbeddingDecode(eqx.Module):
                 f"hidden must end with the embedding axes ({expected}) of the table, got the "
                 f"shape {hidden.shape}."
             )
-        return _Head(hidden, rows, bias), batch_axes
+        return _Arrays(hidden, rows, bias), batch_axes
 
-    def _products(self, head: _Head) -> tuple[np.dtype, np.dtype]:
-        """The dtype of the factors of products, and that of their sums."""
+    def _product_dtypes(self, arrays: _Arrays) -> tuple[np.dtype, np.dtype]:
+        """The dtype of the factors of a matrix product, and the dtype of its sums."""
         if self.dtype is None:
-            factors = jnp.result_type(head.hidden, head.rows)
-            return factors, at_least_float32(jnp.result_type(*jax.tree.leaves(head)))
+            factors = jnp.result_type(arrays.hidden, arrays.rows)
+            return factors, at_least_float32(jnp.result_type(*jax.tree.leaves(arrays)))
         factors = jnp.dtype(self.dtype)
-        dtypes = [factors, *(array.dtype for array in jax.tree.leaves(head))]
+        dtypes = [factors, *(array.dtype for array in jax.tree.leaves(arrays))]
         is_double = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
         return factors, np.dtype(np.float64 if is_double else np.float32)
 
-    def _call(
+    def _prepare(
         self,
         hidden: Hidden,
         targets: Targets,
@@ -399,9 +409,10 @@ class EmbeddingDecode(eqx.Module):
         reduction: str,
         chunk_size: Whole | None,
         rules: Rules | None,
-    ) -> "_Call":
-        head, batch_axes = self._head(hidden)
-        batch = head.hidden.shape[:batch_axes]
+    ) -> "_Prepared":
+        """Checks the arguments, finds how devices split them, and converts targets and weights."""
+        arrays, batch_axes = self._checked_arrays(hidden)
+        batch = arrays.hidden.shape[:batch_axes]
         for name, array in ("targets", targets), ("weights", weights):
             if array is not None and np.shape(array) != batch:
                 raise ValueError(
@@ -412,8 +423,8 @@ class EmbeddingDecode(eqx.Module):
             raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        split = find_split(self.table, head.rows, head.hidden, batch_axes, rules)
-        dtype, wide = self._products(head)
+        split = find_split(self.table, arrays.rows, arrays.hidden, batch_axes, rules)
+        dtype, wide = self._product_dtypes(arrays)
         options = Options(
             vocab_size=split.vocab_size(self.table),
             padded=self.table.padding_rows > 0,
@@ -433,15 +444,16 @@ class EmbeddingDecode(eqx.Module):
             mesh_axes=split.manual_batch,
             place=lambda array: split.place(array, split.batch),
         )
-        return _Call(options, split, Operands(*head, tokens.targets, tokens.mask), tokens.weights)
+        operands = Operands(*arrays, tokens.targets, tokens.mask)
+        return _Prepared(options, split, operands, tokens.weights)
 
 
-class _Call(NamedTuple):
-    """What scores and losses are computed from, checked and in one form."""
+class _Prepared(NamedTuple):
+    """The checked arguments of a call, in the form that the kernels take."""
 
-    options: Options
-    split: Split
-    operands: Operands
+    options: Options  # known when the program is compiled
+    split: Split  # which mesh axes split what
+    operands: Operands  # arrays, without weights and data
     weights: Array
 
     def scores(self, used: Used) -> TokenScores:
@@ -452,12 +464,12 @@ class _Call(NamedTuple):
     ) -> Any:
         options, split, operands, weights = self
         data = tuple(as_data(i, array, weights.shape) for i, array in enumerate(data))
-        of_token = (jax.ShapeDtypeStruct(a.shape[weights.ndim :], a.dtype) for a in data)
-        function, closure = close_over(fn, options.wide, tuple(of_token))
+        data_of_token = [jax.ShapeDtypeStruct(x.shape[weights.ndim :], x.dtype) for x in data]
+        function, closure = close_over(fn, options.wide, tuple(data_of_token))
         if reduction == "none":
             scores = self.scores(function.used(return_scores))
-            of_tokens = scores, weights, data, closure, operands.mask
-            loss = weighted_losses(split, function, None, *of_tokens)
+            arrays = scores, weights, data, closure, operands.mask
+            loss = weighted_losses(split, function, None, *arrays)
             scores = lax.stop_gradient(scores)
         else:
             operands = operands._replace(weights=weights, data=data, closure=closure)
@@ -474,7 +486,7 @@ def _product(
     hidden: Array,
     rows: Array,
 ) -> Array:
-    """The product of hidden vectors and all rows, padding included: `*batch rows`."""
+    """The matrix product of hidden vectors and all rows, padding included: `*batch rows`."""
     factors, wide = dtypes
     return _contract(hidden.astype(factors), rows.astype(factors), wide, out_sharding)
 
@@ -483,8 +495,8 @@ def _product(
 def _product_jvp(dtypes, split, num_tokens, out_sharding, primals, tangents):
     (hidden, rows), (d_hidden, d_rows) = primals, tangents
     factors, wide = dtypes
-    # Not even a NaN in a padding row must reach the gradient of `hidden`. To take the padding rows
-    # out here, and not before the product, spares a copy of the table where no gradient is needed.
+    # A NaN in a padding row must not reach the gradient of `hidden`. Padding is removed here, and
+    # not before the product, so that a decode without a gradient does not copy the table.
     tokens = without_padding(rows, split, num_tokens).astype(factors)
     d_logits = _contract(d_hidden.astype(wide), tokens, wide, out_sharding) + _contract(
         hidden.astype(factors), d_rows.astype(wide), wide, out_sharding
@@ -501,7 +513,7 @@ def _contract(hidden: Array, rows: Array, dtype: np.dtype, out_sharding: Any) ->
 
 
 def _drop_padding(array: Array, split: Split, axes: Any, vocab_size: int) -> Array:
-    """`... rows` to `... vocab_size`. A mesh that divides the rows does not divide the tokens."""
+    """Cuts the padding off the last axis, and gathers it: a mesh need not divide `vocab_size`."""
     position, manual = array.ndim - 1, split.manual_vocabulary
     if manual:
         array = lax.all_gather(array, manual, axis=position, tiled=True, to="invarying")

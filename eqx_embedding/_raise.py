@@ -1,4 +1,4 @@
-"""Errors about values that are known only when a program runs, raised on every device."""
+"""Errors about values that are known only at run time, raised on every device."""
 
 import functools
 import os
@@ -17,10 +17,10 @@ from ._sharding import sum_over, varying_axes
 
 
 def raise_unless(valid: Bool[Array | np.ndarray, "..."], message: str) -> Bool[Array, ""]:
-    """Raises an error unless all of `valid` is true, as `EQX_ON_ERROR` says; else returns False.
+    """Raises an error unless all of `valid` is true, and returns False.
 
-    With `EQX_ON_ERROR=nan` there is no error, and the result is True in its place. An error stops
-    what depends on the result.
+    `EQX_ON_ERROR` is followed as in Equinox: with `EQX_ON_ERROR=nan` it returns True instead of an
+    error. An error stops only a computation that uses the returned value.
     """
     if isinstance(valid, np.ndarray):
         failed = np.asarray(not valid.all())
@@ -33,12 +33,13 @@ def raise_unless(valid: Bool[Array | np.ndarray, "..."], message: str) -> Bool[A
         return _raise_once(message, bool(failed))
 
     # `eqx.error_if` would raise on the first device only, and the others would wait for it. JAX
-    # cannot call Python from each device of a TPU, nor where a mesh has both manual and other axes.
+    # cannot call Python from each device of a TPU.
     check = functools.partial(
         lax.platform_dependent,
         tpu=functools.partial(_raise_once, message),
         default=functools.partial(_raise_on_each_device, message),
     )
+    # Nor can it if a mesh has both manual and other axes, so all axes become manual
     mesh = jax.sharding.get_abstract_mesh()
     others = set(mesh.axis_names) - set(mesh.manual_axes)
     if mesh.manual_axes and others:

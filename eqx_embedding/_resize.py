@@ -39,26 +39,26 @@ def resize_vocabulary(
 
     With a key, new rows are drawn from a normal distribution with the mean and the covariance of
     the old ones, as in [Hewitt, 2021](https://nlp.stanford.edu/~johnhew/vocab-expansion.html). The
-    bias of a new token is drawn together with its row. The draw for a token does not depend on how
-    many tokens are new. Two tables get different draws, unless they hold the same array. Without a
-    key, new rows and their biases are zero, as the state of an optimizer needs.
+    bias of a new token is drawn together with its row. The row of a new token does not depend on
+    how many tokens are new. Two tables get different rows, unless they hold the same array.
+
+    Without a key, new rows and their biases are zero, as the state of an optimizer needs.
 
     Padding rows that become tokens are filled like other new rows. New padding rows are zero.
 
     **Arguments:**
 
     - `tree`: a model, the state of an optimizer that keeps one number for each parameter, or any
-        other PyTree with an [`eqx_embedding.EmbeddingTable`][]. The skeletons of
-        `eqx.filter_eval_shape` get the new shapes. Anything else in place of a table's array, such
-        as the `None` of `eqx.partition`, stays.
+        other PyTree with an [`eqx_embedding.EmbeddingTable`][]. A skeleton, from
+        `eqx.filter_eval_shape`, gets the new shapes. Anything else in place of an array of a table
+        does not change, such as the `None` that `eqx.partition` puts there.
     - `vocab_size`: the new number of tokens, without padding.
     - `vocabulary_axis`: which vocabulary, by the `vocabulary_axis` of its tables. Tables of other
         vocabularies, such as positions, do not change. Defaults to `"vocabulary"`.
-    - `key`: a `jax.random.key` for the new rows. Defaults to `None`: they are zero. Do not use a
-        key for the state of an optimizer: some second moments would be below zero.
+    - `key`: a `jax.random.key` for the new rows. Do not use one for the state of an optimizer:
+        some second moments would be negative. Defaults to `None`: new rows are zero.
     - `pad_to_multiple_of`: rows of zeros are added until the number of rows is a multiple of this.
-        Defaults to `None`, which means 1, no padding, and is an error for tables that have padding
-        rows now.
+        Defaults to `None`: no padding. That is an error if a table has padding rows now.
 
     **Returns:**
 
@@ -81,7 +81,7 @@ def resize_vocabulary(
     sizes = _Sizes(find_vocab_size(tables), size, padding_rows)
     is_table = is_table_of(vocabulary_axis)
     draws: dict[int, int] = {}
-    resized: dict[tuple[int, Place], Any] = {}  # one array in two tables stays one array
+    resized: dict[tuple[int, Place], Any] = {}  # so that one array in two tables stays one array
 
     def resize(node: Any) -> Any:
         if not is_table(node):
@@ -118,7 +118,7 @@ def _new_size(
         if multiple is None and table.padding_rows > 0:
             raise ValueError(
                 f"{path} has {table.padding_rows} padding rows, so pad_to_multiple_of must be "
-                "given: say 1 for no padding, or the multiple that the number of rows should be."
+                "given: 1 for no padding, or the multiple that the number of rows should be."
             )
     size, multiple = as_int(vocab_size), 1 if multiple is None else as_int(multiple)
     if min(size, multiple) < 1:
@@ -142,17 +142,18 @@ def _resize_array(sizes: _Sizes, place: Place, array: Any, key: PRNGKeyArray | N
     change = functools.partial(_change_rows, sizes, place)
     if sharding is None:
         return change(jnp.asarray(array), key)
-    # Each device makes its own rows, although the mesh need not divide the tokens without padding
+    # In one program each device makes only its own rows, and the mesh need not divide those without
+    # padding
     explicit = jax.typeof(array).sharding
     if AxisType.Explicit in explicit.mesh.axis_types:
         change = jax.sharding.auto_axes(change, out_sharding=explicit)
-    # How automatic axes split a traced array is not known here, so the compiler decides
+    # Automatic axes of a traced array cannot be seen, so the compiler decides
     out_sharding = None if isinstance(array, Tracer) else sharding
     return jax.jit(change, out_shardings=out_sharding)(array, key)
 
 
 def _mesh_sharding(array: Any) -> NamedSharding | None:
-    """How a mesh splits an array or a skeleton, if it is on a mesh."""
+    """How a mesh splits an array or a skeleton, or `None` if it is not on a mesh."""
     traced = isinstance(array, Tracer)
     sharding = jax.typeof(array).sharding if traced else getattr(array, "sharding", None)
     on_mesh = isinstance(sharding, NamedSharding) and not sharding.mesh.empty
@@ -160,7 +161,7 @@ def _mesh_sharding(array: Any) -> NamedSharding | None:
 
 
 def _check_mesh_divides(sharding: NamedSharding, axis: int, rows: int) -> None:
-    spec = (*sharding.spec, *[None] * (axis + 1))[axis]  # it may be shorter than the shape
+    spec = (*sharding.spec, *[None] * (axis + 1))[axis]  # a spec may be shorter than the shape
     mesh_axes = () if spec is None else (spec,) if isinstance(spec, str) else spec
     parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes)
     if rows % parts != 0:
@@ -171,27 +172,28 @@ def _check_mesh_divides(sharding: NamedSharding, axis: int, rows: int) -> None:
 
 
 def _change_rows(sizes: _Sizes, place: Place, array: Array, key: PRNGKeyArray | None) -> Array:
-    """Old rows that stay, then new rows, then padding."""
+    """The old rows that are kept, then new rows, then padding rows."""
     axis, num_stacked = place
     if num_stacked > 0:
         keys = None if key is None else jax.random.split(key, len(array))
         inner = Place(axis - 1, num_stacked - 1)
         return eqx.filter_vmap(functools.partial(_change_rows, sizes, inner))(array, keys)
     rows = jnp.moveaxis(array, axis, 0)[: min(sizes.old_tokens, sizes.tokens)]
-    num_new, drawn = sizes.tokens - len(rows), []
+    parts, num_new = [rows], sizes.tokens - len(rows)
     if key is not None and num_new > 0:
-        drawn, num_new = [_draw_rows(num_new, key, rows)], 0
-    zeros = jnp.zeros((num_new + sizes.padding_rows, *rows.shape[1:]), rows.dtype)
-    return jnp.moveaxis(jnp.concatenate([rows, *drawn, zeros]), 0, axis)
+        parts.append(_draw_rows(num_new, key, rows))
+    num_zeros = sizes.rows - sum(map(len, parts))
+    parts.append(jnp.zeros((num_zeros, *rows.shape[1:]), rows.dtype))
+    return jnp.moveaxis(jnp.concatenate(parts), 0, axis)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _draw_rows(count: int, key: PRNGKeyArray, rows: Float[Array, "V ..."]) -> Float[Array, "M ..."]:
-    """`count` rows with the mean and covariance of `rows`.
+    """`count` rows from a normal distribution with the mean and the covariance of `rows`.
 
-    The sum of the centred rows, each multiplied by a standard normal number and divided by
-    sqrt(V - 1), has their covariance. So the covariance is never computed, and there may be fewer
-    rows than features.
+    Each is the mean plus a sum of the centred rows, each multiplied by a standard normal number and
+    divided by sqrt(V - 1). That sum has their covariance, so the covariance is never computed, and
+    there may be fewer rows than features.
     """
     V = len(rows)
     wide = at_least_float32(rows.dtype)
@@ -200,10 +202,10 @@ def _draw_rows(count: int, key: PRNGKeyArray, rows: Float[Array, "V ..."]) -> Fl
     centred = (flat - mean[None]) / max(V - 1, 1) ** 0.5
 
     def draw(i: Array) -> Array:
-        # float32 whatever the dtype: a row and its bias need the same numbers
+        # Always in float32: a row and its bias need the same noise, whatever their dtypes
         noise = jax.random.normal(jax.random.fold_in(key, i), (V,), jnp.float32)
         return mean + noise.astype(wide) @ centred
 
-    # In batches, because each new row takes as many random numbers as there are old rows
+    # In batches, because each new row needs V random numbers
     new = lax.map(draw, jnp.arange(count), batch_size=min(count, 256))
     return new.astype(rows.dtype).reshape(count, *rows.shape[1:])

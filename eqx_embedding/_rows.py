@@ -1,4 +1,4 @@
-"""Training some rows of a vocabulary, with all others frozen bit for bit."""
+"""Training some rows of a vocabulary. All others are frozen and stay the same bit for bit."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def partition_rows(
     vocabulary_axis: str = "vocabulary",
     filter_spec: PyTree[bool | Callable[[Any], bool]] = False,
 ) -> tuple[PyTree, FrozenRows]:
-    """Splits a model into some rows of a vocabulary, which are trained, and the frozen rest.
+    """Splits a model into the rows of a vocabulary to train, and the frozen rest.
 
     ```python
     trained, frozen = partition_rows(model, slice(50257, None))   # the tokens from 50257 on
@@ -40,19 +40,19 @@ def partition_rows(
         return combine_rows(trained, frozen).loss(tokens, targets)
     ```
 
-    The parameter is an array of the selected rows only. So optimizers have moments for no other
-    row, and nothing, such as weight decay, can change another row. This is `eqx.partition` for
-    rows.
+    This is `eqx.partition` for rows. The parameter is an array of the selected rows only. So an
+    optimizer has no moments for other rows, and nothing can change them, not even weight decay.
 
     **Arguments:**
 
     - `model`: any PyTree with an [`eqx_embedding.EmbeddingTable`][] of this vocabulary.
-    - `rows`: the tokens to train: integers, a slice or range, or a boolean for each token. Must not
-        be traced by `jax.jit`.
+    - `rows`: the tokens to train: integers, a slice or range, or a boolean for each token. They
+        must not be traced by `jax.jit`.
     - `vocabulary_axis`: which vocabulary, by the `vocabulary_axis` of its tables. All of its tables
         are split, with their biases. Defaults to `"vocabulary"`.
-    - `filter_spec`: what else of the model to train, as in `eqx.partition`. `eqx.is_inexact_array`
-        trains all of it. The selected rows are always trained. Defaults to `False`: nothing else.
+    - `filter_spec`: which other leaves of the model to train, as in `eqx.partition`. With
+        `eqx.is_inexact_array`, all of them. The selected rows are always trained. Defaults to
+        `False`: nothing else.
 
     **Returns:**
 
@@ -63,14 +63,15 @@ def partition_rows(
         not use its tables by themselves: token 0 would be the first selected row.
     - `frozen` is a PyTree with the rest, the whole old tables included.
 
-    Both can be arguments of `eqx.filter_jit`, which does not compile again for other rows of the
-    same number. If a mesh splits the vocabulary, each device has all of the selected rows.
+    Both can be arguments of a function under `eqx.filter_jit`. For another selection of as many
+    rows, it is not compiled again. If a mesh splits the vocabulary, each device has all selected
+    rows.
 
     **Raises:**
 
-    - `ValueError` if rows repeat, are out of range (below 0, or not below the number of tokens
-        without padding), or if there are none; if no table of this vocabulary has arrays; and for
-        a skeleton: use `eqx.filter_eval_shape` around this call.
+    - `ValueError` if rows repeat; if one is out of range, below 0 or not below the number of tokens
+        without padding; if there are none; if no table of this vocabulary has arrays; and for a
+        skeleton: use `eqx.filter_eval_shape` around this call.
     - `TypeError` for traced rows.
     """
     vocab_size = find_vocab_size(find_tables(model, vocabulary_axis))
@@ -109,19 +110,20 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
     **Raises:**
 
     A `ValueError` if `trained` and `frozen` do not fit each other: both must come from one call of
-    [`eqx_embedding.partition_rows`][], and must not be resized. Results of two calls for the same
-    number of rows cannot be told apart, and the rows of `frozen` are used: store both in a
-    checkpoint.
+    [`eqx_embedding.partition_rows`][], and must not be resized.
+
+    The results of two calls for the same number of rows do fit each other. Then the new values go
+    to the rows that were selected for `frozen`. So store both in a checkpoint.
     """
     if _structure(trained) != _structure(frozen.model):
         raise ValueError(
-            "trained and frozen must be the two results of one call of partition_rows, and not "
-            "resized since, but their structures differ."
+            "trained and frozen must be the two results of one call of partition_rows, not resized "
+            "since then, but their structures differ."
         )
     vocab_size = find_vocab_size(find_tables(frozen.model, frozen.vocabulary_axis))
     if vocab_size != frozen.vocab_size:
         raise ValueError(
-            f"frozen has a vocabulary of {vocab_size} tokens, which had {frozen.vocab_size} when "
+            f"frozen has a vocabulary of {vocab_size} tokens, but had {frozen.vocab_size} when "
             "partition_rows made it: combine the two parts before you resize the model."
         )
     is_table = is_table_of(frozen.vocabulary_axis)
@@ -147,7 +149,7 @@ def _take(rows: np.ndarray, place: Place, array: Any) -> Array:
             "`eqx.filter_eval_shape(lambda model: partition_rows(model, rows), model)`."
         )
     array = jnp.asarray(array)
-    # There are few selected rows, so that each device has all of them
+    # Each device gets all selected rows, which are few
     sharding = _explicit_sharding(array, unsplit=place.axis)
     selected = array.at[(slice(None),) * place.axis + (rows,)]
     return selected.get(unique_indices=True, out_sharding=sharding)
@@ -156,7 +158,7 @@ def _take(rows: np.ndarray, place: Place, array: Any) -> Array:
 def _put(rows: Array | np.ndarray, place: Place, array: Any, new: Any) -> Array:
     array, axis = jnp.asarray(array), place.axis
     expected = (*array.shape[:axis], len(rows), *array.shape[axis + 1 :])
-    if np.shape(new) != expected:  # which JAX might broadcast
+    if np.shape(new) != expected:  # JAX might broadcast it
         raise ValueError(
             f"trained must have an array of shape {expected} for the {len(rows)} rows of a table "
             f"of shape {array.shape}, got {np.shape(new)}."
@@ -201,5 +203,6 @@ def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: 
         )
     values, counts = np.unique(index, return_counts=True)
     if len(values) < len(index):
-        raise ValueError(f"rows must be unique, got {values[counts > 1][:5].tolist()} again.")
+        repeated = values[counts > 1][:5].tolist()
+        raise ValueError(f"rows must be unique, got {repeated} more than once.")
     return index.astype(np.int32)

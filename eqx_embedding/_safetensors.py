@@ -1,4 +1,4 @@
-"""Tables in and out of safetensors files, https://github.com/huggingface/safetensors."""
+"""Reads and writes tables as safetensors files, https://github.com/huggingface/safetensors."""
 
 import difflib
 import json
@@ -18,7 +18,7 @@ from ._inputs import as_float_dtype
 from ._table import EmbeddingTable
 
 
-# The names of input embeddings in common architectures.
+# The names of input embeddings in common architectures
 INPUT_EMBEDDINGS = (
     "transformer.wte.weight",  # GPT-2
     "wte.weight",
@@ -33,7 +33,7 @@ INPUT_EMBEDDINGS = (
 )
 
 METADATA = "eqx_embedding"
-# The dtypes of tables, and their names in a file.
+# The dtypes of tables, and their names in a file
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 DEFAULT_NAMES = ("vocabulary", "embedding")
 
@@ -46,7 +46,7 @@ def load_safetensors(
     bias: str | None = None,
     dtype: DTypeLike | None = None,
 ) -> EmbeddingTable:
-    """Reads one table from a safetensors file or a model directory, and no other tensor's bytes.
+    """Reads one table from a safetensors file or a model directory. Other tensors are not read.
 
     ```python
     table = load_safetensors("path/to/model")                        # the input embeddings
@@ -54,9 +54,8 @@ def load_safetensors(
     ```
 
     An untied model has a second table for the output, `lm_head.weight` (in GPT-NeoX
-    `embed_out.weight`). Then both lines above give a table: store them in two fields. In a tied
-    model the second line is a `ValueError`, because there is no such tensor: store the first table
-    once.
+    `embed_out.weight`): store the two tables in two fields. A tied model has no such tensor, so the
+    second line is a `ValueError`: store the first table once.
 
     **Arguments:**
 
@@ -66,9 +65,9 @@ def load_safetensors(
         [`eqx_embedding.save_safetensors`][], or the input embeddings of a model, by their names in
         GPT-2, Llama, Mistral, Qwen, Gemma, BERT, T5, OPT and GPT-NeoX.
     - `axis_names`: a name for each axis of the tensor. `"vocabulary"` is the axis indexed by
-        tokens, or the first one if none has that name. A file written by
-        [`eqx_embedding.save_safetensors`][] stores names and sizes, which are used if this argument
-        is left at its default, `("vocabulary", "embedding")`.
+        tokens, or the first one if none has that name. Defaults to `("vocabulary", "embedding")`.
+        With the default, the names and sizes in a file written by
+        [`eqx_embedding.save_safetensors`][] are used instead.
     - `bias`: the tensor with the bias of the table, one number for each row, such as
         `"lm_head.bias"`. Defaults to `None`: the bias in a file written by
         [`eqx_embedding.save_safetensors`][], if it has one, and otherwise no bias.
@@ -83,60 +82,48 @@ def load_safetensors(
 
     - `FileNotFoundError` if the file, the model in a directory, or a file named by its index is
         missing; `PermissionError` if it may not be read.
-    - `ValueError` if a file is incomplete or not a safetensors file; if there is no tensor of that
-        name; without a name, if none or several of the known names are there; if an index names a
-        file outside of the directory; if a tensor has another dtype, or another number of axes than
-        `axis_names`; if the bias does not have one number for each row; if `axis_names` disagree
-        with those in the file; and for float64 outside of JAX's 64-bit mode.
+    - `ValueError` if a file is incomplete or not a safetensors file, or if an index names a file
+        outside of the directory.
+    - `ValueError` if there is no tensor of that name; without a name, if none or several of the
+        known names are there.
+    - `ValueError` if a tensor has another dtype; if it does not have an axis for each name; if the
+        bias does not have one number for each row; if `axis_names` disagree with those in the
+        file; and for float64 outside of JAX's 64-bit mode.
     - `ImportError` if the package safetensors is not installed.
     """
-    if not axis_names:
-        raise ValueError("axis_names must have a name for the vocabulary at least, got ().")
     path = Path(path)
     files = _find_files(path)
-    if not files:
-        raise ValueError(f"{path} has no tensors.")
-    if name is None:
-        name = _choose_name(path, files)
-    tensor = _read_tensor(path, files, name)
+    tensor = _read_tensor(path, files, _choose_name(path, files) if name is None else name)
     array = _convert(tensor, dtype)
     layout = _saved_layout(tensor, axis_names)
     if layout is None:
         layout = _given_layout(tensor, axis_names)
-    else:  # In the file, the vocabulary is the first axis and the embedding is the second.
+    else:  # `save_safetensors` wrote a matrix of rows
         axis = list(layout.axes).index(layout.vocabulary_axis)
         sizes = list(layout.axes.values())
         array = np.moveaxis(array.reshape(-1, *sizes[:axis], *sizes[axis + 1 :]), 0, axis)
-    bias_name = layout.bias if bias is None else bias
-    bias_array = None
+    bias_name, bias_array = layout.bias if bias is None else bias, None
     if bias_name is not None:
-        bias_tensor = _read_tensor(path, files, bias_name)
-        shape = (layout.axes[layout.vocabulary_axis],)
-        if bias_tensor.array.shape != shape:
-            raise ValueError(
-                f"{bias_tensor.about} has shape {bias_tensor.array.shape}, but the bias of "
-                f"{name!r} must have shape {shape}: one number for each row."
-            )
-        bias_array = jnp.asarray(_convert(bias_tensor, dtype))
-    _, vocabulary_axis, padding_rows, _ = layout
+        bias_array = jnp.asarray(_convert(_read_tensor(path, files, bias_name), dtype))
+    axes, vocabulary_axis, padding_rows, _ = layout
     return EmbeddingTable(
-        jnp.asarray(array), tuple(layout.axes), vocabulary_axis, padding_rows, bias_array
+        jnp.asarray(array), tuple(axes), vocabulary_axis, padding_rows, bias_array
     )
 
 
 def save_safetensors(
     table: EmbeddingTable, path: str | os.PathLike[str], name: str = "embeddings"
 ) -> None:
-    """Writes a table to a safetensors file, which is replaced as a whole or not at all.
+    """Writes a table to a safetensors file. An old file is replaced as a whole or not at all.
 
-    The tensor has the shape `(rows, product of embedding sizes)`, as other programs expect it,
-    padding rows included. The bias, if there is one, is a second tensor of shape `(rows,)`. The
-    names and sizes of all axes are stored in the metadata, so that
-    [`eqx_embedding.load_safetensors`][] returns the same table, bit for bit.
+    The tensor has the shape `(rows, product of embedding sizes)`, padding rows included, as other
+    programs expect it. The bias, if there is one, is a second tensor of shape `(rows,)`. The
+    metadata hold the names and sizes of all axes, so that [`eqx_embedding.load_safetensors`][]
+    returns the same table, bit for bit.
 
-    The new file is written and flushed to disk in a temporary folder beside the old one, then moved
-    to its place. If the process is killed, the old file is unchanged, and the folder
-    `<50 letters of the file name>.<random>.partial` is left, which may be deleted.
+    The new file is written to a temporary folder beside the old one, flushed to disk, and then
+    moved to its place. If the process is killed, the old file does not change. Then the folder
+    `<50 letters of the file name>.<random>.partial` may remain, and can be deleted.
 
     **Arguments:**
 
@@ -154,18 +141,16 @@ def save_safetensors(
     - `ImportError` if the package safetensors is not installed.
     """
     path, save_file = Path(path), _import_safetensors().numpy.save_file
-    if name == "__metadata__":  # the file would be broken
-        raise ValueError("the safetensors format keeps the name '__metadata__' for itself.")
+    if name == "__metadata__":  # safetensors would write a broken file
+        raise ValueError("the safetensors format reserves the name '__metadata__'.")
     table._check_arrays("Save one of its tables at a time.")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: give the name of a file in it.")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} to.")
     tensors, layout = _as_tensors(table, name)
     with tempfile.TemporaryDirectory(".partial", path.name[:50] + ".", path.parent) as folder:
         new, blank = Path(folder, "new"), Path(folder, "blank")
         save_file(tensors, new, {METADATA: json.dumps(layout)})
-        # safetensors makes a file that only its owner can read.
+        # safetensors makes a file that only its owner can read
         blank.touch()
         shutil.copymode(path if path.exists() else blank, new)
         with open(new, "rb") as file:
@@ -183,7 +168,7 @@ class Tensor(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a tensor becomes a table."""
+    """The axes of a table, and its padding and bias."""
 
     axes: dict[str, int]
     vocabulary_axis: str
@@ -213,7 +198,7 @@ def _as_tensors(table: EmbeddingTable, name: str) -> tuple[dict[str, np.ndarray]
         "padding_rows": table.padding_rows,
         "bias": bias_name,
     }
-    # safetensors writes the memory of an array in order, whatever its strides are.
+    # safetensors ignores the strides of an array
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, layout
 
 
@@ -230,16 +215,14 @@ def _import_safetensors() -> Any:
 
 def _open(path: Path) -> Any:
     safetensors = _import_safetensors()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
-    with open(path, "rb"):  # a `PermissionError`, where safetensors would say that it is missing
+    with open(path, "rb"):  # else safetensors would call a file missing that may not be read
         pass
     try:
         return safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}). It has another format, or was cut "
-            f"short: it has {path.stat().st_size} bytes."
+            f"short after {path.stat().st_size} bytes."
         ) from None
 
 
@@ -261,11 +244,11 @@ def _find_files(path: Path) -> dict[str, Path]:
         files = {name: path / file for name, file in files.items()}
         for name, file in files.items():
             if path not in file.parents or ".." in file.relative_to(path).parts:
-                raise ValueError(f"{name!r} is said to be in {file}, outside of the directory")
+                raise ValueError(f"it names the file {file} for {name!r}, outside of the directory")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f'{index} is not the index of a model: it should be JSON with a "weight_map" from '
-            f"tensors to files ({type(error).__name__}: {error})."
+            f"names of tensors to files ({type(error).__name__}: {error})."
         ) from None
     return files
 
@@ -282,11 +265,11 @@ def _choose_name(path: Path, files: dict[str, Path]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"{path} has several tables: give the name of one, {found}.")
+        raise ValueError(f"{path} has several tables: give the name of one of {found}.")
     similar = [name for name in files if any(part in name for part in ("embed", "wte", "emb."))]
     shown = (similar or list(files))[:10]
     raise ValueError(
-        f"none of the {len(files)} tensors of {path} has a name known for input embeddings. Give a "
+        f"none of the {len(files)} tensors in {path} has a known name of input embeddings. Give a "
         f"name, such as {', '.join(map(repr, shown))}."
     )
 
@@ -302,8 +285,8 @@ def _read_tensor(path: Path, files: dict[str, Path], name: str) -> Tensor:
     with _open(files[name]) as file:
         if name not in file.keys():
             raise ValueError(
-                f"the index in {path} says that {name!r} is in {files[name].name}, which does not "
-                "have it. The directory mixes two models, or its index is out of date."
+                f"the index in {path} says that {name!r} is in {files[name].name}, but it is not. "
+                "The directory mixes two models, or its index is out of date."
             )
         kind = file.get_slice(name).get_dtype()
         if kind not in DTYPES.values():
@@ -315,8 +298,8 @@ def _convert(tensor: Tensor, dtype: DTypeLike | None) -> np.ndarray:
     wanted = as_float_dtype("embeddings", "dtype", tensor.array.dtype if dtype is None else dtype)
     if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
-            f"{tensor.about} would be float64, which JAX has only in its 64-bit mode: give "
-            "dtype=jnp.float32, or jax.config.update('jax_enable_x64', True)."
+            f"{tensor.about} would be float64, which JAX has only in its 64-bit mode: use "
+            "dtype=jnp.float32, or call jax.config.update('jax_enable_x64', True)."
         )
     return tensor.array.astype(wanted, copy=False)
 
@@ -326,7 +309,7 @@ def _given_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout:
     shape = tensor.array.shape
     if len(shape) != len(axis_names):
         advice = (
-            " Load it with two names, and give the embedding its axes: EmbeddingTable("
+            " Load it with two names, and then split its embedding axis: EmbeddingTable("
             'table.embeddings.reshape(-1, heads, features), ("vocabulary", "heads", '
             '"features")).'
         )
@@ -339,7 +322,7 @@ def _given_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout:
 
 
 def _saved_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout | None:
-    """The layout that `save_safetensors` stored for this tensor, if it did."""
+    """The layout that `save_safetensors` stored for this tensor, or `None`."""
     shape, saved = tensor.array.shape, _parse(tensor.metadata)
     if METADATA not in tensor.metadata or saved.get("name", tensor.name) != tensor.name:
         return None
@@ -359,13 +342,13 @@ def _saved_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout | None:
     if axis_names not in (DEFAULT_NAMES, tuple(axes)):
         raise ValueError(
             f"{tensor.about} was saved with axis_names={tuple(axes)}, which disagree with "
-            f"axis_names={axis_names}. Leave them out, and rename the axes of the table."
+            f"axis_names={axis_names}. Leave them out, and rename the axes of the loaded table."
         )
     return Layout(axes, vocabulary_axis, padding_rows, bias)
 
 
 def _parse(metadata: dict[str, str]) -> dict[str, Any]:
-    """What `save_safetensors` stored in the metadata, or nothing if that is unreadable."""
+    """The metadata that `save_safetensors` stored, or an empty dict if it is unreadable."""
     try:
         saved = json.loads(metadata[METADATA])
     except (ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""Type errors that end with what to write instead."""
+"""Type errors that say what to write instead."""
 
 import functools
 import inspect
@@ -33,7 +33,7 @@ def suggest(**suggestions: Callable[[Any], str | None]) -> Callable[[Function], 
                 given = dict(zip(parameters, args)) | kwargs
                 for name in suggestions.keys() & given.keys():
                     if (suggestion := suggestions[name](given[name])) is not None:
-                        wrong = _in_short(given[name])
+                        wrong = _describe(given[name])
                         error.add_note(f"Instead of {name}={wrong}, use {suggestion}.")
                 raise
 
@@ -47,7 +47,7 @@ def suggest_key(key: Any) -> str | None:
 
 
 def suggest_array(array: Any) -> str | None:
-    return f"jnp.asarray({_in_short(array)})" if isinstance(array, list | tuple) else None
+    return f"jnp.asarray({_describe(array)})" if isinstance(array, list | tuple) else None
 
 
 def suggest_tokens(tokens: Any) -> str | None:
@@ -59,11 +59,11 @@ def suggest_tokens(tokens: Any) -> str | None:
 
 def suggest_number(number: Any) -> str | None:
     if isinstance(number, jax.Array | np.ndarray):
-        return "a number of Python, which is known when the program is traced"
+        return "a Python number, which is known while JAX traces the program"
     return None
 
 
-def _in_short(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.dtype.name}{list(value.shape)}"
     return reprlib.repr(value)

@@ -1,4 +1,4 @@
-"""`EmbeddingTable`: everything that exists once per token."""
+"""`EmbeddingTable`: the parameters of a vocabulary."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import final
@@ -20,7 +20,7 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
 def _fan_out_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Normal with standard deviation `1 / sqrt(product of embedding sizes)`: penzai's default."""
+    """penzai's default: normal, with standard deviation `1 / sqrt(product of embedding sizes)`."""
     embedding_axes = tuple(range(1, len(shape)))
     draw = variance_scaling(
         1.0, "fan_out", "normal", in_axis=(), out_axis=embedding_axes, batch_axis=0
@@ -60,20 +60,23 @@ class EmbeddingTable(eqx.Module):
         of `embeddings`.
     - `vocabulary_axis`: the name of the axis indexed by tokens, anywhere in `axis_names`. All other
         axes belong to the embedding. Defaults to `"vocabulary"`.
-    - `padding_rows`: how many rows at the end of the vocabulary axis stand for no token. They are
-        never looked up and have no logit. Defaults to 0.
+    - `padding_rows`: how many rows at the end of the vocabulary axis are padding. They are never
+        looked up and have no logit. Defaults to 0.
     - `bias`: one number for each row, padding rows included, added to the logit of that row by
         [`eqx_embedding.EmbeddingDecode`][]. Its shape is `(rows,)`, or `(*stacked, rows)` for a
         stacked table. Defaults to `None`, no bias.
 
     **Raises:**
 
-    A `ValueError` if names repeat or are not strings; if `vocabulary_axis` is not one of them; if
-    `embeddings` has fewer axes than names, or an axis of size 0; unless `0 <= padding_rows < rows`;
-    and if the bias does not have one number for each row.
+    A `ValueError`:
+
+    - if names repeat or are not strings, or `vocabulary_axis` is not one of them;
+    - if `embeddings` has fewer axes than names, or an axis of size 0;
+    - unless `0 <= padding_rows < rows`;
+    - if the bias does not have one number for each row.
     """
 
-    # No converter: it would turn the type check of the field off. `_rows_first` converts.
+    # No converter, which would turn off the type check of the field
     embeddings: Float[Array | np.ndarray, "..."]
     axis_names: tuple[str, ...] = eqx.field(static=True)
     vocabulary_axis: str = eqx.field(static=True, default="vocabulary")
@@ -82,7 +85,7 @@ class EmbeddingTable(eqx.Module):
 
     def __check_init__(self):
         names = self.axis_names
-        # The type checks look at one of the names only.
+        # beartype checks only one of the names
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"axis_names must be a tuple of strings, got {names!r}.")
         if len(set(names)) < len(names):
@@ -135,7 +138,7 @@ class EmbeddingTable(eqx.Module):
             JAX's 64-bit mode.
         - `use_bias`: whether the table has a bias, which starts at zero. Defaults to `False`.
         - `pad_to_multiple_of`: rows of zeros are added until the number of rows is a multiple of
-            this, so that a mesh can divide them. The draw for tokens does not depend on it.
+            this, so that a mesh can divide them. The embeddings of tokens do not depend on it.
             Defaults to 1, no padding.
         - `key`: a `jax.random.key` for the initializer.
 
@@ -146,7 +149,7 @@ class EmbeddingTable(eqx.Module):
         **Raises:**
 
         A `ValueError` for a size below 1, for a `vocabulary_axis` that is also an embedding axis,
-        for a `dtype` that is not floating, or if the initializer returns another shape.
+        for a `dtype` that is not floating, and if the initializer returns another shape.
         """
         if not isinstance(embedding_axes, Mapping):
             raise TypeError(
@@ -155,12 +158,7 @@ class EmbeddingTable(eqx.Module):
         numbers = vocab_size, *embedding_axes.values(), pad_to_multiple_of
         names = vocabulary_axis, *embedding_axes
         sizes = _named_sizes(names, numbers[:-1])
-        if vocabulary_axis in embedding_axes:
-            raise ValueError(
-                f"the vocabulary axis {vocabulary_axis!r} is also an embedding axis: {sizes}. "
-                "Give one of them another name."
-            )
-        # The type checks look at one size of `embedding_axes` only.
+        # beartype checks only one size of `embedding_axes`
         if not all(isinstance(number, Whole) and number >= 1 for number in numbers):
             raise ValueError(
                 f"every size must be an integer of at least 1, got {sizes}, pad_to_multiple_of="
@@ -195,7 +193,7 @@ class EmbeddingTable(eqx.Module):
         return sizes
 
     def partition_spec(self, rules: Rules) -> PartitionSpec:
-        """How a device mesh splits `embeddings`.
+        """Returns how a device mesh splits `embeddings`.
 
         **Arguments:**
 
@@ -206,13 +204,13 @@ class EmbeddingTable(eqx.Module):
         **Returns:**
 
         A `jax.sharding.PartitionSpec` with one entry for each axis of `embeddings`. Axes without a
-        rule, and those in front of the named ones, are not split.
+        rule are not split, nor are the leading axes of a stacked table.
         """
         stacked = (None,) * len(self._stacked_shape)
         return PartitionSpec(*stacked, *(rules.get(name) for name in self.axis_names))
 
     def shardings(self, mesh: Mesh | AbstractMesh, rules: Rules) -> "EmbeddingTable":
-        """How a device mesh splits each array of the table.
+        """Returns how a device mesh splits each array of the table.
 
         ```python
         table = jax.device_put(table, table.shardings(mesh, {"vocabulary": "model"}))
@@ -252,12 +250,12 @@ class EmbeddingTable(eqx.Module):
         return self._sizes[self.axis_names.index(self.vocabulary_axis)]
 
     def _count_tokens(self, num_rows: int) -> int:
-        """The number of tokens among `num_rows` rows, of which the last ones are padding."""
+        """The number of tokens if the table has `num_rows` rows, padding included."""
         if num_rows <= self.padding_rows:
             raise ValueError(
-                f"this table has {num_rows} rows, {self.padding_rows} of them padding, and none "
-                "for a token. If it is the trained part of `partition_rows`, or made from it, use "
-                "`combine_rows` first."
+                f"this table has {num_rows} rows, {self.padding_rows} of them padding, so no row "
+                "is left for a token. If it is the trained part of `partition_rows`, or made from "
+                "it, use `combine_rows` first."
             )
         return num_rows - self.padding_rows
 
@@ -268,26 +266,26 @@ class EmbeddingTable(eqx.Module):
         return jnp.moveaxis(embeddings, axis, 0), bias
 
     def _checked_embeddings(self) -> tuple[Array, int]:
-        """The embeddings with their axes as they are, and the position of the vocabulary axis.
+        """The embeddings with their axes unchanged, and the position of the vocabulary axis.
 
-        Lookups use this, because the gradient of `_rows_first` can take a second buffer.
+        For lookups: with `_rows_first`, their gradient could need a second buffer.
         """
         self._check_arrays()
         return jnp.asarray(self.embeddings), self.axis_names.index(self.vocabulary_axis)
 
     def _check_arrays(
         self,
-        advice: str = "Use it inside `eqx.filter_vmap` or `jax.lax.scan`, which take them away.",
+        advice: str = "Use it inside `eqx.filter_vmap` or `jax.lax.scan`, one table at a time.",
     ) -> None:
-        """Raises an error unless this is a table with arrays that is not stacked.
+        """Raises an error unless this table has arrays and is not stacked.
 
-        A checkpoint, `eqx.tree_at` or `eqx.partition` may have replaced what `__check_init__` saw.
+        A checkpoint, `eqx.tree_at` or `eqx.partition` may have changed it since `__check_init__`.
         """
         arrays = {"embeddings": self.embeddings}
         if self.bias is not None:
             arrays["bias"] = self.bias
         for name, array in arrays.items():
-            masked = isinstance(array, np.ma.MaskedArray)  # `np.asarray` would drop the mask
+            masked = isinstance(array, np.ma.MaskedArray)  # `jnp.asarray` would drop the mask
             if masked or not isinstance(array, jax.Array | np.ndarray):
                 raise ValueError(
                     f"this table has {type(array).__name__} in place of its {name}. Combine the "

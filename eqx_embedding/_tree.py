@@ -12,14 +12,14 @@ from ._table import EmbeddingTable
 
 
 class Place(NamedTuple):
-    """Where an array has its vocabulary axis."""
+    """Where the vocabulary axis of an array is."""
 
     axis: int
-    num_stacked: int  # the axes in front of the named ones
+    num_stacked: int  # how many axes are in front of the named ones
 
 
 def is_table_of(vocabulary_axis: str) -> Callable[[Any], bool]:
-    """An `is_leaf` for `jax.tree.map`, which stops at the tables of this vocabulary."""
+    """An `is_leaf` for `jax.tree.map` that makes the tables of this vocabulary leaves."""
     return lambda node: _is_table(node) and node.vocabulary_axis == vocabulary_axis
 
 
@@ -43,7 +43,7 @@ def find_tables(tree: PyTree, vocabulary_axis: str) -> dict[str, EmbeddingTable]
 
 
 def find_vocab_size(tables: dict[str, EmbeddingTable]) -> int:
-    """The number of tokens that each of these tables has, or 0 if none has arrays."""
+    """The number of tokens of these tables, which must be the same, or 0 if none has arrays."""
     sizes: dict[int, str] = {}
     for path, table in tables.items():
         for field, names in _axis_names(table).items():
@@ -76,7 +76,8 @@ def map_arrays(
 ) -> EmbeddingTable:
     """The table with `function(place, array, *arrays_of_others)` in place of each array.
 
-    Anything else in place of an array stays. `padding_rows=None` leaves their number unchanged.
+    Anything else in place of an array does not change. The new table has `padding_rows` padding
+    rows, or with `None` as many as the old one.
     """
     new = {}
     for field, names in _axis_names(table).items():

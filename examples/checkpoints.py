@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, whatever kills the program and whenever."""
+"""Checkpoints that are complete or absent, whenever the program is killed."""
 
 import copy
 import functools
@@ -12,11 +12,11 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 
-TIMEOUT = 30  # seconds, for a folder to be seen by all who share it
+TIMEOUT = 30  # seconds until all processes must see a shared folder
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file at once, so that nobody sees it half written."""
+    """Replaces the file atomically, so that nobody sees it half written."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     os.replace(partial, path)
@@ -26,7 +26,10 @@ class Checkpoints:
     """The last two checkpoints of the run in the folder `out`, written by orbax."""
 
     def __init__(self, out: Path, exists: bool):
-        """Stops the program with one line unless `out` holds a run, or none, as `exists` says."""
+        """`exists` says whether `out` must hold a run, or must not hold one.
+
+        Otherwise the program stops with one line.
+        """
         if out.exists() and not out.is_dir():
             raise SystemExit(f"{out} is not a folder.")
         self.out, self.folder = out, out.absolute() / "checkpoints"
@@ -37,15 +40,15 @@ class Checkpoints:
                 "run there."
             )
         if steps and not exists:
-            raise SystemExit(f"{out} holds a run: go on with --resume, or choose another --out.")
+            raise SystemExit(f"{out} holds a run: continue with --resume, or choose another --out.")
         self.last_step = max(steps, default=0)
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
-        # It makes the folder: so it waits until there is something to write.
+        # Created when it is first used, because it creates the folder
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         manager = ocp.CheckpointManager(self.folder, options=options)
-        # The first of several processes has made the folder. The others might see it later, or not.
+        # Process 0 has created the folder. Other processes may see it later, or never.
         until = time.monotonic() + TIMEOUT
         while not self.folder.is_dir():
             if time.monotonic() > until:
@@ -54,7 +57,7 @@ class Checkpoints:
         return manager
 
     def save(self, step: int, about: dict[str, Any], **trees: PyTree) -> None:
-        """Writes in the background, from copies. What goes into `about` is JSON."""
+        """Writes copies of the trees in the background, and `about` as JSON."""
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(about=ocp.args.JsonSave(copy.deepcopy(about)), **items)
         self.manager.save(step, args=args)
@@ -69,7 +72,7 @@ class Checkpoints:
         return self._restore(about=ocp.args.JsonRestore())["about"]
 
     def trees(self, **like: PyTree) -> list[PyTree]:
-        """Trees of the last checkpoint, by their names, shaped as those given."""
+        """Trees of the last checkpoint, with the names and shapes of those given."""
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         restored = self._restore(**items)
@@ -83,8 +86,8 @@ class Checkpoints:
         except Exception as error:  # orbax raises whatever its storage layers raise
             raise SystemExit(
                 f"the checkpoint {self.out}/checkpoints/{self.last_step} is broken "
-                f"({type(error).__name__}). Nothing was changed; delete that folder to go on from "
-                "the one before it."
+                f"({type(error).__name__}). Nothing was changed. Delete that folder to continue "
+                "from the checkpoint before it."
             ) from error
 
 
@@ -97,5 +100,5 @@ def check_identity(out: Path, here: dict[str, Any], there: dict[str, Any]) -> No
     ]
     if differences:
         raise SystemExit(
-            f"cannot resume: the run in {out} is another one: {'; '.join(differences)}."
+            f"cannot resume: the run in {out} has other settings: {'; '.join(differences)}."
         )

@@ -1,4 +1,4 @@
-"""Settings from the command line, and one line for what is wrong with them."""
+"""Settings from the command line, with errors of one line."""
 
 import contextlib
 import io
@@ -13,9 +13,9 @@ Config = TypeVar("Config")
 
 
 def require(config: Any, name: str, holds: bool, requirement: str) -> None:
-    """Stops the program with one line unless what is required of the field `name` holds.
+    """Stops the program with one line unless the field `name` meets its requirement.
 
-    Infinity never will do, as in a learning rate.
+    Infinite values are rejected.
     """
     option, value = name.replace("_", "-"), operator.attrgetter(name)(config)
     if holds and value == math.inf:
@@ -27,15 +27,15 @@ def require(config: Any, name: str, holds: bool, requirement: str) -> None:
 def from_command_line(config: type[Config], description: str | None) -> Config:
     """Reads the fields of the dataclass `config` as options.
 
-    Stops the program with one line where tyro draws a box of several.
+    A wrong option stops the program with one line, where tyro would print a box of several.
     """
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(config, description=description)
     except SystemExit:
-        # The first line is the title. What is wrong stands below it, between two rules. The box is
-        # of signs that depend on the encoding of the terminal.
+        # The first line of the box is its title. Below it, the message is between two horizontal
+        # lines. The characters of the box depend on the encoding of the terminal.
         message: list[str] = []
         for line in box.getvalue().splitlines()[1:]:
             line = line.strip("│╰╯─ ")
@@ -43,6 +43,6 @@ def from_command_line(config: type[Config], description: str | None) -> Config:
                 message.append(line)
             elif message:
                 break
-        if not message:  # this was --help, or has its line already
+        if not message:  # this was --help, or an error of one line
             raise
         raise SystemExit(f"{' '.join(message).rstrip('.')}. See --help.") from None

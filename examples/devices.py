@@ -1,8 +1,8 @@
 """The devices that a run computes on: one, or a mesh of several.
 
-Sequences are split over the mesh axis `data`, the vocabulary over `model`, by the names of the axes
-of its table. The mesh's axes are explicit, which is the default of `jax.make_mesh`: JAX carries the
-splits through the model as a part of the arrays' types, so that the model knows nothing of them.
+Sequences are split over the mesh axis `data`. The vocabulary is split over `model`, by the name of
+its axis in the table. Mesh axes are explicit, as `jax.make_mesh` makes them: the split is part of
+the types of the arrays, so the code of the model does not mention it.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ RULES = {"vocabulary": "model"}
 
 @dataclasses.dataclass(frozen=True)
 class MeshSize:
-    """How many devices split what."""
+    """How many devices split the batch and the vocabulary."""
 
     data: int = 0
-    """The sequences of a batch are split over so many devices. 0: one of each process."""
+    """Over how many devices the sequences of a batch are split. 0: one for each process."""
     model: int = 1
-    """The vocabulary is split over so many devices."""
+    """Over how many devices the vocabulary is split."""
 
     @property
     def devices(self) -> int:
@@ -38,17 +38,17 @@ class MeshSize:
 
 
 class Devices:
-    """Where the arrays of a run are. Without a mesh that is JAX's first device."""
+    """Places the arrays of a run on a mesh, or without one on JAX's first device."""
 
     def __init__(self, mesh: jax.sharding.Mesh | None = None):
         self.mesh = mesh
 
     def use(self) -> contextlib.AbstractContextManager[Any]:
-        """The context to compute in."""
+        """The context for all computations."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def place(self, tree: PyTree) -> PyTree:
-        """A model or the state of an optimizer, its tables split over the mesh."""
+        """Places a model or an optimizer state on the mesh, with its tables split."""
         mesh = self.mesh
         if mesh is None:
             return tree
@@ -63,7 +63,7 @@ class Devices:
     def batch(
         self, read: Callable[[slice], np.ndarray], shape: tuple[int, ...], axis: int = 0
     ) -> Array:
-        """An array whose `axis` is split over `data`: each device gets `read(its part)`, so that no
+        """An array whose `axis` is split over `data`. Each device gets `read(its part)`, so that no
         process reads the part of another."""
         if self.mesh is None:
             return jnp.asarray(read(slice(None)))
@@ -75,7 +75,7 @@ class Devices:
         return jax.make_array_from_callback(shape, sharding, part)
 
     def whole(self, tree: PyTree) -> PyTree:
-        """The same in numpy, whole on every process."""
+        """The tree with whole NumPy arrays, on every process."""
         if self.mesh is not None:
             everywhere = NamedSharding(self.mesh, PartitionSpec())
             tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
@@ -83,12 +83,14 @@ class Devices:
 
 
 def find_devices(size: MeshSize, num_processes: int) -> Devices:
-    """The devices of a mesh, or one line if there are too few of them. Without accelerators, the
-    CPU stands for as many as it takes."""
+    """The devices of a mesh. If there are too few, the program stops with one line.
+
+    Without accelerators, JAX makes the CPU act as all of them.
+    """
     if size.devices == 1:
         return Devices()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
+        with contextlib.suppress(RuntimeError):  # JAX has already looked for devices
             jax.config.update("jax_num_cpu_devices", size.devices // num_processes)
     devices = jax.devices()
     # each process needs its part of the mesh

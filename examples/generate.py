@@ -3,7 +3,7 @@
     python examples/generate.py --run runs/train_lm --prompt "The "
     python examples/generate.py --run runs/bpe --temperature 0.5 --top-k 10
 
-Prints the text as it is made.
+Prints the text while it is generated.
 """
 
 import codecs
@@ -38,9 +38,9 @@ class Config:
     top_k: int | None = None
     """Choose among this many of the likeliest tokens. None: among all."""
     cache: bool = True
-    """Keep the keys and values of tokens seen. Without, the same text takes longer."""
+    """Keep the keys and values of earlier tokens. Without, the same text takes longer."""
     seed: int = 0
-    """Of the choices."""
+    """The seed of the random choices."""
 
     def __post_init__(self):
         for name in ("length", "temperature", "seed"):
@@ -64,13 +64,13 @@ def load(run: Path) -> tuple[Transformer, Tokenizer]:
 
 
 def main(config: Config) -> None:
-    """Prints the prompt and what the model makes of it."""
+    """Prints the prompt and its continuation."""
     model, tokenizer = load(config.run)
     prompt = config.prompt.encode(errors="surrogateescape")
     tokens = tokenizer.encode(prompt or b"\n")
     if len(tokens) == 0:
-        raise SystemExit("the run's tokenizer knows nothing of this --prompt.")
-    # A character may be split over tokens: it is printed when it is whole.
+        raise SystemExit("the run's tokenizer has no tokens for this --prompt.")
+    # A character may be split over tokens. It is printed when it is complete.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(decoder.decode(prompt), end="", flush=True)
     for token in model.sample(
@@ -89,4 +89,4 @@ if __name__ == "__main__":
     try:
         main(from_command_line(Config, __doc__))
     except (BrokenPipeError, KeyboardInterrupt):
-        os._exit(1)  # the reader has seen enough; Python's own exit would complain
+        os._exit(1)  # Python's own exit would print an error

@@ -1,4 +1,4 @@
-"""Gives a model that train_lm.py has trained new tokens for a new text, and trains only those.
+"""Adds tokens for a new text to a model that train_lm.py has trained, and trains only their rows.
 
     python examples/train_lm.py --tokenizer bpe --vocab-size 1024 --out runs/bpe
     python examples/grow_vocabulary.py --run runs/bpe
@@ -46,7 +46,7 @@ class Config:
     text: Path | None = None
     """The new text. None: the source code of three modules of Python, 340 kB."""
     old_text: Path | None = None
-    """The text of the run, to see what it pays. None: the help topics that come with Python."""
+    """The text of the run, to measure the cost for it. None: the help topics of Python."""
     new_tokens: int = 256
     """How many tokens to add."""
 
@@ -55,13 +55,13 @@ class Config:
     batch_size: int = 16
     """Sequences in a batch, each as long as those of the run."""
     learning_rate: float = 1e-2
-    """The highest rate of AdamW. A cosine takes it to a twentieth."""
+    """The highest learning rate of AdamW. It falls along a cosine, to a twentieth."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, which the new rows alone can feel."""
+    """Decoupled weight decay of the new rows."""
     report_every: int = 100
     """Steps between two measurements on held-out text."""
     seed: int = 0
-    """Of the new rows and the batches."""
+    """The seed of the new rows and the batches."""
 
     def __post_init__(self):
         for name in ("weight_decay", "seed"):
@@ -84,8 +84,10 @@ def read_new_text(path: Path | None) -> Text:
 def frequent_strings(
     tokens: Integer[np.ndarray, " tokens"], pieces: list[bytes], count: int
 ) -> list[bytes]:
-    """Up to `count` strings that would save many tokens: byte pair encoding carried on, with the
-    difference that a pair may reach over the ends of words and lines."""
+    """Up to `count` strings that would save many tokens.
+
+    This continues the byte pair encoding, but a pair may cross the ends of words and lines.
+    """
     tokens, pieces, known = tokens.astype(np.int64), list(pieces), set(pieces)
     first_new = len(pieces)
     while len(pieces) < first_new + count:
@@ -98,7 +100,7 @@ def frequent_strings(
         else:
             break  # no pair that occurs twice is left
         at = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
-        # Of pairs that overlap, as in "aaaa", every other one
+        # If pairs overlap, as in "aaaa", every other one
         runs = np.maximum.accumulate(np.where(np.diff(at, prepend=-2) > 1, at, 0))
         at = at[(at - runs) % 2 == 0]
         tokens[at] = len(pieces)
@@ -109,23 +111,26 @@ def frequent_strings(
 
 
 def bits_per_byte(model: Transformer, text: Tokens) -> float:
-    """The same for all tokenizers: bits for the whole text, divided by its bytes."""
+    """Bits for the whole text, divided by its bytes, so that tokenizers can be compared."""
     batches = windows(text.values, model.positions.vocab_size, batch_size=32)
     loss = model.mean_loss(*map(jnp.asarray, batches))
     return float(loss) / math.log(2) * text.per_byte
 
 
 def main(config: Config) -> list[tuple[int, float]]:
-    """Grows and trains, and returns held-out bits per byte: of the run's own tokens, as step -1,
-    then at each report."""
+    """Grows the model and trains the new rows.
+
+    Returns steps and held-out bits per byte: step -1 is the run before it grows, the others are the
+    reports.
+    """
     about = Checkpoints(config.run, exists=True).about()
     model, tokenizer = load(config.run)
     if tokenizer.json is None:
-        raise SystemExit(f"the tokens of {config.run} are bytes. Take a run of --tokenizer bpe.")
+        raise SystemExit(f"the tokens of {config.run} are bytes. Use a run of --tokenizer bpe.")
     out = Checkpoints(config.out, exists=False)
     text, old_text = read_new_text(config.text), read_text(config.old_text)
     if old_text.sha256 != about["identity"]["text_sha256"]:
-        raise SystemExit(f"{old_text.name} is not what {config.run} learned from: give --old-text.")
+        raise SystemExit(f"{config.run} was not trained on {old_text.name}: give --old-text.")
 
     length, old_size = model.positions.vocab_size, len(tokenizer.pieces)
     train, held_out = tokenize(text, tokenizer, length)
@@ -133,19 +138,19 @@ def main(config: Config) -> list[tuple[int, float]]:
     before, old_before = bits_per_byte(model, held_out), bits_per_byte(model, old_held_out)
     strings = frequent_strings(train.values, tokenizer.pieces, config.new_tokens)
     if not strings:
-        raise SystemExit(f"in {text.name}, no two tokens follow each other more than once.")
+        raise SystemExit(f"no pair of tokens occurs twice in {text.name}.")
     tokenizer = add_tokens(tokenizer, strings)
     new_size = len(tokenizer.pieces)
     train, held_out = tokenize(text, tokenizer, length)
     old_train, old_held_out = tokenize(old_text, tokenizer, length)
-    # New tokens stand in the old text as well, which must not be forgotten.
+    # Train on both texts, because new tokens also occur in the old one
     values = np.concatenate([train.values, old_train.values])
     print(f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out")
     print(f"{old_size:,} tokens, {before:.3f} bits per byte; {new_size - old_size} new ones")
 
     key = jax.random.key(config.seed)
     model = resize_vocabulary(model, new_size, key=key, pad_to_multiple_of=ROWS_MULTIPLE)
-    # All that is trained is an array of the new rows: the optimizer knows of nothing else.
+    # The only parameter is an array of the new rows
     trained, frozen = partition_rows(model, range(old_size, new_size))
     size, whole = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen.model))
     print(f"{size:,} of {whole:,} numbers are trained, as {len(jax.tree.leaves(trained))} array")

@@ -20,7 +20,7 @@ COLORS = {
 
 
 def loss_picture(metrics: list[dict[str, Any]], reference: dict[str, float]) -> bytes:
-    """Bits per byte over steps, beside what easier methods reach."""
+    """Bits per byte over steps, with lines for those of simpler methods."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = [line["step"] for line in metrics]
@@ -74,7 +74,7 @@ def embedding_picture(
         if kind in kinds:
             axes.scatter([], [], color=color, label=kind)
     figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False)
-    figure.draw_without_rendering()  # puts everything in its place, so that labels have one
+    figure.draw_without_rendering()  # so that labels have positions
 
     taken = []
     for token, kind, (x, y) in zip(tokens, kinds, points.tolist()):
@@ -98,9 +98,9 @@ def growth_picture(
     counts: Integer[np.ndarray, " vocabulary"],
     pieces: list[bytes],
 ) -> bytes:
-    """Bits per byte over steps, and how the rows of new tokens moved among those of old ones.
+    """Bits per byte over steps, and how the rows of new tokens moved.
 
-    The most frequent new tokens have a line from where they began to their name.
+    A line leads from the start of each of the most frequent new tokens to its name.
     """
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
@@ -136,8 +136,8 @@ def growth_picture(
     )
     right.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
-    figure.draw_without_rendering()  # puts everything in its place, so that labels have one
-    figure.set_layout_engine("none")  # where it stays
+    figure.draw_without_rendering()  # so that labels have positions
+    figure.set_layout_engine("none")  # which then stay
     right.autoscale(False)
     taken = []
     for token in np.argsort(-counts[old:], kind="stable"):
@@ -164,9 +164,9 @@ def principal_plane(
     rows: Float[np.ndarray, "rows size"],
 ) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " 2"]]:
     """Rows in the plane in which they differ most, and each axis' share of their variance."""
-    rows = np.nan_to_num(rows.astype(np.float64))  # there is no plane for what has diverged
+    rows = np.nan_to_num(rows.astype(np.float64))  # a diverged model has NaN
     left, sizes, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
-    # a plane even for a single row, or for embeddings of size one
+    # a single row, or embeddings of size one, have fewer than two axes
     left, sizes = np.pad(left, ((0, 0), (0, 2))), np.pad(sizes, (0, 2))
     return (left * sizes)[:, :2], sizes[:2] ** 2 / max(sum(sizes**2), 1e-30)
 
@@ -183,7 +183,7 @@ def kind_of(piece: bytes) -> str:
 
 
 def readable(piece: bytes) -> str:
-    """The text of a token, cut short, with white space and bytes that can be seen."""
+    """The text of a token, shortened, with visible signs for white space and bytes."""
     font = get_font(findfont(FontProperties()))
     text = piece.decode(errors="backslashreplace")
     text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")

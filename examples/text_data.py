@@ -1,4 +1,4 @@
-"""Text for a language model: how it is read and cut, and what easy methods reach on it."""
+"""Text for a language model: reads and splits it, and measures simple methods on it."""
 
 import hashlib
 import zlib
@@ -50,13 +50,13 @@ class Tokens(NamedTuple):
 
     values: Integer[np.ndarray, " tokens"]
     per_byte: float
-    """Tokens for each byte, the first token left out: nothing predicts it."""
+    """Tokens for each byte. The first token is left out: it is not predicted."""
 
 
 def tokenize(text: Text, tokenizer: Tokenizer, sequence_length: int) -> tuple[Tokens, Tokens]:
     """The training text and the held-out text in tokens.
 
-    Stops the program with one line if the tokenizer loses something, or a part is too short.
+    Stops the program with one line if the tokenizer changes the text, or a part is too short.
     """
     parts = []
     for part, data in ("first nine tenths", text.train), ("last tenth", text.held_out):
@@ -64,8 +64,8 @@ def tokenize(text: Text, tokenizer: Tokenizer, sequence_length: int) -> tuple[To
         values = tokenizer.encode(data)
         if tokenizer.decode(values) != data:
             raise SystemExit(
-                f"the tokenizer does not give {text.name} back byte for byte. Take a byte-level "
-                "one that changes nothing, or --tokenizer bpe."
+                f"the tokenizer does not reproduce {text.name} byte for byte. Use a byte-level one "
+                "that does not change the text, or --tokenizer bpe."
             )
         if len(values) < sequence_length + 1:
             raise SystemExit(
@@ -84,7 +84,7 @@ def random_windows(
     seed: tuple[int, int],
     part: slice = slice(None),
 ) -> Integer[np.ndarray, "part {length}"]:
-    """`count` pieces of `values`, or a part of them; the same ones for the same seed."""
+    """`count` random pieces of `values`, or a part of these pieces; the same for the same seed."""
     starts = np.random.default_rng(seed).integers(0, len(values) - length + 1, count)[part]
     return values[starts[:, None] + np.arange(length)]
 
@@ -96,9 +96,9 @@ def windows(
     Integer[np.ndarray, "batches {batch_size} {length}"],
     Float[np.ndarray, "batches {batch_size} {length}"],
 ]:
-    """Inputs, targets and weights that ask for each of `values` but the first exactly once.
+    """Inputs, targets and weights in which each value but the first is a target exactly once.
 
-    The weights are 1, and 0 for what fills the last batch up.
+    The weights are 1, and 0 for the padding of the last batch.
     """
     count = len(values) - 1
     shape = (-1, batch_size, length)
@@ -109,10 +109,10 @@ def windows(
 
 
 def baselines(text: Text) -> dict[str, float]:
-    """Bits per byte on the held-out text of three methods that take no training to speak of.
+    """Bits per byte of three simple methods on the held-out text.
 
     - unigram: how often each byte occurs in the training text.
-    - bigram: how often it follows the byte before it, one part in (count + 1) unigram.
+    - bigram: how often it follows the byte before it. The unigram has weight 1 / (count + 1).
     - zlib: the held-out text compressed on its own.
     """
     before, after = text.train[:-1], text.train[1:]

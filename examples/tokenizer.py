@@ -1,4 +1,4 @@
-"""Text to tokens and back: bytes, or what a tokenizer.json of Hugging Face says."""
+"""Text to tokens and back: by bytes, or by a tokenizer.json of Hugging Face."""
 
 import hashlib
 import re
@@ -37,11 +37,11 @@ class Tokenizer:
         self._token_of_byte = {p[0]: i for i, p in enumerate(self.pieces) if len(p) == 1}
 
     def encode(self, data: bytes) -> Integer[np.ndarray, " tokens"]:
-        """The tokens of `data`, of which nothing is lost, be it UTF-8 or not."""
+        """The tokens of `data`, which need not be UTF-8."""
         if self.json is None:
             return np.frombuffer(data, np.uint8)
         tokens = []
-        # Every other part is a run of bytes that are no UTF-8, which Python marks by surrogates.
+        # Every other part is a run of bytes that are not UTF-8, which Python reads as surrogates.
         parts = re.split("([\udc80-\udcff]+)", data.decode(errors="surrogateescape"))
         for i, part in enumerate(parts):
             if i % 2 == 0:
@@ -56,7 +56,7 @@ class Tokenizer:
 
 
 def _chars_of_bytes() -> list[str]:
-    """How byte-level tokenizers spell the bytes 0 to 255, so that all of them can be seen."""
+    """The visible characters that stand for the bytes 0 to 255 in byte-level tokenizers."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     chars = sorted(ByteLevel.alphabet())
@@ -66,7 +66,7 @@ def _chars_of_bytes() -> list[str]:
 
 
 def train_bpe(data: bytes, vocab_size: int) -> Tokenizer:
-    """Byte pair encoding: the 256 bytes, and pieces that occur most often, up to `vocab_size`."""
+    """Byte pair encoding: the 256 bytes and the most frequent pieces, up to `vocab_size`."""
     from tokenizers import decoders, models, pre_tokenizers, Tokenizer as HuggingFace, trainers
 
     encoder = HuggingFace(models.BPE())
@@ -83,14 +83,14 @@ def train_bpe(data: bytes, vocab_size: int) -> Tokenizer:
 
 
 def add_tokens(tokenizer: Tokenizer, pieces: list[bytes]) -> Tokenizer:
-    """A tokenizer that takes `pieces`, which are UTF-8, as tokens wherever they stand in a text.
+    """A tokenizer with `pieces`, which are UTF-8, as new tokens, wherever they are in a text.
 
-    They come after the tokens that there are. All other text is cut as before.
+    They get the next numbers. All other text is tokenized as before.
     """
     from tokenizers import AddedToken, Tokenizer as HuggingFace
 
     if tokenizer.json is None:
-        raise ValueError("the tokens of this tokenizer are bytes, and always will be.")
+        raise ValueError("tokens cannot be added to a tokenizer of bytes.")
     encoder = HuggingFace.from_str(tokenizer.json)
     encoder.add_tokens([AddedToken(piece.decode(), normalized=False) for piece in pieces])
     return Tokenizer(encoder.to_str())
@@ -104,5 +104,5 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return tokenizer
     except OSError as error:
         raise SystemExit(f"cannot read the tokenizer {path}: {error.strerror}.") from None
-    except Exception as error:  # tokenizers raises no class of its own
-        raise SystemExit(f"{path} is no tokenizer.json of use: {error}.") from None
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise SystemExit(f"{path} is not a usable tokenizer.json: {error}.") from None

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
 
-# Any number of devices that divides this may share the vocabulary. It stays the same for all runs,
-# so that a checkpoint fits any number.
+# The vocabulary can be split over any number of devices that divides this. It is the same for all
+# runs, so that a checkpoint fits any number of devices.
 ROWS_MULTIPLE = 64
 
 
@@ -52,7 +52,7 @@ class Attention(eqx.Module):
         value: Float[Array, "sequence embedding"],
         seen: Bool[Array, "new sequence"],
     ) -> Float[Array, "new embedding"]:
-        """For each query the mean of the values it sees, which count as their keys match it."""
+        """For each query, the mean of the values it sees, weighted by how their keys match it."""
         query, key, value = (
             rows.reshape(len(rows), self.num_heads, -1).swapaxes(0, 1)  # heads first
             for rows in (query, key, value)
@@ -68,7 +68,7 @@ class Attention(eqx.Module):
         start: Integer[Array, ""],
         cache: Float[Array, "2 sequence embedding"],
     ) -> tuple[Float[Array, "new embedding"], Float[Array, "2 sequence embedding"]]:
-        """As a call for the tokens from `start` on, given the keys and values of those before."""
+        """`__call__` for the tokens from `start` on, with the keys and values of earlier tokens."""
         query, *new = jnp.split(x @ self.query_key_value, 3, axis=1)
         cache = jax.lax.dynamic_update_slice_in_dim(cache, jnp.stack(new), start, axis=1)
         seen = jnp.arange(cache.shape[1]) <= start + jnp.arange(len(x))[:, None]
@@ -85,13 +85,13 @@ class Block(eqx.Module):
 
     def __init__(self, size: int, num_heads: int, num_layers: int, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
-        # What the 2 * num_layers additions add up to should not grow with their number.
+        # So that the sum of the 2 * num_layers additions does not grow with their number
         small = (2 * num_layers) ** -0.5
         self.attention = Attention(
             _matrix(size, 3 * size, 1.0, keys[0]), _matrix(size, size, small, keys[1]), num_heads
         )
         self.expand = _matrix(size, 4 * size, 1.0, keys[2])
-        self.contract = _matrix(4 * size, size, small, keys[3]).T  # so its gradient is made faster
+        self.contract = _matrix(4 * size, size, small, keys[3]).T  # for a faster gradient
 
     def __call__(self, x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedding"]:
         x = x + self.attention(norm(x))
@@ -115,7 +115,7 @@ class Block(eqx.Module):
 class Transformer(eqx.Module):
     """A language model: `loss` trains it, `logits` predict the next token."""
 
-    tokens: EmbeddingTable  # stored once, used on the way in and on the way out
+    tokens: EmbeddingTable  # stored once, used for the input and the output
     positions: EmbeddingTable
     blocks: list[Block]
 
@@ -140,7 +140,7 @@ class Transformer(eqx.Module):
         self.blocks = [Block(embedding_size, num_heads, num_layers, key) for key in block_keys]
 
     def hidden(self, tokens: Integer[Array, " sequence"]) -> Float[Array, "sequence embedding"]:
-        """What the model makes of each token and of those before it."""
+        """A vector for each token, computed from it and the tokens before it."""
         x = self.embed(tokens, jnp.arange(len(tokens)))
         for block in self.blocks:
             x = block(x)
@@ -150,8 +150,8 @@ class Transformer(eqx.Module):
         self, tokens: Integer[Array, " sequence"], positions: Integer[Array, " sequence"]
     ) -> Float[Array, "sequence embedding"]:
         x = EmbeddingLookup(self.tokens)(tokens) + EmbeddingLookup(self.positions)(positions)
-        # The tables start with vectors of length one, the right size for logits; the blocks want
-        # entries of size one.
+        # The vectors of new tables have length one, which suits logits. The blocks expect entries
+        # of size one.
         return x * x.shape[-1] ** 0.5
 
     def logits(self, tokens: Integer[Array, " sequence"]) -> Float[Array, "sequence vocabulary"]:
@@ -164,7 +164,7 @@ class Transformer(eqx.Module):
         targets: Integer[Array, "batch sequence"],
         weights: Float[Array, "batch sequence"] | None = None,
     ) -> Float[Array, ""]:
-        """The mean loss in nats per token, of the token that follows each token."""
+        """The mean loss of the targets, in nats per token."""
         hidden = eqx.filter_vmap(self.hidden)(inputs)
         return EmbeddingDecode(self.tokens).cross_entropy(hidden, targets, weights=weights)
 
@@ -175,7 +175,7 @@ class Transformer(eqx.Module):
         targets: Integer[Array, "batches batch sequence"],
         weights: Float[Array, "batches batch sequence"],
     ) -> Float[Array, ""]:
-        """The mean loss over several batches, one after the other: that of a whole text."""
+        """The mean loss over the batches of a text, computed one after the other."""
         batches = inputs, targets, weights
         sums = jax.lax.map(lambda batch: self.loss(*batch) * batch[2].sum(), batches)
         return sums.sum() / weights.sum()
@@ -192,9 +192,9 @@ class Transformer(eqx.Module):
     ) -> Iterator[int]:
         """Continues `prompt`, at least one token, by `length` tokens, one at a time.
 
-        A temperature of 0 takes the likeliest token each time. `top_k` leaves all but the k
-        likeliest out. Without `cache` each token encodes all tokens before it anew: the same text,
-        to rounding, at a higher price.
+        A temperature of 0 takes the likeliest token each time. With `top_k`, only the k likeliest
+        tokens can be drawn. Without `cache`, all earlier tokens are encoded again for each new one:
+        the text is the same up to rounding, but takes longer.
 
         There are as many positions as tokens in a sequence. When they are used up, the newer half
         of the tokens is kept, and moves to the front.

@@ -52,7 +52,7 @@ class Config:
     out: Path = Path("runs/train_lm")
     """The folder to write to."""
     resume: bool = False
-    """Go on from the last checkpoint in --out."""
+    """Continue from the last checkpoint in --out."""
     tokenizer: str = "bytes"
     """What a token is. bytes: a byte. bpe: what byte pair encoding finds in the training text.
     Or the path of a byte-level tokenizer.json, such as that of GPT-2."""
@@ -74,7 +74,7 @@ class Config:
     """The size of an embedding, a multiple of --num-heads."""
 
     learning_rate: float = 3e-3
-    """The highest rate of AdamW. A cosine takes it from there to a twentieth."""
+    """The highest learning rate of AdamW. It falls along a cosine, to a twentieth."""
     warmup: float = 0.1
     """The share of the steps over which the learning rate rises from zero."""
     weight_decay: float = 0.1
@@ -87,18 +87,18 @@ class Config:
     sample_length: int = 600
     """Tokens of text to write at the end."""
     temperature: float = 0.8
-    """Of that text: 0 for the likeliest token each time, 1 for the model's own probabilities."""
+    """For that text: 0 for the likeliest token each time, 1 for the model's own probabilities."""
     seed: int = 0
-    """Of the initial parameters, the batches and the sample."""
+    """The seed of the initial parameters, the batches and the sample."""
 
     mesh: MeshSize = MeshSize()
-    """How many devices train together. Without accelerators the CPU stands for all of them."""
+    """How many devices train together. Without accelerators, the CPU acts as all of them."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, a free port, to train by several processes that share --out."""
+    """HOST:PORT of process 0, with a free port, to train in several processes that share --out."""
     num_processes: int = 1
-    """How many processes there are, each with as many devices of the mesh."""
+    """How many processes there are. Each has the same number of devices of the mesh."""
     process_id: int = 0
-    """Which of them this one is."""
+    """The number of this process, from 0."""
 
     def __post_init__(self):
         for name in ("weight_decay", "sample_length", "temperature", "seed"):
@@ -129,8 +129,8 @@ class Config:
         require(
             self, "process_id", 0 <= self.process_id < processes, f"at least 0, below {processes}"
         )
-        shares = f"what --num-processes {processes} can share, times --mesh.model {model}"
-        require(self, "mesh.data", self.mesh_size.devices % processes == 0, shares)
+        divided = f"such that --num-processes {processes} divides it times --mesh.model {model}"
+        require(self, "mesh.data", self.mesh_size.devices % processes == 0, divided)
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")
             is_port = port.isdecimal() and 0 < int(port) < 2**16
@@ -141,13 +141,13 @@ class Config:
         return dataclasses.replace(self.mesh, data=self.mesh.data or self.num_processes)
 
     def given_tokenizer(self) -> Tokenizer | None:
-        """The one that --tokenizer names, or None if it is to be trained."""
+        """The tokenizer that --tokenizer names, or None if it must be trained."""
         if self.tokenizer == "bpe":
             return None
         return Tokenizer() if self.tokenizer == "bytes" else read_tokenizer(Path(self.tokenizer))
 
     def identity(self, text: Text, tokenizer: Tokenizer | None) -> dict[str, Any]:
-        """What a run must share with a checkpoint in order to go on from it."""
+        """The settings that must be those of a checkpoint to continue from it."""
         free = ("text", "out", "resume", "steps", "report_every", "sample_length", "temperature")
         free += ("mesh", "coordinator", "num_processes", "process_id")
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
@@ -167,8 +167,8 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    # In a table the decay reaches every row at every step, those of tokens that are not in the
-    # batch included.
+    # The decay changes every row of a table at every step, also rows of tokens that are not in the
+    # batch
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(learning_rate(config), b2=0.99, weight_decay=config.weight_decay),
@@ -176,21 +176,21 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def keep_memory() -> None:
-    """Asks the C library to keep memory that is freed, if it is glibc.
+    """Asks the C library to keep freed memory, if it is glibc.
 
-    A step takes some 40 MB for activations. By default glibc returns them to the system after each
-    step, which then clears them page by page: a fifth of the time of a step on a CPU, by
-    `python -m benchmarks.train_step --default-memory`.
+    A step needs some 40 MB for activations. By default glibc returns them to the system after each
+    step, and the system clears them page by page. That took a fifth of the time of a step on a CPU,
+    as measured by `python -m benchmarks.train_step --default-memory`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads,
-        mallopt(-4, 0)  # M_MMAP_MAX: which has the large pieces, too,
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: and returns no memory below a gigabyte
+        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads
+        mallopt(-4, 0)  # M_MMAP_MAX: large pieces are in the heap, too
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: memory below a gigabyte is not returned
 
 
 def make_step(optimizer: optax.GradientTransformation, static: PyTree) -> Callable[..., Any]:
-    # Donated arguments give their memory to the results: parameters exist once, not twice.
+    # The results reuse the memory of donated arguments: parameters exist once, not twice
     @eqx.filter_jit(donate="all-except-first")
     def step(tokens: Integer[Array, "batch length"], params: PyTree, opt_state: PyTree):
         def loss(params: PyTree) -> Float[Array, ""]:
@@ -208,7 +208,7 @@ def as_line(report: dict[str, Any]) -> str:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    """Trains, and returns what metrics.jsonl says: one dict of losses for each report."""
+    """Trains, and returns the lines of metrics.jsonl: one dict of losses for each report."""
     began = time.perf_counter()
     keep_memory()
     text = read_text(config.text)
@@ -349,12 +349,14 @@ def write_results(
     written = tokenizer.decode(prompt) + b"|" + tokenizer.decode(np.fromiter(sample, np.int32))
     write_whole(config.out / "sample.txt", written)
     print(f"\n{written.decode(errors='replace')}\n")
-    print("Up to the bar that is held-out text, from there on the model's.\n")
+    print("The text before the bar is held-out text. The model wrote the rest.\n")
 
 
 if __name__ == "__main__":
     try:
         main(from_command_line(Config, __doc__))
     except KeyboardInterrupt:
-        print("\nstopped. --resume goes on from the last checkpoint.", file=sys.stderr, flush=True)
-        os._exit(1)  # Python's own exit would complain of a checkpoint that is being written
+        print(
+            "\nstopped. --resume continues from the last checkpoint.", file=sys.stderr, flush=True
+        )
+        os._exit(1)  # Python's own exit would report an unfinished checkpoint

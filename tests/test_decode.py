@@ -344,10 +344,13 @@ def test_a_missing_or_misplaced_embedding_axis_is_an_error_that_names_them_all(s
         ({"soft_cap": -30.0}, "soft_cap must be positive and at most 1e.30, got -30"),
         ({"soft_cap": float("inf")}, "soft_cap must be positive and at most 1e.30, got inf"),
         ({"soft_cap": float("nan")}, "soft_cap must be positive and at most 1e.30, got nan"),
-        ({"logits_dtype": jnp.int32}, "logits are floats, got logits_dtype=int32"),
-        ({"logits_dtype": "complex64"}, "logits are floats, got logits_dtype=complex64"),
-        ({"dtype": jnp.int8}, "factors are floats, got dtype=int8"),
-        ({"dtype": "bloat16"}, "factors are floats, got dtype='bloat16', which is not a dtype"),
+        ({"logits_dtype": jnp.int32}, "logits must be floating, got logits_dtype=int32"),
+        ({"logits_dtype": "complex64"}, "logits must be floating, got logits_dtype=complex64"),
+        ({"dtype": jnp.int8}, "factors must be floating, got dtype=int8"),
+        (
+            {"dtype": "bloat16"},
+            "factors must be floating, got dtype='bloat16', which is not a dtype",
+        ),
     ],
 )
 def test_an_option_that_makes_no_logits_is_an_error(options, message):

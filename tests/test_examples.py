@@ -123,7 +123,7 @@ def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(finished, tm
 @pytest.mark.parametrize(
     "script, options, message",
     [
-        (train_lm, [], "stopped. --resume goes on from the last checkpoint."),
+        (train_lm, [], "stopped. --resume continues from the last checkpoint."),
         (grow_vocabulary, ["--run=a"], "stopped. Nothing was written."),
     ],
 )
@@ -167,7 +167,7 @@ def test_resuming_with_other_settings_names_them_and_changes_nothing(finished, c
 def test_a_run_is_not_overwritten(finished):
     config, _ = finished
     before = content(config.out)
-    with pytest.raises(SystemExit, match="holds a run: go on with --resume, or choose another"):
+    with pytest.raises(SystemExit, match="holds a run: continue with --resume, or choose another"):
         train_lm.main(config)
     assert content(config.out) == before
 
@@ -456,10 +456,10 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_in_one_line(text, bpe, tmp_p
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"is": 0}, unk_token="?"))
     for name, content, message in [
         ("missing", None, "cannot read the tokenizer .*missing: No such file or directory"),
-        ("empty", "", "empty is no tokenizer.json of use: EOF"),
-        ("json", "{}", "json is no tokenizer.json of use: Model missing"),
-        ("words", words.to_str(), r"words is no tokenizer.json of use: .*\[UNK\]"),
-        ("lower", lower.to_str(), "does not give .*text.txt back byte for byte"),
+        ("empty", "", "empty is not a usable tokenizer.json: EOF"),
+        ("json", "{}", "json is not a usable tokenizer.json: Model missing"),
+        ("words", words.to_str(), r"words is not a usable tokenizer.json: .*\[UNK\]"),
+        ("lower", lower.to_str(), "does not reproduce .*text.txt byte for byte"),
     ]:
         if content is not None:
             (tmp_path / name).write_text(content)

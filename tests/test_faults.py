@@ -489,7 +489,7 @@ def test_the_trained_part_of_a_model_is_no_model():
 def test_frozen_rows_that_were_resized_are_refused():
     for size in (3, 6, 12):
         trained, frozen = partition_rows(EmbeddingTable(make_array((9, 4)), NAMES), [4, 6])
-        with pytest.raises(ValueError, match=f"{size} tokens, which had 9.*before you resize"):
+        with pytest.raises(ValueError, match=f"{size} tokens, but had 9.*before you resize"):
             combine_rows(trained, resize_vocabulary(frozen, size))
 
 
@@ -528,7 +528,7 @@ def test_a_masked_array_is_refused_for_its_mask_would_be_lost():
         "weights": lambda: layer.cross_entropy(hidden, TARGETS, weights=masked),
         "rows": lambda: partition_rows(table, masked),
     }.items():
-        with pytest.raises(TypeError, match=f"{name} are a masked array"):
+        with pytest.raises(TypeError, match=f"{name} must not be a masked array"):
             call()
 
 

@@ -167,7 +167,9 @@ def test_processes_that_do_not_fit_are_refused_before_jax_starts(monkeypatch):
     assert meet((2, 0, same), (2, 1, other)) == [expected] * 2
     expected = "process 1 differs from process 0: num_processes is 3 there and 2 here."
     assert meet((2, 0, same), (3, 1, same)) == [expected] * 2
-    assert meet((3, 0, same), (3, 1, same), (3, 1, same)) == ["there are two of process 1."] * 3
+    assert (
+        meet((3, 0, same), (3, 1, same), (3, 1, same)) == ["two processes have --process-id 1."] * 3
+    )
     monkeypatch.setattr(several, "TIMEOUT", 0.5)
     assert meet((3, 0, same), (3, 1, same)) == ["2 of 3 processes came within 0.5 s."] * 2
     assert meet((2, 1, same))[0].startswith("process 0 did not answer at 127.0.0.1:")
@@ -241,7 +243,7 @@ def test_a_process_ends_with_one_line(error, message, monkeypatch, capsys):
         ),
         (
             {"coordinator": "here:1", "num_processes": 2, "mesh": MeshSize(1, 1)},
-            "--mesh.data must be what --num-processes 2 can share, times --mesh.model 1, got 1.",
+            "--mesh.data must be such that --num-processes 2 divides it times --mesh.model 1, got",
         ),
     ],
 )

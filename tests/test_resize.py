@@ -490,7 +490,7 @@ def test_padding_must_be_asked_for_where_there_is_some():
     padded, plain = make_table("first"), EmbeddingTable(make_array((7, 4)), NAMES)
     for tree in (padded, jax.eval_shape(lambda: padded), eqx.filter(padded, False)):
         for size in 7, 9:
-            message = r"tree\[1\] has 2 padding rows.*say 1 for no padding, or the multiple"
+            message = r"tree\[1\] has 2 padding rows.*given: 1 for no padding, or the multiple"
             with pytest.raises(ValueError, match=message):
                 resize_vocabulary([plain, tree], size)
     assert eqx.tree_equal(

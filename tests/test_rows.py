@@ -267,12 +267,12 @@ def test_other_rows_of_the_same_number_compile_nothing_anew():
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([1, 2, 1], r"must be unique, got \[1\] again"),
+        ([1, 2, 1], r"must be unique, got \[1\] more than once"),
         ([0, 7], r"7 tokens, so rows must be at least 0 and below 7, got \[7\]"),
         ([-1], r"got \[-1\]"),
         ([2**40], r"got \[1099511627776\]"),
         (range(20), r"got \[7, 8, 9, 10, 11\]\.$"),
-        (2 * [0, 1, 2, 3, 4, 5], r"must be unique, got \[0, 1, 2, 3, 4\] again"),
+        (2 * [0, 1, 2, 3, 4, 5], r"must be unique, got \[0, 1, 2, 3, 4\] more than"),
         ([], "at least one integer"),
         (slice(3, 3), "at least one integer"),
         (np.zeros(7, bool), "at least one integer"),

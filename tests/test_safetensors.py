@@ -100,9 +100,8 @@ def test_a_bias_of_another_program_is_loaded_by_its_name(tmp_path):
     assert eqx.tree_equal(table, EmbeddingTable(jnp.asarray(rows), NAMES, bias=jnp.asarray(bias)))
     assert load_safetensors(tmp_path, "lm_head.weight").bias is None
     for name, message in {
-        "short": r"'short' of .*model-2.safetensors has shape \(4,\), but the bias of "
-        r"'lm_head.weight' must have shape \(5,\): one number for each row",
-        "wide": r"has shape \(5, 3\), but the bias",
+        "short": r"the bias must have shape \(5,\), one number for each row .*got \(4,\) for",
+        "wide": r"the bias must have shape \(5,\), .* got \(5, 3\) for",
         "integers": "'integers' of .* has dtype I32",
         "lm_head.biases": "has no tensor 'lm_head.biases'.*nearest names are 'lm_head.bias'",
     }.items():
@@ -119,7 +118,7 @@ def test_another_vocabulary_axis_comes_back(path):
     assert eqx.tree_equal(load_safetensors(path, axis_names=NAMES), table)
     with pytest.raises(ValueError, match=r"saved with axis_names=\('features', 'bytes'\), which"):
         load_safetensors(path, axis_names=("bytes", "features"))
-    with pytest.raises(ValueError, match="a name for the vocabulary at least"):
+    with pytest.raises(ValueError, match=r"which disagree with axis_names=\(\)"):
         load_safetensors(path, axis_names=())
 
 
@@ -158,7 +157,7 @@ def test_the_dtype_is_that_of_the_file_or_as_wanted(stored, wanted, path):
             np.testing.assert_array_equal(load_safetensors(path).embeddings, array)
     else:
         np.testing.assert_array_equal(load_safetensors(path).embeddings, array)
-    with pytest.raises(ValueError, match="embeddings are floats, got dtype=int32"):
+    with pytest.raises(ValueError, match="embeddings must be floating, got dtype=int32"):
         load_safetensors(path, dtype=jnp.int32)
 
 
@@ -183,7 +182,7 @@ def test_only_the_shard_that_has_the_table_is_needed(tmp_path):
     shard(tmp_path, TWO)
     (tmp_path / "model-2.safetensors").unlink()
     np.testing.assert_array_equal(load_safetensors(tmp_path).embeddings, 1)
-    with pytest.raises(FileNotFoundError, match="there is no file .*model-2.safetensors"):
+    with pytest.raises(FileNotFoundError, match="No such file .*model-2.safetensors"):
         load_safetensors(tmp_path, "lm_head.weight")
 
 
@@ -196,13 +195,13 @@ def test_only_the_shard_that_has_the_table_is_needed(tmp_path):
         ('{"weight_map": {"x": 3}}', "is not the index of a model"),
         ("null", "is not the index of a model"),
         ("\ufeff{}", "is not the index of a model"),
-        ('{"weight_map": {}}', "has no tensors"),
+        ('{"weight_map": {}}', "none of the 0 tensors"),
         ('{"weight_map": {"x": ""}}', "is not the index .* outside of the directory"),
         ('{"weight_map": {"x": "../model.safetensors"}}', "outside of the directory"),
         ('{"weight_map": {"x": "/model.safetensors"}}', "outside of the directory"),
         (
             '{"weight_map": {"wte.weight": "model-1.safetensors"}}',
-            "says that 'wte.weight' is in model-1.safetensors, which does not have it",
+            "says that 'wte.weight' is in model-1.safetensors, but it is not",
         ),
     ],
 )
@@ -214,7 +213,7 @@ def test_a_broken_index_is_refused(index, message, tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file .*nothing.safetensors"):
+    with pytest.raises(FileNotFoundError, match="No such file .*nothing.safetensors"):
         load_safetensors(tmp_path / "nothing.safetensors")
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor .*index\.json\.$"):
         load_safetensors(tmp_path)
@@ -271,7 +270,7 @@ with tempfile.TemporaryDirectory() as folder:
         (["a", "b"], "none of the 2 tensors .* such as 'a', 'b'"),
         (
             ["wte.weight", "shared.weight"],
-            r"several tables: give the name of one, \['wte.weight', ",
+            r"several tables: give the name of one of \['wte.weight', ",
         ),
     ],
 )
@@ -338,8 +337,8 @@ def test_a_header_that_does_not_describe_the_file_is_refused(header, path):
 
 def test_a_file_without_tensors_is_refused(path):
     save(path, {})
-    for name in None, "wte.weight":
-        with pytest.raises(ValueError, match="has no tensors"):
+    for name, message in (None, "none of the 0 tensors"), ("wte.weight", "has no tensor 'wte"):
+        with pytest.raises(ValueError, match=message):
             load_safetensors(path, name)
 
 
@@ -533,11 +532,11 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             save_safetensors(eqx.tree_at(lambda t: t.bias, biased, bias), tmp_path / "x")
-    with pytest.raises(ValueError, match="keeps the name '__metadata__' for itself"):
+    with pytest.raises(ValueError, match="reserves the name '__metadata__'"):
         save_safetensors(table, tmp_path / "x", "__metadata__")
     with pytest.raises(IsADirectoryError, match="is a directory: give the name of a file"):
         save_safetensors(table, tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no directory .*missing to write x to"):
+    with pytest.raises(FileNotFoundError, match="No such file or directory: .*missing"):
         save_safetensors(table, tmp_path / "missing" / "x")
     assert list(tmp_path.iterdir()) == []
 

@@ -294,11 +294,12 @@ def test_errors_of_our_own_are_the_same_with_and_without_checks(checked, uncheck
         ),
         (
             "no such dtype",
-            "ValueError: embeddings are floats, got dtype='float33', which is not a dtype.",
+            "ValueError: embeddings must be floating, got dtype='float33', which is not a dtype.",
         ),
         (
             "no logits dtype",
-            "ValueError: logits are floats, got logits_dtype='float33', which is not a dtype.",
+            "ValueError: logits must be floating, got logits_dtype='float33', which is not a "
+            "dtype.",
         ),
         ("numpy float as target", "TypeError: targets must be integers, got float32."),
         (
@@ -375,8 +376,8 @@ def test_wrong_tokens_and_policies_are_clear_errors_without_checks(unchecked):
         ),
         (
             "array to ignore",
-            "Instead of ignore_index=int32[2], use a number of Python, which is known when the "
-            "program is traced.",
+            "Instead of ignore_index=int32[2], use a Python number, which is known while JAX "
+            "traces the program.",
         ),
     ],
 )
