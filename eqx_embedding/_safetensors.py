@@ -215,6 +215,8 @@ def _import_safetensors() -> Any:
 
 def _open(path: Path) -> Any:
     safetensors = _import_safetensors()
+    if not path.is_file():  # a named pipe would wait for a writer
+        raise FileNotFoundError(f"there is no file {path}.")
     with open(path, "rb"):  # else safetensors would call a file missing that may not be read
         pass
     try:
