@@ -19,6 +19,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Shap
 
 from ._blockwise import (
     close_over,
+    gather_wide,
     Operands,
     Options,
     score_tokens,
@@ -38,7 +39,7 @@ from ._inputs import (
     Real,
     Whole,
 )
-from ._sharding import explicit_axes, find_split, remaining, Split, without_padding
+from ._sharding import explicit_axes, find_split, remaining, Split, whole_axes, without_padding
 from ._suggest import suggest, suggest_array, suggest_number, suggest_tokens
 from ._table import EmbeddingTable, Rules
 
@@ -142,13 +143,16 @@ class EmbeddingDecode(eqx.Module):
         stacked table or rules that do not fit the mesh.
         """
         del key
-        arrays, batch_axes = self._checked_arrays(hidden)
+        arrays, batch_axes = self._checked_arrays(hidden, rules)
         hidden, rows, bias = arrays
         split = find_split(self.table, rows, hidden, 0, rules)
+        dtypes = self._product_dtypes(arrays)
+        rows = gather_wide(*dtypes, split.manual_shared, rows)
+        bias = gather_wide(dtypes[1], dtypes[1], split.manual_shared[:1], bias)
         batch = explicit_axes(hidden)[:batch_axes]
         columns = remaining(explicit_axes(rows)[0], batch)
         sharding, vocab_size = split.sharding([*batch, columns]), split.vocab_size(self.table)
-        logits = _product(self._product_dtypes(arrays), split, vocab_size, sharding, hidden, rows)
+        logits = _product(dtypes, split, vocab_size, sharding, hidden, rows)
         if self.table.padding_rows > 0:  # before the bias, after which XLA would copy the table
             logits = _drop_padding(logits, split, [*batch, ()], vocab_size)
             bias = bias if bias is None else _drop_padding(bias, split, [()], vocab_size)
@@ -374,15 +378,15 @@ class EmbeddingDecode(eqx.Module):
             rules=rules,
         )
 
-    def _checked_arrays(self, hidden: Hidden) -> tuple[_Arrays, int]:
+    def _checked_arrays(self, hidden: Hidden, rules: Rules | None) -> tuple[_Arrays, int]:
         """The arrays that logits are computed from, and the number of batch axes."""
         hidden = jnp.asarray(as_array("hidden", hidden))
         if not jnp.issubdtype(hidden.dtype, jnp.floating):
             raise TypeError(f"hidden must be floating, got {hidden.dtype.name}.")
         rows, bias = self.table._rows_first()
         batch_axes = hidden.ndim - (rows.ndim - 1)
-        if batch_axes < 0 or hidden.shape[batch_axes:] != rows.shape[1:]:
-            axes = self.table.embedding_axes
+        axes = whole_axes(self.table, hidden, rules)
+        if batch_axes < 0 or hidden.shape[batch_axes:] != tuple(axes.values()):
             expected = ", ".join(f"{name}={size}" for name, size in axes.items())
             raise ValueError(
                 f"hidden must end with the embedding axes ({expected}) of the table, got the "
@@ -411,7 +415,7 @@ class EmbeddingDecode(eqx.Module):
         rules: Rules | None,
     ) -> "_Prepared":
         """Checks the arguments, finds how devices split them, and converts targets and weights."""
-        arrays, batch_axes = self._checked_arrays(hidden)
+        arrays, batch_axes = self._checked_arrays(hidden, rules)
         batch = arrays.hidden.shape[:batch_axes]
         for name, array in ("targets", targets), ("weights", weights):
             if array is not None and np.shape(array) != batch:

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
+from ._blockwise import gather_wide
 from ._inputs import at_least_float32, nan_where, tokens_in_range
 from ._raise import raise_unless
 from ._sharding import explicit_axes, find_split, remaining
@@ -125,7 +126,10 @@ class EmbeddingLookup(eqx.Module):
             )
         of_device = tokens if isinstance(tokens, jax.Array) else None
         split = find_split(table, array, of_device, 0, rules, axis)
-        vocab_size, mesh_axes = split.vocab_size(table), split.manual_vocabulary
+        vocab_size, mesh_axes, dtype = split.vocab_size(table), split.manual_vocabulary, array.dtype
+        first, *others = split.manual_shared
+        shared = *others[:axis], first, *others[axis:]
+        array = gather_wide(dtype, at_least_float32(dtype), shared, array)
         past_the_end = vocab_size + table.padding_rows
         tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
         xp = jnp if isinstance(tokens, jax.Array) else np
@@ -146,10 +150,10 @@ class EmbeddingLookup(eqx.Module):
         others = [remaining(axes, batch) for axes in explicit_axes(array)]
         sharding = split.sharding([*others[:axis], *batch, *others[axis + 1 :]])
         if not mesh_axes:
-            return _take(array, index, axis, jnp.nan, sharding)
+            return _take(array, index, axis, jnp.nan, sharding).astype(dtype)
         # Each device has some of the rows.
         start = lax.axis_index(mesh_axes) * array.shape[axis]
         vectors = _take(array, index - start.astype(index.dtype), axis, 0.0, sharding)
-        vectors = lax.psum(vectors, mesh_axes)
+        vectors = lax.psum(vectors, mesh_axes).astype(dtype)
         missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
         return nan_where(missing, vectors)

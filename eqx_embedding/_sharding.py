@@ -6,6 +6,7 @@ around us, an array is only the part of one device. Of the last two, `rules` say
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,27 +25,33 @@ Axes = tuple[str, ...]
 
 
 class Split(NamedTuple):
-    """Which mesh axes split what in one call."""
+    """Which mesh axes split what in one call. Axes of the table are in rows-first order."""
 
     mesh: AbstractMesh | None  # None if there is none
     batch: tuple[Axes, ...] = ()  # explicit and automatic ones that split the axes of the batch
-    vocabulary: Axes = ()  # explicit and automatic ones that split the vocabulary
+    table: tuple[Axes, ...] = ()  # explicit and automatic ones that split the axes of the table
     manual_batch: Axes = ()  # manual ones that split the batch
-    manual_vocabulary: Axes = ()  # manual ones that split the vocabulary
+    manual_table: tuple[Axes, ...] = ()  # manual ones that split the axes of the table
     known: bool = True  # whether no other axis can split the vocabulary
 
     @property
-    def mapped(self) -> Axes:
+    def mapped(self) -> set[str]:
         """The axes that must become manual for each device to see its parts alone."""
-        return tuple(axis for axes in (*self.batch, self.vocabulary) for axis in axes)
+        return {*flat(self.batch), *flat(self.table)}
 
     @property
     def all_batch(self) -> Axes:
-        return self.manual_batch + tuple(axis for axes in self.batch for axis in axes)
+        return self.manual_batch + flat(self.batch)
 
     @property
-    def all_vocabulary(self) -> Axes:
-        return self.manual_vocabulary + self.vocabulary
+    def manual_vocabulary(self) -> Axes:
+        """The manual axes that split the vocabulary, but not the batch."""
+        return remaining(self.manual_table[0], [self.manual_batch])
+
+    @property
+    def manual_shared(self) -> tuple[Axes, ...]:
+        """The manual axes that split an axis of the table, and the batch as well."""
+        return tuple(common(axes, self.manual_batch) for axes in self.manual_table)
 
     def size(self, axes: Axes) -> int:
         """How many parts the axes make."""
@@ -52,7 +59,36 @@ class Split(NamedTuple):
 
     def vocab_size(self, table: EmbeddingTable) -> int:
         """The number of tokens of the whole table of which this device may have a part."""
-        return table._count_tokens(table._num_rows * self.size(self.manual_vocabulary))
+        return table._count_tokens(table._num_rows * self.size(self.manual_table[0]))
+
+    def arrange(self, num_tokens: int, num_rows: int) -> "Layout":
+        """Decides which rows each device works on.
+
+        Of mesh axes that split the table as well as the batch, no device has all that its tokens
+        need. Then the table is gathered, or the tokens are: the fewer. Both numbers are those of
+        the arrays that are handed over, which are the part of a device along manual axes.
+        """
+        batch = flat(self.batch)
+        shared = [common(axes, batch) for axes in self.table]
+        vocabulary, *others = (remaining(axes, [batch]) for axes in self.table)
+        manual, manual_shared = self.manual_vocabulary, self.manual_shared
+
+        def divides(axes: Axes) -> bool:
+            return num_rows % self.size(axes + flat(shared)) == 0
+
+        # JAX turns parts of columns into parts of rows, by an all-to-all.
+        if divides(vocabulary + flat(others)):
+            vocabulary += flat(others)
+        gathered = tuple(map(operator.add, manual_shared, shared))
+        tokens = num_tokens * self.size(flat(gathered)) // self.size(batch)
+        rows = num_rows * self.size(manual_shared[0]) // self.size(vocabulary)
+        if tokens < rows and divides(vocabulary) and not flat(manual_shared[1:]):
+            axes = manual_shared[0] + flat(shared)
+            none = ((),) * len(shared)
+            split = (vocabulary + flat(shared), *none[1:])
+            return Layout(split, manual + manual_shared[0] + split[0], none, axes)
+        split = (vocabulary + shared[0], *shared[1:])
+        return Layout(split, manual + vocabulary, gathered, ())
 
     def sharding(self, axes: Sequence[Axes]) -> NamedSharding | None:
         """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""
@@ -76,8 +112,7 @@ class Split(NamedTuple):
 
     def with_examples(self, axes: Axes) -> "Split":
         """Of a batch with one more axis in front, which the mesh axes split."""
-        vocabulary = remaining(self.vocabulary, [axes])
-        return self._replace(batch=(axes, *self.batch), vocabulary=vocabulary)
+        return self._replace(batch=(axes, *self.batch))
 
     def map(
         self,
@@ -100,7 +135,7 @@ class Split(NamedTuple):
                 mesh=self.mesh,
                 in_specs=in_specs,
                 out_specs=out_specs,
-                axis_names=set(self.mapped),
+                axis_names=self.mapped,
             )
             return function(*arguments)
         if self.mesh is None or not _mesh_is_unset():
@@ -110,8 +145,25 @@ class Split(NamedTuple):
             return function(*arguments)
 
 
+class Layout(NamedTuple):
+    """The rows that each device works on, and what is gathered for that."""
+
+    table: tuple[Axes, ...]  # how explicit and automatic axes split the table first
+    vocabulary: Axes  # the axes along which devices work on different rows
+    gathered: tuple[Axes, ...]  # those over which the table is gathered, for each of its axes
+    tokens: Axes  # those over which the tokens of a chunk are gathered
+
+    @property
+    def spec(self) -> PartitionSpec:
+        return _spec(self.table)
+
+
 def _mesh_is_unset() -> bool:
     return jax.sharding.get_abstract_mesh().empty
+
+
+def flat(entries: Iterable[Axes]) -> Axes:
+    return tuple(axis for axes in entries for axis in axes)
 
 
 def as_entries(spec: PartitionSpec) -> list[Axes]:
@@ -145,6 +197,18 @@ def find_mesh(*arrays: Array | None) -> AbstractMesh | None:
     return next((mesh for mesh in meshes if not mesh.empty), None)
 
 
+def whole_axes(table: EmbeddingTable, hidden: Array, rules: Rules | None) -> dict[str, int]:
+    """The embedding axes of a table. Of those that rules split over manual axes, it has a part."""
+    mesh, rules = find_mesh(hidden), {} if rules is None else rules
+    types = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+    def parts(name: str) -> int:
+        axes = (a for a in as_axes(rules.get(name)) if types.get(a) == AxisType.Manual)
+        return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+
+    return {name: size * parts(name) for name, size in table.embedding_axes.items()}
+
+
 def explicit_axes(array: Array) -> list[Axes]:
     """The explicit mesh axes that split each axis of an array."""
     spec = tuple(jax.typeof(array).sharding.spec)
@@ -154,6 +218,10 @@ def explicit_axes(array: Array) -> list[Axes]:
 def remaining(axes: Axes, taken: Sequence[Axes]) -> Axes:
     """The mesh axes without those that split another axis of the same array: none splits two."""
     return tuple(axis for axis in axes if all(axis not in others for others in taken))
+
+
+def common(axes: Axes, others: Axes) -> Axes:
+    return tuple(axis for axis in axes if axis in others)
 
 
 def varying_axes(*arrays: Array | None) -> frozenset[str]:
@@ -176,44 +244,49 @@ def find_split(
     rules: Rules | None,
     axis: int = 0,
 ) -> Split:
-    """Which mesh axes split the vocabulary of a table, and a batch of tokens that it is used on.
+    """Which mesh axes split a table, and a batch of tokens that it is used on.
 
     **Arguments:**
 
     - `table`: not a stacked one; `embeddings`: its own, with the vocabulary at `axis`.
     - `batched`: tokens or hidden vectors, of which the first `batch_axes` axes may be split;
         `None` for tokens of the host.
-    - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and the
-        vocabulary, under its name.
+    - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and each axis
+        of the table, under its name.
 
     **Raises:**
 
     A `ValueError` for rules that do not fit the mesh or the arrays.
     """
-    name, rules = table.vocabulary_axis, {} if rules is None else rules
+    rules = {} if rules is None else rules
+    names = [table.vocabulary_axis, *table.embedding_axes]
     mesh = find_mesh(embeddings, batched)
     types = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    _check_rules(rules, ("batch", name), types)
+    _check_rules(rules, ("batch", *names), types)
     if mesh is None:
-        return Split(None, known=jax.device_count() == 1)
-    rows_axes = explicit_axes(embeddings)[axis]
-    split = _read_split(mesh, rows_axes, batched, batch_axes, rules, name)
+        none = ((),) * len(names)
+        return Split(None, table=none, manual_table=none, known=jax.device_count() == 1)
+    order = [axis, *(i for i in range(embeddings.ndim) if i != axis)]
+    explicit = explicit_axes(embeddings)
+    table_axes = {name: explicit[i] for name, i in zip(names, order, strict=True)}
+    split = _read_split(mesh, table_axes, batched, batch_axes, rules)
     if split.batch and batched is not None:
         _check_divides(split, "batch", batched.shape[0], split.batch[0], "")
     advice = " Make the table with `pad_to_multiple_of`."
-    _check_divides(split, name, embeddings.shape[axis], split.vocabulary, advice)
-    _check_manual(split, name, embeddings, batched, has_rule=name in rules)
+    for name, i, axes in zip(names, order, split.table, strict=True):
+        _check_divides(split, name, embeddings.shape[i], axes, advice if i == axis else "")
+    _check_manual(split, names, embeddings, batched, rules)
     return split
 
 
 def _read_split(
     mesh: AbstractMesh,
-    rows_axes: Axes,
+    table_axes: dict[str, Axes],
     batched: Array | None,
     batch_axes: int,
     rules: Rules,
-    name: str,
 ) -> Split:
+    """`table_axes` are the explicit mesh axes that split each axis of the table."""
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     batch = [] if batched is None else explicit_axes(batched)[:batch_axes]
 
@@ -223,15 +296,15 @@ def _read_split(
     # Rules for explicit axes are not needed: types know better.
     if batch:
         batch[0] += ruled(AxisType.Auto, "batch")
-    # An axis that splits the batch, too, cannot stay with the vocabulary: the table is gathered.
-    vocabulary = remaining(rows_axes + ruled(AxisType.Auto, name), batch)
+    table = tuple(axes + ruled(AxisType.Auto, name) for name, axes in table_axes.items())
+    vocabulary = remaining(table[0], batch)
     automatic = tuple(axis for axis, kind in types.items() if kind == AxisType.Auto)
     return Split(
         mesh=mesh,
         batch=tuple(batch),
-        vocabulary=vocabulary,
+        table=table,
         manual_batch=ruled(AxisType.Manual, "batch"),
-        manual_vocabulary=ruled(AxisType.Manual, name),
+        manual_table=tuple(ruled(AxisType.Manual, name) for name in table_axes),
         known=jax.device_count() == 1 or bool(vocabulary) or not remaining(automatic, batch),
     )
 
@@ -255,12 +328,13 @@ def _check_divides(split: Split, name: str, size: int, axes: Axes, advice: str) 
 
 
 def _check_manual(
-    split: Split, name: str, embeddings: Array, batched: Array | None, has_rule: bool
+    split: Split, names: list[str], embeddings: Array, batched: Array | None, rules: Rules
 ) -> None:
     """Inside `jax.shard_map`, types say along which axes an array differs, though not why."""
     of_table, of_batch = varying_axes(embeddings), varying_axes(batched)
+    (name, *_), (vocabulary, *embedding) = names, split.manual_table
     for what, axes, differs in (
-        (f"the table of {name!r}", split.manual_vocabulary, of_table),
+        (f"the table of {name!r}", flat(split.manual_table), of_table),
         ("the batch", split.manual_batch, of_batch),
     ):
         if missing := set(axes) - differs:
@@ -272,10 +346,21 @@ def _check_manual(
     if both := set(split.manual_vocabulary) & of_batch:
         raise ValueError(
             f"the tokens must be the same along the mesh axes that split the vocabulary {name!r}, "
-            f"but differ along {sorted(both)}: gather them, or the table, by "
-            "`jax.lax.all_gather`."
+            f"but differ along {sorted(both)}. If these split the batch as well, say so in the "
+            'rules, under "batch".'
         )
-    if (unsaid := of_table - {*split.manual_vocabulary}) and not has_rule:
+    if columns := remaining(flat(embedding), [split.manual_batch]):
+        raise ValueError(
+            f"the mesh axes {columns} split the embedding, but not the batch: gather the table "
+            "over them by `jax.lax.all_gather`, and leave them out of the rules."
+        )
+    order = split.manual_vocabulary + split.manual_shared[0]
+    if vocabulary != order:
+        raise ValueError(
+            f"of the mesh axes {vocabulary} of the vocabulary {name!r}, those that also split the "
+            f"batch must come last, in the rules and in the `in_specs`: {order}."
+        )
+    if (unsaid := of_table - {*flat(split.manual_table)}) and name not in rules:
         raise ValueError(
             f"inside this `jax.shard_map` the table differs along {sorted(unsaid)}. If that splits "
             f"its vocabulary, say so by rules={{{name!r}: ...}}; if each device has a table of its "

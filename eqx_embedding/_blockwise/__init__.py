@@ -9,6 +9,7 @@ From a call to the numbers, top down:
 - `_device_total.py`, `_device_scores.py`, `_device_losses.py`: all tokens of a device, and what has
   derivatives of our own: sums of losses; scores and losses that stay apart.
 - `_gradients.py`, `_scores.py`, `_logits.py`: a chunk of tokens.
+- `_gather.py`: a table that is split over the devices of the batch.
 - `_chunks.py`, `_plan.py`: loops over chunks and tiles, and how the work is cut.
 - `_function.py`: a loss function as a value.
 - `_devices.py`, `_primitive.py`: what JAX has to be told.
@@ -20,5 +21,6 @@ from ._batch import (
     weighted_losses as weighted_losses,
 )
 from ._function import close_over as close_over, TokenFunction as TokenFunction
+from ._gather import gather_wide as gather_wide
 from ._logits import Operands as Operands, Options as Options
 from ._scores import TokenScores as TokenScores, Used as Used

@@ -11,12 +11,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from .._inputs import at_least_float32
-from .._sharding import Split, sum_over
+from .._sharding import Axes, Layout, remaining, Split, sum_over
 from ._device_losses import device_losses
 from ._device_scores import device_scores
 from ._device_total import device_total
 from ._devices import cast_to_varying, device_type, widen
 from ._function import TokenFunction
+from ._gather import gather
 from ._logits import Operands, Options
 from ._primitive import call_as_one
 from ._scores import TokenScores, Used
@@ -25,14 +26,15 @@ from ._scores import TokenScores, Used
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> TokenScores:
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
+    layout = split.arrange(operands.targets.size, len(operands.rows))
 
     def on_device(operands: Operands) -> TokenScores:
-        local, flat = _prepare(options, split, operands)
+        local, flat = _prepare(options, split, layout, operands)
         scores = device_scores(local, used, flat)
         return jax.tree.map(lambda s: s.reshape(operands.targets.shape), scores)
 
     def on_devices(operands: Operands) -> TokenScores:
-        return split.map(on_device, (_specs(split),), P(*split.batch), (operands,))
+        return split.map(on_device, (_specs(split, layout),), P(*split.batch), (operands,))
 
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
         if mapped.rows or mapped.bias:
@@ -52,16 +54,18 @@ def total_loss(
     operands: Operands,
 ) -> tuple[Array, TokenScores | None]:
     """The weighted sum of the losses, and the scores without gradient."""
+    layout = split.arrange(operands.targets.size, len(operands.rows))
 
     def on_device(operands: Operands) -> tuple[Array, TokenScores | None]:
-        local, flat = _prepare(options, split, operands)
+        local, flat = _prepare(options, split, layout, operands)
         both: Any = device_total(local, function, return_scores, flat)
         total, scores = both
         scores = jax.tree.map(lambda s: s.reshape(operands.targets.shape), scores)
         return sum_over(split.all_batch, total), scores
 
     def on_devices(operands: Operands) -> Any:
-        return split.map(on_device, (_specs(split),), (P(), P(*split.batch)), (operands,))
+        specs = _specs(split, layout)
+        return split.map(on_device, (specs,), (P(), P(*split.batch)), (operands,))
 
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
         if mapped.rows or mapped.bias:
@@ -125,7 +129,7 @@ def weighted_losses(
 
     def on_device(scores, weights, data, closure, mask):
         operands = scores, weights, data, _widen_closure(closure), mask
-        _, operands = _mark_shared(split, (), operands)
+        _, operands = _mark_shared(split.manual_vocabulary, (), operands)
         outer_axes = _outer_axes(split, operands)
         return device_losses(function, of_example, outer_axes, *operands)
 
@@ -150,29 +154,37 @@ def weighted_losses(
     return call_as_one(on_devices, operands, vmap_rule=on_examples)
 
 
-def _specs(split: Split) -> Operands:
+def _specs(split: Split, layout: Layout) -> Operands:
     """How each operand is split over the devices."""
-    batch, vocabulary = P(*split.batch), P(split.vocabulary)
-    return Operands(batch, vocabulary, vocabulary, batch, batch, batch, batch, P())
+    batch, rows, bias = P(*split.batch), layout.spec, P(*layout.spec[:1])
+    return Operands(batch, rows, bias, batch, batch, batch, batch, P())
 
 
-def _prepare(options: Options, split: Split, operands: Operands) -> tuple[Options, Operands]:
+def _prepare(
+    options: Options, split: Split, layout: Layout, operands: Operands
+) -> tuple[Options, Operands]:
     """Of one device: what it knows, and its operands, of N tokens, in a wide dtype."""
-    flat = _flatten(options, operands)
-    head, tokens = _mark_shared(split, flat[:3], flat[3:])
-    mesh = jax.sharding.get_abstract_mesh() if split.all_vocabulary else None
+    head = jax.tree.map(functools.partial(widen, options.wide), operands[:3])
+    tokens = *operands[3:-1], _widen_closure(operands.closure)
+    same = remaining(layout.vocabulary, [layout.tokens])
+    (hidden, rows, bias), tokens = _mark_shared(same, head, tokens)
+    rows = gather(options.dtype, layout.gathered, rows)
+    bias = bias if bias is None else gather(options.wide, layout.gathered[:1], bias)
     local = options._replace(
-        mesh=mesh, vocabulary_axes=split.all_vocabulary, outer_axes=_outer_axes(split, head)
+        mesh=jax.sharding.get_abstract_mesh() if layout.vocabulary else None,
+        vocabulary_axes=layout.vocabulary,
+        token_axes=layout.tokens,
+        outer_axes=_outer_axes(split, head),
     )
-    return local, Operands(*head, *tokens)
+    return local, _flatten(Operands(hidden, rows, bias, *tokens))
 
 
 def _outer_axes(split: Split, operands: PyTree) -> frozenset[str]:
     """Of a `jax.shard_map` around that which this call enters."""
-    return device_type(operands).varying - {*split.mapped} if split.mapped else frozenset()
+    return device_type(operands).varying - split.mapped if split.mapped else frozenset()
 
 
-def _flatten(options: Options, operands: Operands) -> Operands:
+def _flatten(operands: Operands) -> Operands:
     """`*batch` as N, and the axes of an embedding as D."""
     batch_axes = operands.targets.ndim
     N, D = operands.targets.size, math.prod(operands.rows.shape[1:])
@@ -183,20 +195,16 @@ def _flatten(options: Options, operands: Operands) -> Operands:
     tokens = operands.targets, operands.mask, operands.weights, operands.data
     targets, mask, weights, data = jax.tree.map(flatten, tokens)
     hidden, rows = operands.hidden.reshape(N, D), operands.rows.reshape(len(operands.rows), D)
-    head = hidden, rows, operands.bias
-    hidden, rows, bias = jax.tree.map(functools.partial(widen, options.wide), head)
-    closure = _widen_closure(operands.closure)
-    return Operands(hidden, rows, bias, targets, mask, weights, data, closure)
+    return Operands(hidden, rows, operands.bias, targets, mask, weights, data, operands.closure)
 
 
-def _mark_shared(split: Split, head: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree]:
-    """Marks arrays that devices share as differing between them.
+def _mark_shared(same: Axes, head: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree]:
+    """Marks arrays that devices share as differing between them, but tokens not along some axes.
 
     So JAX sums their gradients over the devices: once, and in the wide dtype that they have here.
     """
     axes = device_type(head, tokens).varying
-    of_tokens = axes - {*split.all_vocabulary}  # where the vocabulary is split, tokens are the same
-    return cast_to_varying(axes, head), cast_to_varying(of_tokens, tokens)
+    return cast_to_varying(axes, head), cast_to_varying(axes - {*same}, tokens)
 
 
 def _widen_closure(closure: tuple[Array, ...]) -> tuple[Array, ...]:

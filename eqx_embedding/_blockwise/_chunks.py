@@ -37,9 +37,17 @@ class Chunks:
     chunks, and the rest are skipped.
 
     Places without a token repeat one that counts; what is computed there is thrown away.
+
+    `in_step(number)` is the largest of a number over the devices that compute a chunk together.
     """
 
-    def __init__(self, num_tokens: Any, chunk_size: int, mask: Bool[Array, " N"] | None):
+    def __init__(
+        self,
+        num_tokens: Any,
+        chunk_size: int,
+        mask: Bool[Array, " N"] | None,
+        in_step: Callable[[Array], Array] | None = None,
+    ):
         N = num_tokens
         count = max(-(-N // chunk_size), 1)
         C = -(-N // count)
@@ -49,8 +57,11 @@ class Chunks:
             C = N if count == 1 else C
         self.num_tokens, self.count, self.size = N, count, C
         self.mask = mask if N > 0 else None
+        self.none = None  # whether this device has no tokens for the chunks of others
         if self.mask is not None:
             self._gather(self.mask)
+            if in_step is not None:
+                self.none, self.used = self.used == 0, in_step(self.used)
 
     def _gather(self, mask: Bool[Array, " N"]) -> None:
         """Puts the tokens of the mask first, chunk after chunk."""
@@ -67,7 +78,10 @@ class Chunks:
     def split(self, array: Array) -> Array:
         """`(N, ...)` to `(C, count, ...)`."""
         if self.mask is not None:
-            return array[self.token]
+            chunks = array[self.token]
+            if self.none is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+                return chunks
+            return jnp.where(self.none, jnp.zeros((), array.dtype), chunks)
         rest = self.size * self.count - self.num_tokens
         if rest > 0:
             array = jnp.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode="edge")

@@ -68,8 +68,11 @@ def _total_and_gradients(
 
         def of_tokens(scores: TokenScores) -> Any:
             losses, pullback = eqx.filter_vjp(function.of_tokens, scores, data, operands.closure)
-            d_scores, *others = pullback(only(is_token, nan_if_unknown(scores, w)))
-            return d_scores, (scores, losses, *others)
+            d_scores, d_data, new = pullback(only(is_token, nan_if_unknown(scores, w)))
+            # In a chunk of several devices, one may have no token, but data that it must not use.
+            some = None if is_token is None else jnp.any(is_token)
+            d_scores, new = jax.tree.map(functools.partial(only, some), (d_scores, new))
+            return d_scores, (scores, losses, d_data, new)
 
         d_x, d_head, (scores, losses, d_data, new) = chunk_gradients(
             options, used, head, x, y, of_tokens, d_head

@@ -111,6 +111,16 @@ def min_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) ->
     return _collective(lax.pmin, mesh, axes, array)
 
 
+def gather_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
+    """The arrays of all devices, joined along their first axis."""
+    return _collective(functools.partial(lax.all_gather, tiled=True), mesh, axes, array)
+
+
+def sum_to_owners(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
+    """The sum of an array over the devices. Each gets a part of its first axis."""
+    return _collective(functools.partial(lax.psum_scatter, tiled=True), mesh, axes, array)
+
+
 def index_of_device(mesh: AbstractMesh, axes: tuple[str, ...]) -> Array:
     with jax.sharding.use_abstract_mesh(mesh), jax.auto_pcast(True):
         return _erase_type(lax.axis_index(axes))

@@ -15,7 +15,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ._chunks import over_tiles, tile
-from ._logits import Head, Options, tile_logits, without_padding
+from ._logits import (
+    all_tokens,
+    Head,
+    Options,
+    own_tokens,
+    sum_own_tokens,
+    tile_logits,
+    without_padding,
+)
 from ._scores import as_scores, find_statistics, LOWEST, Statistics, TokenScores, Used
 
 
@@ -43,6 +51,7 @@ def chunk_gradients(
     `cotangents_of(scores)` returns the cotangents of the scores, and anything else, which is
     handed on. Returns the gradient of `x`; `d_head`, with that of the table added; anything else.
     """
+    x, targets = all_tokens(options, (x, targets))
     (C, D), (V, _) = x.shape, head.rows.shape
     z = tile_logits(options, head, x, 0, V)
 
@@ -51,7 +60,8 @@ def chunk_gradients(
 
     statistics = find_statistics(options, used, head, targets, logits)
     scores = as_scores(options, targets, statistics)
-    cotangents, other = cotangents_of(scores)
+    cotangents, other = cotangents_of(own_tokens(options, scores))
+    cotangents = TokenScores(*all_tokens(options, cotangents[:4]), scores.is_top)
     coefficients = _find_coefficients(options, used, statistics, scores, cotangents)
 
     def add(start: Any, size: int, carry: Any) -> Any:
@@ -61,7 +71,7 @@ def chunk_gradients(
 
     carry = jnp.zeros((C, D), options.wide), d_head
     d_x, d_head = over_tiles(V, options.plan.tile_size, add, carry)
-    return d_x, d_head, other
+    return sum_own_tokens(options, d_x), d_head, other
 
 
 class _Coefficients(NamedTuple):

@@ -1,9 +1,11 @@
 """The logits of some tokens and some rows of a table."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -12,7 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from ._chunks import Chunks, tile
-from ._devices import index_of_device, without_devices
+from ._devices import (
+    gather_over_devices,
+    index_of_device,
+    max_over_devices,
+    sum_to_owners,
+    without_devices,
+)
 from ._plan import make_plan, Platform
 
 
@@ -29,16 +37,20 @@ class Options(NamedTuple):
     plan: Any = None  # a `Plan` for a platform
     mesh: AbstractMesh | None = None
     vocabulary_axes: tuple[str, ...] = ()  # manual axes of the mesh that split the rows
+    token_axes: tuple[str, ...] = ()  # those of them that split the tokens as well
     outer_axes: frozenset[str] = frozenset()  # of a `jax.shard_map` around that one
 
     def for_platform(self, platform: Platform, operands: "Operands") -> "Options":
         """With a plan for the operands of a device."""
         (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
-        masked = operands.mask is not None
-        plan = make_plan(platform, N, V, D, self.dtype, self.wide, self.tiles, masked)
+        masked, devices = operands.mask is not None, self.count_devices(self.token_axes)
+        plan = make_plan(platform, N * devices, V, D, self.dtype, self.wide, self.tiles, masked)
         if self.chunk_size is not None:
             plan = plan._replace(chunk_size=self.chunk_size)
         return self._replace(plan=plan)
+
+    def count_devices(self, axes: tuple[str, ...]) -> int:
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
 
 
 class Operands(NamedTuple):
@@ -96,7 +108,39 @@ def make_head(options: Options, operands: Operands) -> Head:
 
 
 def chunks_of(options: Options, operands: Operands) -> Chunks:
-    return Chunks(len(operands.hidden), options.plan.chunk_size, operands.mask)
+    """Chunks of the tokens of this device, which are a part of those that `all_tokens` returns."""
+    mesh, axes = options.mesh, options.token_axes
+    size = max(options.plan.chunk_size // options.count_devices(axes), 1)
+    in_step = None if mesh is None or not axes else functools.partial(max_over_devices, mesh, axes)
+    return Chunks(len(operands.hidden), size, operands.mask, in_step)
+
+
+def all_tokens(options: Options, tree: PyTree) -> PyTree:
+    """Arrays of the tokens of a chunk, joined with those of devices that have other tokens."""
+    mesh, axes = options.mesh, options.token_axes
+    if mesh is None or not axes:
+        return tree
+    return jax.tree.map(functools.partial(gather_over_devices, mesh, axes), tree)
+
+
+def own_tokens(options: Options, tree: PyTree) -> PyTree:
+    """The part of this device of arrays of all these tokens."""
+    mesh, axes = options.mesh, options.token_axes
+    if mesh is None or not axes:
+        return tree
+    index, count = index_of_device(mesh, axes), options.count_devices(axes)
+
+    def own(array: Array) -> Array:
+        size = len(array) // count
+        return lax.dynamic_slice_in_dim(array, index * size, size)
+
+    return jax.tree.map(own, tree)
+
+
+def sum_own_tokens(options: Options, array: Array) -> Array:
+    """The sum of an array of all these tokens over their devices, of which each gets its part."""
+    mesh, axes = options.mesh, options.token_axes
+    return array if mesh is None or not axes else sum_to_owners(mesh, axes, array)
 
 
 def tile_logits(

@@ -32,7 +32,16 @@ from jaxtyping import Array, Bool, Float, Int
 from .._inputs import nan_where
 from ._chunks import over_tiles
 from ._devices import max_over_devices, min_over_devices, sum_over_devices
-from ._logits import Head, is_unknown, Options, tile_logits, tokens_before, without_padding
+from ._logits import (
+    all_tokens,
+    Head,
+    is_unknown,
+    Options,
+    own_tokens,
+    tile_logits,
+    tokens_before,
+    without_padding,
+)
 
 
 class TokenScores(NamedTuple):
@@ -87,10 +96,13 @@ def chunk_scores(
 ) -> TokenScores:
     """The scores of C tokens; those that are not used have no meaning."""
 
+    x, targets = all_tokens(options, (x, targets))
+
     def logits(start: Any, size: int) -> Array:
         return tile_logits(options, head, x, start, size)
 
-    return as_scores(options, targets, find_statistics(options, used, head, targets, logits))
+    scores = as_scores(options, targets, find_statistics(options, used, head, targets, logits))
+    return own_tokens(options, scores)
 
 
 class Statistics(NamedTuple):

@@ -1,0 +1,149 @@
+"""Tables that are split over the mesh axes of the batch: equal to one device, and what is moved."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from eqx_embedding import EmbeddingDecode, EmbeddingLookup
+
+from ..helpers import quick_jit
+from .helpers import assert_trees_close, make_mesh, make_table, place, random, with_bias
+
+
+V, B, D = 96, 8, 8
+CHUNK_SIZE = 32
+FEW, MANY = 10, 14  # tokens of an example: fewer than the rows, or more, in all
+# how the rules split the batch and the table
+LAYOUTS = {
+    "rows": {"batch": "data", "vocabulary": "data"},
+    "columns": {"batch": "data", "embedding": "data"},
+    "rows over all": {"batch": ("data", "model"), "vocabulary": ("data", "model")},
+    "rows over model, then data": {"batch": "data", "vocabulary": ("model", "data")},
+    "rows over data, then model": {"batch": "data", "vocabulary": ("data", "model")},
+    "rows over model, columns over data": {
+        "batch": "data",
+        "vocabulary": "model",
+        "embedding": "data",
+    },
+    "rows over data, columns over model": {
+        "batch": "data",
+        "vocabulary": "data",
+        "embedding": "model",
+    },
+    "columns over model": {"batch": "data", "embedding": "model"},
+}
+MANUAL = [name for name in LAYOUTS if "columns over model" not in name and "data, then" not in name]
+SETTINGS = [
+    *(("explicit", layout) for layout in LAYOUTS),
+    *(("rules", layout) for layout in LAYOUTS),
+    *(("manual", layout) for layout in MANUAL),
+]
+
+
+def make_operands(length, padding_rows=3):
+    """A table, hidden, targets, weights and data."""
+    table = with_bias(make_table(V, padding_rows))
+    draw = np.random.default_rng(0)
+    targets = draw.integers(0, table.vocab_size, (B, length))
+    weights = np.where(draw.random((B, length)) < 0.4, 0, draw.uniform(0.5, 2, (B, length)))
+    weights[:5] = 0  # devices without any token that counts
+    return (
+        table,
+        random((B, length, D), seed=1),
+        jnp.asarray(targets, "int32"),
+        jnp.asarray(weights, "float32"),
+        random((B, length, 3), seed=3),
+    )
+
+
+def poison(operands):
+    """NaN wherever the weights leave a token out."""
+    table, hidden, targets, weights, data = operands
+    mask = (weights != 0)[..., None]
+    hidden, data = (jnp.where(mask, x, jnp.nan) for x in (hidden, data))
+    return table, hidden, targets, weights, data
+
+
+def mean_and_scores(closed, rules, table, hidden, targets, weights, data):
+    def fn(scores, data):
+        ratio = jnp.exp(scores.log_prob * closed + data[0])
+        return jnp.minimum(ratio, 1.2) * data[1] + scores.entropy + 0.1 * scores.mean_log_prob
+
+    return EmbeddingDecode(table, soft_cap=5.0).token_loss(
+        fn, hidden, targets, data, weights=weights, return_scores=True, rules=rules,
+        chunk_size=CHUNK_SIZE,
+    )  # fmt: skip
+
+
+def losses_alone(closed, rules, table, hidden, targets, weights, data):
+    losses = EmbeddingDecode(table).cross_entropy(
+        hidden, targets, weights=weights, reduction="none", z_loss=0.1, rules=rules,
+        chunk_size=CHUNK_SIZE,
+    )  # fmt: skip
+    return (losses * closed,)
+
+
+def logits_and_vectors(closed, rules, table, hidden, targets, weights, data):
+    vectors = EmbeddingLookup(table)(targets, rules=rules)
+    logits = EmbeddingDecode(table)(hidden + vectors, rules=rules)
+    return (logits * closed,)
+
+
+def differentiate(function, closed, *operands):
+    def total(closed, *operands):
+        results = function(closed, *operands)
+        return jnp.vdot(results[0], random(results[0].shape, seed=6)), results
+
+    gradient = jax.value_and_grad(total, (0, 1, 2, 4, 5), has_aux=True)
+    return quick_jit(gradient)(closed, *operands)
+
+
+@functools.cache
+def on_one_device(function, length):
+    alone = functools.partial(with_rules, function, None)
+    return differentiate(alone, jnp.asarray(0.7), *make_operands(length))
+
+
+def on_mesh(setting, rules, function, out_specs):
+    if setting != "manual":
+        return functools.partial(with_rules, function, rules if setting == "rules" else None)
+
+    def inside(closed, table, *batched):
+        shardings = table.shardings(jax.sharding.get_abstract_mesh(), rules)
+        table_specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+        return jax.shard_map(
+            functools.partial(with_rules, function, rules),
+            in_specs=(P(), table_specs, *(P(rules["batch"]) for _ in batched)),
+            out_specs=out_specs,
+        )(closed, table, *batched)
+
+    return inside
+
+
+def with_rules(function, rules, closed, *operands):
+    return function(closed, rules, *operands)
+
+
+@pytest.mark.parametrize("length", [FEW, MANY])
+@pytest.mark.parametrize("setting, layout", SETTINGS)
+@pytest.mark.parametrize("function", [mean_and_scores, losses_alone, logits_and_vectors])
+def test_results_and_gradients_equal_those_of_one_device(function, setting, layout, length):
+    rules = LAYOUTS[layout]
+    batch = P(rules["batch"])
+    out_specs = (P(), batch) if function is mean_and_scores else (batch,)
+    expected = on_one_device(function, length)
+    mesh = make_mesh(setting)
+    operands = make_operands(length)
+    closed = jnp.asarray(0.7)
+    table, *batched = operands if function is logits_and_vectors else poison(operands)
+    with jax.set_mesh(mesh):
+        table = jax.device_put(table, table.shardings(mesh, rules))
+        batched = [place(mesh, array, rules["batch"]) for array in batched]
+        actual = differentiate(
+            on_mesh(setting, rules, function, out_specs), place(mesh, closed), table, *batched
+        )
+        assert_trees_close(actual, expected)
