@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from .._inputs import at_least_float32
-from .._sharding import Axes, Layout, remaining, Split, sum_over
+from .._sharding import Axes, flat, Layout, remaining, Split, sum_over
 from ._device_losses import device_losses
 from ._device_scores import device_scores
 from ._device_total import device_total
@@ -174,6 +174,7 @@ def _prepare(
         mesh=jax.sharding.get_abstract_mesh() if layout.vocabulary else None,
         vocabulary_axes=layout.vocabulary,
         token_axes=layout.tokens,
+        gathered=bool(flat(layout.gathered)),
         outer_axes=_outer_axes(split, head),
     )
     return local, _flatten(Operands(hidden, rows, bias, *tokens))

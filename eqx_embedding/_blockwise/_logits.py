@@ -34,6 +34,7 @@ class Options(NamedTuple):
     wide: DTypeLike  # of all else: float32 or float64
     chunk_size: int | None  # `None` leaves it to the plan
     tiles: bool  # whether a device can cut its rows into tiles
+    gathered: bool = False  # whether the rows are a copy of the parts of other devices
     plan: Any = None  # a `Plan` for a platform
     mesh: AbstractMesh | None = None
     vocabulary_axes: tuple[str, ...] = ()  # manual axes of the mesh that split the rows
@@ -44,7 +45,9 @@ class Options(NamedTuple):
         """With a plan for the operands of a device."""
         (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
         masked, devices = operands.mask is not None, self.count_devices(self.token_axes)
-        plan = make_plan(platform, N * devices, V, D, self.dtype, self.wide, self.tiles, masked)
+        plan = make_plan(
+            platform, N * devices, V, D, self.dtype, self.wide, self.tiles, masked, self.gathered
+        )
         if self.chunk_size is not None:
             plan = plan._replace(chunk_size=self.chunk_size)
         return self._replace(plan=plan)

@@ -25,17 +25,20 @@ def make_plan(
     wide: DTypeLike,
     tiles: bool,
     masked: bool,
+    gathered: bool,
 ) -> Plan:
     """What is fast for these sizes, and factors of `dtype` summed in `wide`.
 
-    `tiles` says whether a device can cut its rows into tiles, and `masked` whether some tokens may
-    not count. A symbolic N of `jax.export` is an error of JAX.
+    `tiles` says whether a device can cut its rows into tiles, `masked` whether some tokens may not
+    count, and `gathered` whether the rows are a copy of the parts of other devices. A symbolic N of
+    `jax.export` is an error of JAX.
     """
     if platform == "cpu":
         return _cpu_plan(V, D, wide, tiles, masked)
     # float16 would lose the small probabilities.
     dtype = wide if dtype == jnp.float16 else dtype
-    return Plan(_accelerator_chunk(platform, N, D), V, dtype, transpose=False)
+    chunk_size = 1024 if gathered else _accelerator_chunk(platform, N, D)
+    return Plan(chunk_size, V, dtype, transpose=False)
 
 
 def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool, masked: bool) -> Plan:
@@ -74,7 +77,8 @@ def _accelerator_chunk(platform: Platform, N: Any, D: int) -> int:
     their gradient on a GPU. Chunks hold 4D for the sum of the table's gradient. On a GPU they hold
     4C for logits, as far as these do not fit into the place of the result, and 2C for their
     gradient; on a TPU 8C for both, unless one fits. A single chunk of all tokens, which is the
-    plain way, is best as long as it holds no more.
+    plain way, is best as long as it holds no more. Where the table is gathered, the result is only
+    the part of a device: no logits fit into its place, and chunks are as small as they may be.
     """
     C = min(max(min(D // 2, N // 4) // 128 * 128, 1024), 2048)
     if platform == "gpu":
