@@ -130,8 +130,18 @@ def with_rules(function, rules, closed, *operands):
 
 @pytest.mark.parametrize("length", [FEW, MANY])
 @pytest.mark.parametrize("setting, layout", SETTINGS)
-@pytest.mark.parametrize("function", [mean_and_scores, losses_alone, logits_and_vectors])
-def test_results_and_gradients_equal_those_of_one_device(function, setting, layout, length):
+def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, length):
+    assert_equals_one_device(mean_and_scores, setting, layout, length)
+
+
+@pytest.mark.parametrize("function", [losses_alone, logits_and_vectors])
+@pytest.mark.parametrize("setting", ["explicit", "rules", "manual"])
+@pytest.mark.parametrize("layout", ["rows over model, then data", "columns"])
+def test_losses_that_stay_apart_logits_and_vectors_do(function, setting, layout):
+    assert_equals_one_device(function, setting, layout, FEW)
+
+
+def assert_equals_one_device(function, setting, layout, length):
     rules = LAYOUTS[layout]
     batch = P(rules["batch"])
     out_specs = (P(), batch) if function is mean_and_scores else (batch,)
@@ -147,3 +157,20 @@ def test_results_and_gradients_equal_those_of_one_device(function, setting, layo
             on_mesh(setting, rules, function, out_specs), place(mesh, closed), table, *batched
         )
         assert_trees_close(actual, expected)
+
+
+def test_rules_of_a_shard_map_that_cannot_be_followed_are_refused():
+    def inside(rules, table_axes):
+        def loss(table, hidden):
+            targets = jnp.zeros(hidden.shape[:-1], "int32")
+            return EmbeddingDecode(table).cross_entropy(hidden, targets, rules=rules)
+
+        specs = P(*table_axes), P(rules["batch"])
+        mapped = jax.shard_map(loss, in_specs=specs, out_specs=P())
+        with jax.set_mesh(make_mesh("manual")):
+            jax.jit(mapped).lower(make_table(V), jnp.zeros((B, FEW, D)))
+
+    with pytest.raises(ValueError, match=r"must come last, .*: \('model', 'data'\)"):
+        inside(LAYOUTS["rows over data, then model"], [("data", "model")])
+    with pytest.raises(ValueError, match="'model',.* split the embedding, but not the batch"):
+        inside(LAYOUTS["columns over model"], [None, "model"])

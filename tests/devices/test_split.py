@@ -479,7 +479,7 @@ def test_a_split_that_a_shard_map_does_not_show_is_refused():
             inside(lambda *a, use=use: use(None, *a), P("model"), P())
         with pytest.raises(ValueError, match="it is the same .*check_vma=True"):
             inside(lambda *a, use=use: use(RULES, *a), P("model"), P("data"), check_vma=False)
-        with pytest.raises(ValueError, match="must be the same along .*'model'.*all_gather"):
+        with pytest.raises(ValueError, match="must be the same along .*'model'.*under \"batch\""):
             rules = {"vocabulary": "model"}
             inside(lambda *a, use=use: use(rules, *a), P("model"), P("model"))
         with pytest.raises(ValueError, match="table differs along.*'model'.*a table of its own"):
