@@ -6,9 +6,9 @@
         [--devices 1] [--shape N D V ..] [--chunk-size C] [--dtype bfloat16] [--json FILE]
 
 Compiles the mean cross-entropy and its gradients for a hidden vector of each token and the table:
-by this library, by optax from logits, and by the kernels of tokamax and levanter that are made for
-it, if they are installed. With `--devices`, N are the tokens of each device, on meshes of that
-many: tokens split over `data` and the vocabulary over `model`, or both over all (fully sharded).
+by this library, by optax from logits, and by tokamax's kernel for it, if that is installed. With
+`--devices`, N are the tokens of each device, on meshes of that many: tokens split over `data` and
+the vocabulary over `model`, or both over all (fully sharded).
 
 - MiB of temporaries and results, and MiB that each device sends: of the compiled program, exact.
 - operations (1e12) and the smallest size of a product: of the program before it is compiled, with
@@ -16,11 +16,11 @@ many: tokens split over `data` and the vocabulary over `model`, or both over all
 - an estimate of the time: the longest of operations, memory traffic of the products, and what is
   sent, at the published rates of the chip. Nothing ran, and programs reach less.
 
-On a GPU or TPU, `--time` runs the same programs, and prints medians.
+On a GPU or TPU, `--time` runs the same programs, and prints medians. levanter is not among them:
+its loss takes arrays of haliax, whose stable release does not import with this jax.
 """
 
 import argparse
-import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -28,9 +28,7 @@ import itertools
 import json
 import math
 import os
-import re
 import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +38,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from eqx_embedding import EmbeddingDecode, EmbeddingTable
-
-from .mesh_cost import each_instruction, gathered, group_size, reduced
+from .cross_entropy import compile_gradient, draw, in_chunks, Run, time_in_turn
 from .peers import with_optax, with_tokamax
+from .programs import count_products, count_sent
 
 
 SHAPES = [
@@ -133,29 +130,11 @@ class Operands(NamedTuple):
     targets: Any
 
 
-def with_eqx_embedding(hidden, rows, targets, chunk_size=None):
-    decode = EmbeddingDecode(EmbeddingTable(rows, ("vocabulary", "embedding")))
-    return decode.cross_entropy(hidden, targets, chunk_size=chunk_size)
-
-
-def with_levanter(hidden, rows, targets):
-    hax = importlib.import_module("haliax")
-    loss = importlib.import_module("levanter.models.loss")
-    N, D, V = (hax.Axis(n, s) for n, s in zip("NDV", (*hidden.shape, len(rows)), strict=True))
-    named = hax.named(hidden, (N, D)), hax.named(rows, (V, D)), hax.named(targets, (N,))
-    losses = loss.maybe_fused_next_token_loss(N, D, V, *named, block_size=1024)
-    return losses.array.mean() if hasattr(losses, "array") else losses
-
-
 def losses_of(chunk_size):
-    losses = {
-        OURS: functools.partial(with_eqx_embedding, chunk_size=chunk_size),
-        OPTAX: with_optax,
-        "tokamax": with_tokamax,
-        "levanter": with_levanter,
-    }
-    missing = [n for n in ("tokamax", "levanter") if importlib.util.find_spec(n) is None]
-    return {name: loss for name, loss in losses.items() if name not in missing}, missing
+    losses = {OURS: functools.partial(in_chunks, chunk_size), OPTAX: with_optax}
+    if importlib.util.find_spec("tokamax") is None:
+        return losses, ["tokamax"]
+    return losses | {"tokamax": with_tokamax}, []
 
 
 LAYOUTS = {"one device": None, "vocabulary split": "model", "fully sharded": "data"}
@@ -194,82 +173,6 @@ def compile_for(target: str, traced):
 # What is counted
 
 
-@dataclasses.dataclass
-class Products:
-    operations: float = 0
-    bytes: float = 0  # read and written
-    smallest: float = math.inf  # size of an axis of a product
-
-
-def count_products(jaxpr, platform: str) -> Products:
-    """Of a program, with the trips of its loops, as it is lowered for a platform."""
-    found = Products()
-
-    def visit(jaxpr, trips):
-        index = None  # of the branch for the platform
-        for operation in jaxpr.eqns:
-            name, params = operation.primitive.name, operation.params
-            if name == "platform_index":
-                names = params["platforms"]
-                matches = [i for i, of in enumerate(names) if of is None or platform in of]
-                index = operation.outvars[0], matches[0]
-            elif name == "dot_general":
-                add(operation, trips)
-            elif name == "cond":
-                branches = params["branches"]
-                if index is not None and operation.invars[0] is index[0]:
-                    visit(branches[index[1]].jaxpr, trips)
-                else:  # of a chunk that may be skipped
-                    visit(max((b.jaxpr for b in branches), key=lambda b: len(b.eqns)), trips)
-            else:
-                inner = trips * params["length"] if name == "scan" else trips
-                for value in params.values():
-                    if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                        visit(getattr(value, "jaxpr", value), inner)
-
-    def add(operation, trips):
-        left, right, out = (v.aval for v in (*operation.invars, *operation.outvars))
-        (contracted, _), _ = operation.params["dimension_numbers"]
-        sizes = [left.shape[axis] for axis in contracted]
-        found.operations += trips * 2 * out.size * math.prod(sizes)
-        found.bytes += trips * sum(a.size * a.dtype.itemsize for a in (left, right, out))
-        found.smallest = min(found.smallest, math.prod(sizes), *out.shape)
-
-    visit(jaxpr, 1)
-    return found
-
-
-WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}  # in bytes; 4 of all others
-
-
-def count_bytes(dtype: str, sizes: str) -> int:
-    return WIDTHS.get(dtype, 4) * math.prod(int(size) for size in sizes.split(",") if size)
-
-
-def count_moved(text: str) -> float:
-    """The bytes that each device sends, by the text of a compiled program, with its loops."""
-    moved = 0.0
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    for _, line, trips in each_instruction(text):
-        match = re.match(rf"(?:ROOT )?%\S+ = (.*?) ({kinds})(?:-start)?\(", line)
-        if match is None:
-            continue
-        types, kind = match.groups()
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
-        if "-start(" in line and kind != "all-reduce":
-            arrays = arrays[len(arrays) // 2 :]  # operands and results: the results
-        numbers = sum(itertools.starmap(count_bytes, arrays)) / 4
-        if kind == "all-reduce":
-            moved += trips * reduced(group_size(line), numbers)
-        elif kind == "reduce-scatter":
-            moved += trips * gathered(group_size(line), numbers * group_size(line))
-        elif kind == "collective-permute":
-            moved += trips * 4 * numbers
-        else:
-            moved += trips * gathered(group_size(line), numbers)
-    return moved
-
-
 def measure(target: str, loss, operands: Operands, mesh: Mesh) -> dict[str, Any]:
     chip = CHIPS[target]
     traced = trace(loss, operands, mesh)
@@ -277,7 +180,7 @@ def measure(target: str, loss, operands: Operands, mesh: Mesh) -> dict[str, Any]
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
     products = count_products(traced.jaxpr.jaxpr, chip.platform)
-    moved = count_moved(text) if mesh.size > 1 else 0.0
+    moved = count_sent(text) if mesh.size > 1 else 0.0
     if AxisType.Auto in mesh.axis_types:  # one program for all devices
         products.operations /= mesh.size
         products.bytes /= mesh.size
@@ -292,20 +195,11 @@ def measure(target: str, loss, operands: Operands, mesh: Mesh) -> dict[str, Any]
     }
 
 
-def run_for_time(shape, losses, dtype, rounds=10):
+def run_for_time(shape, losses, dtype, rounds=5):
     """Medians of seconds on the device at hand, interleaved."""
-    N, D, V = shape
-    keys = jax.random.split(jax.random.key(0), 3)
-    hidden = jax.random.normal(keys[0], (N, D), dtype)
-    rows = jax.random.normal(keys[1], (V, D), dtype) / D**0.5
-    operands = hidden, rows, jax.random.randint(keys[2], (N,), 0, V)
-    calls = {name: jax.jit(jax.value_and_grad(loss, (0, 1))) for name, loss in losses.items()}
-    times = {name: [] for name in calls}
-    for i, (name, call) in itertools.product(range(rounds + 1), calls.items()):
-        began = time.perf_counter()
-        jax.block_until_ready(call(*operands))
-        times[name] += [time.perf_counter() - began] if i > 0 else []
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    operands = draw(shape, dtype)
+    runs = {name: Run(compile_gradient(loss, operands), None) for name, loss in losses.items()}
+    return {name: statistics.median(times) for name, times in time_in_turn(runs, rounds).items()}
 
 
 HEADINGS = "temporaries", "results", "moved", "operations", "smallest product", "estimated ms"

@@ -11,19 +11,16 @@ import argparse
 
 import jax
 
+from .cross_entropy import compile_gradient
 from .losses import LOSSES
 
 
 def temporaries(loss, N: int, D: int, V: int) -> int:
-    operands = (
-        jax.ShapeDtypeStruct((N, D), "float32"),
-        jax.ShapeDtypeStruct((V, D), "float32"),
-        jax.ShapeDtypeStruct((N,), "int32"),
-    )
-    memory = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*operands).compile().memory_analysis()
-    if memory is None:
+    shapes = ((N, D), "float32"), ((V, D), "float32"), ((N,), "int32")
+    size = compile_gradient(loss, [jax.ShapeDtypeStruct(*shape) for shape in shapes]).temporaries
+    if size is None:
         raise SystemExit(f"{jax.default_backend()} does not report the memory of programs.")
-    return memory.temp_size_in_bytes
+    return size
 
 
 def cell(N: int, D: int, V: int) -> str:

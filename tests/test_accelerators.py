@@ -9,20 +9,16 @@ import pytest
 from jax import export
 from jax.sharding import AxisType
 
-from benchmarks import accelerators, mesh_cost
-from eqx_embedding import EmbeddingDecode, EmbeddingTable
+from benchmarks import accelerators, programs
+from benchmarks.losses import LOSSES
 
 
 N, D, V = 4096, 16, 4096
 TARGETS = "v6e", "h100"
+loss, plain_loss = LOSSES["cross_entropy"].here, LOSSES["cross_entropy"].plain
 
 
-def loss(hidden, rows, targets, weights=None):
-    decode = EmbeddingDecode(EmbeddingTable(rows, ("vocabulary", "embedding")))
-    return decode.cross_entropy(hidden, targets, weights=weights)
-
-
-def operands(N=N, D=D, V=V):
+def operands():
     return (
         jax.ShapeDtypeStruct((N, D), jnp.float32),
         jax.ShapeDtypeStruct((V, D), jnp.float32),
@@ -84,20 +80,24 @@ def target(request):
     return request.param
 
 
-def compiled_text(target, layout, devices=8):
+def trace(target, shape, layout, devices, loss=loss):
     found = accelerators.find_devices(target, devices)
-    shape, kind = (1024, 128, 4096), AxisType.Explicit
+    kind = AxisType.Explicit
     given = accelerators.make_operands(found, layout, shape, jnp.dtype("bfloat16"), kind)
-    traced = accelerators.trace(accelerators.with_eqx_embedding, *given)
+    return accelerators.trace(loss, *given)
+
+
+def compiled_text(target, layout, tokens=1024):
+    traced = trace(target, (tokens, 128, 4096), layout, 8)
     text = accelerators.compile_for(target, traced).as_text()
     assert text is not None
     return text
 
 
-def figures(target, shape, loss, dtype="bfloat16", devices=1, layout="one device", kind=None):
-    found = accelerators.find_devices(target, devices)
-    kind = AxisType.Explicit if kind is None else kind
-    given = accelerators.make_operands(found, layout, shape, jnp.dtype(dtype), kind)
+def figures(target, shape, loss):
+    found = accelerators.find_devices(target, 1)
+    dtype, kind = jnp.dtype("bfloat16"), AxisType.Explicit
+    given = accelerators.make_operands(found, "one device", shape, dtype, kind)
     return accelerators.measure(target, loss, *given)
 
 
@@ -105,30 +105,73 @@ def figures(target, shape, loss, dtype="bfloat16", devices=1, layout="one device
 @pytest.mark.parametrize("shape", [(1300, 1024, 16384), (2400, 256, 16384), (3200, 1024, 16384)])
 @pytest.mark.usefixtures("jax_defaults")
 def test_the_loss_never_takes_more_memory_than_the_plain_way(target, shape):
-    ours = figures(target, shape, accelerators.with_eqx_embedding)
-    plain = figures(target, shape, accelerators.with_optax)
+    ours, plain = figures(target, shape, loss), figures(target, shape, plain_loss)
     assert ours["temporaries"] <= plain["temporaries"] + 1
     assert ours["operations"] == pytest.approx(plain["operations"])
 
 
 def test_many_tokens_take_little_more_than_the_gradient_of_the_table(target):
     N, D, V = shape = 8192, 2048, 32000
-    found = figures(target, shape, accelerators.with_eqx_embedding)
+    found = figures(target, shape, loss)
     assert found["temporaries"] < 1.6 * V * D * 4 / 2**20
     assert found["smallest product"] >= 1024
     assert found["operations"] == 6 * N * D * V / 1e12
 
 
+# Over devices
+
+FEW, MANY = 256, 1024  # tokens of each of eight devices: fewer than the rows in all, or more
+
+
+def collectives(text):
+    """The kind of each collective, what it returns, and how often it runs."""
+    pattern = re.compile(rf" = (.*?) ({programs.COLLECTIVES})(?:-start)?\(")
+    found = ((pattern.search(line), trips) for _, line, trips in programs.each_instruction(text))
+    return [(match[2], match[1], trips) for match, trips in found if match is not None]
+
+
 @pytest.mark.parametrize("layout", ["vocabulary split", "fully sharded"])
 def test_gradients_in_bfloat16_are_summed_over_devices_in_float32(target, layout):
     """XLA for TPUs would round them before, if it saw no more than a conversion."""
-    text = compiled_text(target, layout)
-    sums = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
-    assert any(re.search(r"f32\[\d{4,}", types) for types in sums), sums  # that of the table
-    assert not any("bf16" in types for types in sums), sums
+    sums = [
+        (kind, types)
+        for kind, types, _ in collectives(compiled_text(target, layout))
+        if kind in ("all-reduce", "reduce-scatter", "collective-permute")
+    ]
+    assert any(re.search(r"f32\[\d{3,},", types) for _, types in sums), sums  # that of the table
+    assert not any("bf16" in types for _, types in sums), sums
 
 
-def test_a_fully_sharded_table_is_gathered_once_and_never_in_a_loop(target):
-    instructions = mesh_cost.each_instruction(compiled_text(target, "fully sharded"))
-    pattern = re.compile(r" all-gather(-start)?\(")
-    assert [trips for _, line, trips in instructions if pattern.search(line)] == [1]
+def test_a_fully_sharded_table_is_gathered_once_and_its_gradient_scattered(target):
+    found = collectives(compiled_text(target, "fully sharded", MANY))
+    gathers = [(types, trips) for kind, types, trips in found if kind == "all-gather"]
+    assert len(gathers) == 1 and "bf16[4096,128]" in gathers[0][0] and gathers[0][1] == 1
+    # the gradient is never summed whole
+    assert not any(kind == "all-reduce" and "4096,128" in types for kind, types, _ in found)
+    scatters = [
+        (types, trips)
+        for kind, types, trips in found
+        if kind in ("reduce-scatter", "collective-permute")
+    ]
+    if target == "h100":
+        assert [trips for _, trips in scatters] == [1]
+    else:  # half of a part goes each way around the ring
+        assert [trips for _, trips in scatters] == [7, 7]
+        assert all("f32[256,128]" in types for types, _ in scatters)
+
+
+def test_few_tokens_are_gathered_and_the_table_is_not(target):
+    text = compiled_text(target, "fully sharded", FEW)
+    assert "4096,128" not in text
+    assert "all-gather" in text
+
+
+@pytest.mark.parametrize("layout", ["vocabulary split", "fully sharded"])
+def test_a_table_over_devices_takes_few_temporaries(target, layout):
+    N, D, V = 4096, 1024, 16384
+    traced = trace(target, (N, D, V), layout, 8)
+    memory = accelerators.compile_for(target, traced).memory_analysis()
+    assert memory is not None
+    gradient, logits = 4 * V * D, 4 * 1024 * V
+    held = gradient / 4 if layout == "vocabulary split" else 1.5 * gradient + 2 * logits
+    assert memory.temp_size_in_bytes < 1.25 * held + 12 * N * D
