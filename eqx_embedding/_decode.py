@@ -39,7 +39,7 @@ from ._inputs import (
     Real,
     Whole,
 )
-from ._sharding import explicit_axes, find_split, remaining, Split, whole_axes, without_padding
+from ._sharding import explicit_axes, find_split, remaining, Split, whole_axes, zero_padding_rows
 from ._suggest import suggest, suggest_array, suggest_number, suggest_tokens
 from ._table import EmbeddingTable, Rules
 
@@ -501,7 +501,7 @@ def _product_jvp(dtypes, split, num_tokens, out_sharding, primals, tangents):
     factors, wide = dtypes
     # A NaN in a padding row must not reach the gradient of `hidden`. Padding is removed here, and
     # not before the product, so that a decode without a gradient does not copy the table.
-    tokens = without_padding(rows, split, num_tokens).astype(factors)
+    tokens = zero_padding_rows(rows, split, num_tokens).astype(factors)
     d_logits = _contract(d_hidden.astype(wide), tokens, wide, out_sharding) + _contract(
         hidden.astype(factors), d_rows.astype(wide), wide, out_sharding
     )

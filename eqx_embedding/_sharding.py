@@ -130,14 +130,20 @@ class Split(NamedTuple):
             place, in_specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec)
         )
         if self.mapped:
+            names = self.mapped
             function = jax.shard_map(
-                function,
-                mesh=self.mesh,
-                in_specs=in_specs,
-                out_specs=out_specs,
-                axis_names=self.mapped,
+                function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names
             )
-            return function(*arguments)
+            try:
+                return function(*arguments)
+            except ValueError as error:
+                if "to be a subset of mesh.axis_names" not in str(error):
+                    raise
+                raise ValueError(
+                    f"one of the mesh axes {sorted(names)} splits the table as well as the axis "
+                    "that this `jax.vmap` maps over. Call the method on the whole batch instead, "
+                    "or reshard the table first."
+                ) from None
         if self.mesh is None or not _mesh_is_unset():
             return function(*arguments)
         # of arrays on an explicit mesh that is not set
@@ -174,7 +180,7 @@ def _spec(axes: Iterable[Axes]) -> PartitionSpec:
     return PartitionSpec(*(entry or None for entry in axes))
 
 
-def without_padding(rows: Array, split: Split, vocab_size: int) -> Array:
+def zero_padding_rows(rows: Array, split: Split, vocab_size: int) -> Array:
     """The rows that this device has of a table, with zeros for the padding rows."""
     mesh_axes = split.manual_vocabulary
     if len(rows) * split.size(mesh_axes) == vocab_size:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eqx_embedding import EmbeddingDecode, EmbeddingTable, TokenScores
-from eqx_embedding._blockwise._scores import reference
+from eqx_embedding._blockwise._reference import reference_scores
 
 from .helpers import (
     assert_close,
@@ -427,5 +427,5 @@ def test_scores_are_those_of_the_reference_in_the_kernel():
     rows, bias = (np.asarray(make_array(shape, seed=1)) for shape in ((257, 4), (257,)))
     layer = dataclasses.replace(flat_layer(rows, bias), soft_cap=3.0)
     hidden, targets = make_array((33, 4), seed=2), jnp.arange(33, dtype="int32")
-    expected = reference(hidden, jnp.asarray(rows), targets, jnp.asarray(bias), 3.0)
+    expected = reference_scores(hidden, jnp.asarray(rows), targets, jnp.asarray(bias), 3.0)
     assert_scores(score(layer, hidden, targets, chunk_size=CHUNK_SIZE), expected)

@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 
 from eqx_embedding import EmbeddingDecode, TokenScores
+from eqx_embedding._blockwise._reference import reference_loss
 
 from .helpers import (
     assert_close,
@@ -539,6 +540,51 @@ def test_masked_data_may_be_outside_of_a_domain(reduction):
     clean = loss(c, jnp.asarray(np.where(MASK, data, 3.0)))
     assert_trees_equal(loss(c, jnp.asarray(data)), clean)
     assert np.all(np.isfinite(clean[1]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("mapped", ["batch", "examples", "examples and closure"])
+def test_examples_without_tokens_may_be_outside_of_a_domain(mapped, reduction):
+    """Whatever stands for data of masked tokens, the root below has no gradient there."""
+    layer, hidden, *_ = make_operands()
+    weights, data = np.array([1.0, 0.0, 0.0])[:, None] * np.ones(BATCH), 2 * np.ones(BATCH)
+
+    def total(c, hidden, targets, weights, data):
+        def fn(scores, x):
+            return c * jnp.sqrt(x - 1) * scores.entropy
+
+        losses = layer.token_loss(
+            fn, hidden, targets, data, weights=weights, reduction=reduction, chunk_size=CHUNK_SIZE
+        )
+        return jnp.sum(losses)
+
+    if mapped != "batch":
+        axis = 0 if mapped == "examples and closure" else None
+        total = jax.vmap(total, (axis, 0, 0, 0, 0))
+    c = jnp.ones(3) if mapped == "examples and closure" else jnp.ones(())
+    gradient = quick_jit(jax.grad(lambda *x: jnp.sum(total(*x)), (0, 3)))
+    for_c, for_weights = gradient(c, jnp.asarray(hidden), TARGETS, weights, data)
+    expected = plain_loss(lambda scores: scores.entropy, layer, hidden[:1], TARGETS[:1])
+    count = 1 if reduction == "mean" else BATCH[1]
+    np.testing.assert_allclose(np.sum(for_c), expected * count, rtol=1e-5)
+    assert np.all(np.isfinite(for_weights))
+
+
+def test_a_loss_is_that_of_the_reference():
+    layer, hidden, weights, a, b, c = make_operands()
+    rows, bias = layer.table._rows_first()
+    N, D = TARGETS.size, rows[0].size
+    tokens = (jnp.asarray(x).reshape(N, *x.shape[2:]) for x in (TARGETS, a, b))
+    rows = rows[:VOCAB_SIZE].reshape(VOCAB_SIZE, D)
+    bias = None if bias is None else bias[:VOCAB_SIZE]
+    expected = reference_loss(
+        clipped_policy_gradient(c), jnp.ravel(weights), jnp.reshape(hidden, (N, D)), rows, *tokens,
+        bias=bias, soft_cap=layer.soft_cap,
+    )  # fmt: skip
+    actual = layer.token_loss(
+        clipped_policy_gradient(c), hidden, TARGETS, a, b, weights=weights, reduction="sum"
+    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -5,6 +5,7 @@ and of rows of the table that one device has; C is the number of tokens of a chu
 
 From a call to the numbers, top down:
 
+- `_reference.py`: what is computed, in a few lines, from all logits at once.
 - `_batch.py`: a batch, over the devices of a mesh and under `jax.vmap`.
 - `_device_total.py`, `_device_scores.py`, `_device_losses.py`: all tokens of a device, and what has
   derivatives of our own: sums of losses; scores and losses that stay apart.
@@ -23,4 +24,5 @@ from ._batch import (
 from ._function import close_over as close_over, TokenFunction as TokenFunction
 from ._gather import gather_wide as gather_wide
 from ._logits import Operands as Operands, Options as Options
-from ._scores import TokenScores as TokenScores, Used as Used
+from ._reference import TokenScores as TokenScores
+from ._scores import Used as Used

@@ -20,7 +20,8 @@ from ._function import TokenFunction
 from ._gather import gather
 from ._logits import Operands, Options
 from ._primitive import call_as_one
-from ._scores import TokenScores, Used
+from ._reference import TokenScores
+from ._scores import Used
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -28,13 +29,13 @@ def score_tokens(options: Options, split: Split, used: Used, operands: Operands)
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
     layout = split.arrange(operands.targets.size, len(operands.rows))
 
-    def on_device(operands: Operands) -> TokenScores:
+    def on_one_device(operands: Operands) -> TokenScores:
         local, flat = _prepare(options, split, layout, operands)
         scores = device_scores(local, used, flat)
         return jax.tree.map(lambda s: s.reshape(operands.targets.shape), scores)
 
     def on_devices(operands: Operands) -> TokenScores:
-        return split.map(on_device, (_specs(split, layout),), P(*split.batch), (operands,))
+        return split.map(on_one_device, (_specs(split, layout),), P(*split.batch), (operands,))
 
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
         if mapped.rows or mapped.bias:
@@ -56,7 +57,7 @@ def total_loss(
     """The weighted sum of the losses, and the scores without gradient."""
     layout = split.arrange(operands.targets.size, len(operands.rows))
 
-    def on_device(operands: Operands) -> tuple[Array, TokenScores | None]:
+    def on_one_device(operands: Operands) -> tuple[Array, TokenScores | None]:
         local, flat = _prepare(options, split, layout, operands)
         both: Any = device_total(local, function, return_scores, flat)
         total, scores = both
@@ -65,7 +66,7 @@ def total_loss(
 
     def on_devices(operands: Operands) -> Any:
         specs = _specs(split, layout)
-        return split.map(on_device, (specs,), (P(), P(*split.batch)), (operands,))
+        return split.map(on_one_device, (specs,), (P(), P(*split.batch)), (operands,))
 
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
         if mapped.rows or mapped.bias:
@@ -101,7 +102,8 @@ def _totals_of_examples(
         scores = TokenScores(*(_repeat(size, False, score) for score in scores))
     each = _of_examples(size, mapped, operands, "weights", "data", "mask")
     of_tokens = scores, each.weights, each.data, operands.closure, each.mask
-    losses = weighted_losses(split, function, mapped.closure, *of_tokens)
+    of_example = mapped.closure if any(mapped.closure) else None
+    losses = weighted_losses(split, function, of_example, *of_tokens)
     total = sum_over(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
     if not return_scores:
         return total, None
@@ -127,7 +129,7 @@ def weighted_losses(
     none has.
     """
 
-    def on_device(scores, weights, data, closure, mask):
+    def on_one_device(scores, weights, data, closure, mask):
         operands = scores, weights, data, _widen_closure(closure), mask
         _, operands = _mark_shared(split.manual_vocabulary, (), operands)
         outer_axes = _outer_axes(split, operands)
@@ -138,7 +140,9 @@ def weighted_losses(
         of_closure = P(split.batch[0]) if split.batch else P()
         flags = of_example or [False] * len(closure)
         closure_specs = tuple(of_closure if mapped else P() for mapped in flags)
-        return split.map(on_device, (batch, batch, batch, closure_specs, batch), batch, operands)
+        return split.map(
+            on_one_device, (batch, batch, batch, closure_specs, batch), batch, operands
+        )
 
     def on_examples(size, mesh_axes, mapped, operands):
         if of_example is not None:

@@ -13,10 +13,11 @@ from jaxtyping import Array
 
 from ._devices import device_type, retype, without_devices
 from ._function import TokenFunction
-from ._scores import nan_if_unknown, TokenScores
+from ._reference import TokenScores
+from ._scores import nan_if_unknown
 
 
-# For tokens that do not count, if no token does: numbers that few losses turn into NaN or infinity.
+# For tokens that do not count, if no token does. The loss of these numbers is thrown away.
 PLAIN_SCORES = -0.5, -1.0, 0.5, 1.0, 0.0
 PLAIN_DATA = 0.5
 
@@ -94,11 +95,26 @@ def _losses(
     # What the mask leaves out must not reach the gradient of `closure`: NaN times zero is NaN.
     counted = functools.partial(_repeat_counted, mask)
     numbers = TokenScores(*map(counted, scores, PLAIN_SCORES))
-    losses = of_tokens(numbers, tuple(counted(array, PLAIN_DATA) for array in data), closure)
+    data = tuple(counted(array, PLAIN_DATA) for array in data)
+    losses = _keep(mask, of_tokens(numbers, data, _cut_if_none(mask, closure)))
     # The NaN must not hide the gradient: that of a vector which is not finite is NaN.
     nan = jax.lax.stop_gradient(nan_if_unknown(scores, jnp.zeros_like(losses)))
-    losses = weights * losses + nan
+    return _keep(mask, weights * losses + nan)
+
+
+def _keep(mask: Array | None, losses: Array) -> Array:
     return losses if mask is None else jnp.where(mask, losses, 0.0)
+
+
+def _cut_if_none(mask: Array | None, closure: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The arrays, without a gradient if no token counts."""
+
+    def cut(array: Array) -> Array:
+        if mask is None or not jnp.issubdtype(array.dtype, jnp.inexact):
+            return array
+        return jnp.where(jnp.any(mask), array, jax.lax.stop_gradient(array))
+
+    return tuple(map(cut, closure))
 
 
 def _repeat_counted(mask: Array | None, array: Array, otherwise: float) -> Array:

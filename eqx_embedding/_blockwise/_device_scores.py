@@ -16,7 +16,8 @@ from ._chunks import only
 from ._devices import device_type, retype
 from ._gradients import chunk_gradients, HeadGradient, zeros_like
 from ._logits import chunks_of, is_unknown, make_head, on_device, Operands, Options
-from ._scores import chunk_scores, TokenScores, Used
+from ._reference import TokenScores
+from ._scores import chunk_scores, Used
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -19,7 +19,8 @@ from ._devices import device_type, without_devices
 from ._function import TokenFunction
 from ._gradients import chunk_gradients, zeros_like
 from ._logits import chunks_of, make_head, on_device, Operands, Options
-from ._scores import chunk_scores, nan_if_unknown, TokenScores
+from ._reference import TokenScores
+from ._scores import chunk_scores, nan_if_unknown
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

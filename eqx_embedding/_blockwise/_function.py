@@ -14,7 +14,8 @@ from jaxtyping import Array
 
 from .._sharding import varying_axes
 from ._devices import no_mesh
-from ._scores import TokenScores, Used
+from ._reference import TokenScores
+from ._scores import Used
 
 
 class TokenFunction:

@@ -1,6 +1,6 @@
 """The gradients of a function of the scores of a chunk of tokens.
 
-By the formula of `_scores.py`, with z relative to the largest logit:
+By the formula of `_reference.py`, with z relative to the largest logit:
 
     d_logits[j] = exp(z[j]) * (scale + slope * z[j]) + at_target * (j is the target) + everywhere
 """
@@ -24,7 +24,8 @@ from ._logits import (
     tile_logits,
     without_padding,
 )
-from ._scores import as_scores, find_statistics, LOWEST, Statistics, TokenScores, Used
+from ._reference import TokenScores
+from ._scores import as_scores, find_statistics, LOWEST, Statistics, Used
 
 
 class HeadGradient(NamedTuple):

@@ -1,33 +1,12 @@
-"""The scores of tokens, from their logits, and the gradients of any function of these scores.
-
-What is computed here, before how:
-
-    logits = soft_cap * tanh((hidden @ rows.T + bias) / soft_cap)    # (N, V)
-    log_probs = log_softmax(logits)
-
-| score           | meaning                         | its derivative by logit j, with p = softmax |
-| --------------- | ------------------------------- | ------------------------------------------- |
-| `log_prob`      | log_probs[target]               | (j is the target) - p[j]                    |
-| `mean_log_prob` | the mean of log_probs           | 1 / V - p[j]                                |
-| `entropy`       | -sum(p * log_probs)             | -p[j] * (log_probs[j] + entropy)            |
-| `logsumexp`     | log(sum(exp(logits)))           | p[j]                                        |
-
-So the gradient of any function of the scores is, with z = logits - max(logits),
-
-    d_logits[j] = p[j] * (a + b * z[j]) + c * (j is the target) + d
-
-with four numbers a, b, c, d for each token. `reference` is the same in a few lines, with all logits
-at once.
-"""
+"""The scores of a chunk of tokens, from its logits, a tile of the vocabulary after the other."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from .._inputs import nan_where
 from ._chunks import over_tiles
@@ -42,45 +21,7 @@ from ._logits import (
     tokens_before,
     without_padding,
 )
-
-
-class TokenScores(NamedTuple):
-    """What [`eqx_embedding.EmbeddingDecode.score`][] says of each token.
-
-    - `log_prob`: the logarithm of the probability of the target.
-    - `mean_log_prob`: the mean of the logarithms of the probabilities of all tokens of the
-        vocabulary.
-    - `entropy`: that of the distribution over the vocabulary, in nats.
-    - `logsumexp`: the logarithm of the sum of the exponentials of the logits.
-    - `is_top`: whether the target has the largest logit; of equal logits that of the lower token.
-    """
-
-    log_prob: Float[Array, "*batch"]
-    mean_log_prob: Float[Array, "*batch"]
-    entropy: Float[Array, "*batch"]
-    logsumexp: Float[Array, "*batch"]
-    is_top: Bool[Array, "*batch"]
-
-
-def reference(
-    hidden: Float[Array, "N D"],
-    rows: Float[Array, "V D"],
-    targets: Int[Array, " N"],
-    bias: Float[Array, " V"] | None = None,
-    soft_cap: float | None = None,
-) -> TokenScores:
-    """The scores, from all logits at once: what the rest of this module computes in parts."""
-    logits = hidden @ rows.T
-    logits = logits if bias is None else logits + bias[None]
-    logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
-    log_probs = jax.nn.log_softmax(logits)
-    return TokenScores(
-        log_prob=jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0],
-        mean_log_prob=jnp.mean(log_probs, axis=1),
-        entropy=-jnp.sum(jnp.exp(log_probs) * log_probs, axis=1),
-        logsumexp=jax.nn.logsumexp(logits, axis=1),
-        is_top=jnp.argmax(logits, axis=1) == targets,
-    )
+from ._reference import TokenScores
 
 
 class Used(NamedTuple):
