@@ -3,7 +3,7 @@
     pip install "jax[tpu]"          # or, for the H100:
     pip install jax-cuda12-plugin==<jax> jax-cuda12-pjrt==<jax> nvidia-cuda-nvcc-cu12
     JAX_PLATFORMS=cpu python -m benchmarks.accelerators [--target v5e v5p v6e tpu7x h100]
-        [--devices 1] [--shape N D V ..] [--chunk-size C] [--dtype bfloat16] [--json FILE]
+        [--devices 1] [--shape N D V ..] [--chunk-size C] [--alone] [--dtype bfloat16] [--json FILE]
 
 Compiles the mean cross-entropy and its gradients for a hidden vector of each token and the table:
 by this library, by optax from logits, and by tokamax's kernel for it, if that is installed. With
@@ -216,11 +216,13 @@ def main(arguments=None):
     parser.add_argument("--devices", nargs="+", type=int, default=[1])
     parser.add_argument("--shape", nargs=3, type=int, action="append", metavar=("N", "D", "V"))
     parser.add_argument("--chunk-size", type=int, help="of this library's loss")
+    parser.add_argument("--alone", action="store_true", help="this library, without others")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--json", type=Path, help="a file to write the figures to")
     parser.add_argument("--time", action="store_true", help="run on the accelerator at hand")
     given = parser.parse_args(arguments)
     losses, missing = losses_of(given.chunk_size)
+    losses = {OURS: losses[OURS]} if given.alone else losses
     shapes = [tuple(shape) for shape in given.shape or SHAPES]
     for name in missing:
         print(f"{name} is not installed")

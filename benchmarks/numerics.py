@@ -7,6 +7,10 @@ divided by the largest number in that result. The k-th token is drawn with a pro
 proportion to 1 / k, as words are distributed. Plain JAX is `table[tokens]` for the lookup, `einsum`
 for the logits, and optax's loss. Its logits have the dtype of the operands; "float32 logits" is the
 same with logits in float32.
+
+The last lines are of the sum of a gradient over 256 devices, drawn from a normal distribution:
+rounded to the dtype of the table after each addition, as a ring of devices in that dtype does, and
+in float32, rounded once.
 """
 
 import argparse
@@ -102,7 +106,20 @@ def measure(shape, dtype):
             "loss, gradient of hidden": largest_error(for_hidden, gradients64[0]),
             "loss, gradient of the table": largest_error(for_rows, gradients64[1]),
         }
-    return {"shape": shape, "dtype": dtype, "errors": errors}
+    names = "sum over devices, rounded each time", "sum over devices, rounded once"
+    sums = dict(zip(names, sum_over_devices(jnp.dtype(dtype)), strict=True))
+    return {"shape": shape, "dtype": dtype, "errors": errors, "sums": sums}
+
+
+def sum_over_devices(dtype, devices=256, size=2**16):
+    """The errors of a sum whose terms are rounded on their way, and of one rounded at the end."""
+    terms = np.random.default_rng(0).normal(size=(devices, size)).astype(dtype)
+    exact_sum = terms.astype(np.float64).sum(axis=0)
+    rounded, wide = terms[0], terms[0].astype(np.float32)
+    for term in terms[1:]:
+        rounded = (rounded.astype(np.float32) + term.astype(np.float32)).astype(dtype)
+        wide = wide + term.astype(np.float32)
+    return largest_error(rounded, exact_sum), largest_error(wide.astype(dtype), exact_sum)
 
 
 def show(report):
@@ -112,6 +129,8 @@ def show(report):
     for row in next(iter(report["errors"].values())):
         figures = (errors[row] for errors in report["errors"].values())
         print(f"{row:28}" + "".join(f"{figure:16.1e}" for figure in figures))
+    for name, figure in report["sums"].items():
+        print(f"{name:28}{figure:16.1e}")
 
 
 def main(arguments=None):

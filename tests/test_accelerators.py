@@ -2,6 +2,7 @@
 
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,14 @@ from jax.sharding import AxisType
 
 from benchmarks import accelerators, programs
 from benchmarks.losses import LOSSES
+from eqx_embedding import (
+    combine_rows,
+    EmbeddingDecode,
+    EmbeddingLookup,
+    EmbeddingTable,
+    partition_rows,
+    resize_vocabulary,
+)
 
 
 N, D, V = 4096, 16, 4096
@@ -175,3 +184,46 @@ def test_a_table_over_devices_takes_few_temporaries(target, layout):
     gradient, logits = 4 * V * D, 4 * 1024 * V
     held = gradient / 4 if layout == "vocabulary split" else 1.5 * gradient + 2 * logits
     assert memory.temp_size_in_bytes < 1.25 * held + 12 * N * D
+
+
+def lookup(table, tokens):
+    return jnp.sum(jnp.sin(EmbeddingLookup(table)(tokens).astype("float32")))
+
+
+def decode(table, tokens):
+    return jnp.sum(jnp.sin(EmbeddingDecode(table)(jnp.ones((*tokens.shape, 128), "bfloat16"))))
+
+
+def scores(table, tokens):
+    scores = EmbeddingDecode(table).score(jnp.ones((*tokens.shape, 128), "bfloat16"), tokens)
+    return jnp.sum(scores.log_prob + scores.entropy)
+
+
+def some_rows(table, tokens):
+    trained, frozen = partition_rows(table, range(4000, 4096))
+    return jax.grad(lambda t: lookup(combine_rows(t, frozen), tokens))(trained)
+
+
+def resized(table, tokens):
+    return resize_vocabulary(table, 8192, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("layout", ["one device", "vocabulary split"])
+@pytest.mark.parametrize(
+    "function", [jax.grad(lookup), jax.grad(decode), jax.grad(scores), some_rows, resized]
+)
+def test_everything_else_compiles_and_holds_no_second_table(target, layout, function):
+    """Each takes less than two tables in float32, eight times its logits, and its vectors."""
+    devices = accelerators.find_devices(target, 1 if layout == "one device" else 8)
+    shape, dtype = (256, 128, 4096), jnp.dtype("bfloat16")
+    given = accelerators.make_operands(devices, layout, shape, dtype, AxisType.Explicit)
+    operands, mesh = given
+    table = EmbeddingTable(jnp.zeros((1, 1), "bfloat16"), ("vocabulary", "embedding"))
+    table = eqx.tree_at(lambda t: t.embeddings, table, operands.rows)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(function).trace(table, operands.targets)
+        memory = accelerators.compile_for(target, traced).memory_analysis()
+    assert memory is not None
+    parts = 1 if layout == "one device" else 4
+    tables, logits = 2 * 4 * 4096 * 128 / parts, 4 * 256 * 4096 / parts
+    assert memory.temp_size_in_bytes < tables + 8 * logits + 4 * 4 * 256 * 128

@@ -62,7 +62,8 @@ def chunk_gradients(
     statistics = find_statistics(options, used, head, targets, logits)
     scores = as_scores(options, targets, statistics)
     cotangents, other = cotangents_of(own_tokens(options, scores))
-    cotangents = TokenScores(*all_tokens(options, cotangents[:4]), scores.is_top)
+    numbers: Any = (*all_tokens(options, cotangents[:4]), scores.is_top)
+    cotangents = TokenScores(*numbers)
     coefficients = _find_coefficients(options, used, statistics, scores, cotangents)
 
     def add(start: Any, size: int, carry: Any) -> Any:
