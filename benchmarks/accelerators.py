@@ -7,8 +7,8 @@
 
 Compiles the mean cross-entropy and its gradients for a hidden vector of each token and the table:
 by this library, by optax from logits, and by tokamax's kernel for it, if that is installed. With
-`--devices`, N are the tokens of each device, on meshes of that many: tokens split over `data` and
-the vocabulary over `model`, or both over all (fully sharded).
+`--devices`, N are the tokens of each device, on meshes of that many: tokens split over `data`, and
+the rows over `model` of size 4, or over `data` (fully sharded), or over both.
 
 - MiB of temporaries and results, and MiB that each device sends: of the compiled program, exact.
 - operations (1e12) and the smallest size of a product: of the program before it is compiled, with
@@ -137,13 +137,18 @@ def losses_of(chunk_size):
     return losses | {"tokamax": with_tokamax}, []
 
 
-LAYOUTS = {"one device": None, "vocabulary split": "model", "fully sharded": "data"}
+LAYOUTS = {
+    "one device": None,
+    "vocabulary split": "model",
+    "fully sharded": "data",
+    "split over both": ("model", "data"),
+}
 
 
 def make_operands(devices, layout, shape, dtype, kind) -> tuple[Operands, Mesh]:
     """Shapes of N tokens for each device, split over a mesh with axes of a kind."""
     n, (N, D, V) = len(devices), shape
-    data = n if LAYOUTS[layout] != "model" else max(n // 4, 1)
+    data = max(n // 4, 1) if "model" in (LAYOUTS[layout] or ()) else n
     grid = np.asarray(devices).reshape(data, n // data)
     mesh = Mesh(grid, ("data", "model"), axis_types=(kind, kind))
 

@@ -201,6 +201,8 @@ def as_data(position: int, array: ArrayLike, batch: tuple[int, ...]) -> Array:
             f"data must begin with the shape {batch} of hidden without its embedding axes, got "
             f"data[{position}] of shape {whole.shape}."
         )
+    if isinstance(whole, np.ndarray) and whole.dtype.kind in "OSU":
+        raise TypeError(f"data[{position}] must be an array of numbers, got {array!r:.80}.")
     narrow = jnp.asarray(whole)
     if isinstance(whole, np.ndarray) and np.issubdtype(whole.dtype, np.integer):
         limits = np.iinfo(narrow.dtype)

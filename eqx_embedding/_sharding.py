@@ -61,12 +61,13 @@ class Split(NamedTuple):
         """The number of tokens of the whole table of which this device may have a part."""
         return table._count_tokens(table._num_rows * self.size(self.manual_table[0]))
 
-    def arrange(self, num_tokens: int, num_rows: int) -> "Layout":
+    def arrange(self, num_tokens: Any, num_rows: int) -> "Layout":
         """Decides which rows each device works on.
 
         Of mesh axes that split the table as well as the batch, no device has all that its tokens
         need. Then the table is gathered, or the tokens are: the fewer. Both numbers are those of
-        the arrays that are handed over, which are the part of a device along manual axes.
+        the arrays that are handed over, which are the part of a device along manual axes. The
+        number of tokens may be symbolic where nothing is split.
         """
         batch = flat(self.batch)
         shared = [common(axes, batch) for axes in self.table]
@@ -80,15 +81,18 @@ class Split(NamedTuple):
         if divides(vocabulary + flat(others)):
             vocabulary += flat(others)
         gathered = tuple(map(operator.add, manual_shared, shared))
+        split = (vocabulary + shared[0], *shared[1:])
+        whole = Layout(split, manual + vocabulary, gathered, ())
+        if not flat(gathered) or flat(manual_shared[1:]) or not divides(vocabulary):
+            return whole
         tokens = num_tokens * self.size(flat(gathered)) // self.size(batch)
         rows = num_rows * self.size(manual_shared[0]) // self.size(vocabulary)
-        if tokens < rows and divides(vocabulary) and not flat(manual_shared[1:]):
-            axes = manual_shared[0] + flat(shared)
-            none = ((),) * len(shared)
-            split = (vocabulary + flat(shared), *none[1:])
-            return Layout(split, manual + manual_shared[0] + split[0], none, axes)
-        split = (vocabulary + shared[0], *shared[1:])
-        return Layout(split, manual + vocabulary, gathered, ())
+        if tokens >= rows:
+            return whole
+        none = ((),) * len(shared)
+        split = (vocabulary + flat(shared), *none[1:])
+        of_tokens = manual_shared[0] + flat(shared)
+        return Layout(split, manual + manual_shared[0] + split[0], none, of_tokens)
 
     def sharding(self, axes: Sequence[Axes]) -> NamedSharding | None:
         """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""

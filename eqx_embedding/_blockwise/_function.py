@@ -113,11 +113,13 @@ def _check_derivatives(jaxpr: Jaxpr) -> None:
     for operation in jaxpr.eqns:
         is_custom = operation.primitive.name.startswith("custom_")
         if is_custom and any(_is_explicit(x.aval) for x in operation.invars):
-            name = operation.params.get("name", operation.primitive)
+            called = operation.params.get("call_jaxpr")
+            name = operation.primitive if called is None else called.jaxpr.debug_info.func_name
             raise ValueError(
-                f"fn closes over an array of an explicit mesh, and hands it to {name}, a function "
-                "with a derivative of its own: hand it over as one of the data instead, with the "
-                "shape of the batch."
+                f"fn closes over an array of an explicit mesh, and passes it to {name}, which has "
+                "a custom derivative. Pass the array as one of the data instead, with the shape of "
+                "the batch; or write the function without a custom derivative; or use a mesh with "
+                "automatic axes: `jax.make_mesh(..., axis_types=(AxisType.Auto, ...))`."
             )
 
 
