@@ -215,6 +215,26 @@ def print_row(name: str, row: dict[str, Any]) -> None:
     print(f"  {name:20}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
+def compare(target, devices, layout, shape, losses, dtype) -> list[dict[str, Any]]:
+    """Prints a row for each loss, and returns them for JSON."""
+    where = dict(target=target, devices=len(devices), layout=layout, shape=shape)
+    print(f"\n{target} x {len(devices)}, {layout}: {shape} tokens of each device, D, V")
+    print(f"  {'':20}" + "".join(f"{heading:>18}" for heading in HEADINGS))
+    rows = []
+    for name, loss in losses.items():
+        # JAX places the operands of the plain way by itself, if axes are automatic.
+        kind = AxisType.Explicit if name == OURS else AxisType.Auto
+        try:
+            row = measure(target, loss, *make_operands(devices, layout, shape, dtype, kind))
+        except Exception as error:  # a kernel for another machine, or too much memory
+            lines = str(error).strip().splitlines() or [""]
+            print(f"  {name:20}does not compile: {type(error).__name__} {lines[0][:80]}")
+        else:
+            print_row(name, row)
+            rows.append({**where, "dtype": dtype.name, "name": name, **row})
+    return rows
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS))
@@ -247,23 +267,8 @@ def main(arguments=None):
             print(f"{target}: {error}")
             continue
         for shape, layout in itertools.product(shapes, LAYOUTS):
-            if (layout == "one device") != (count == 1):
-                continue
-            where = dict(target=target, devices=count, layout=layout, shape=shape)
-            print(f"\n{target} x {count}, {layout}: {shape} tokens of each device, D, V")
-            print(f"  {'':20}" + "".join(f"{heading:>18}" for heading in HEADINGS))
-            for name, loss in losses.items():
-                # JAX places the operands of the plain way by itself, if axes are automatic.
-                kind = AxisType.Explicit if name == OURS else AxisType.Auto
-                operands = make_operands(devices, layout, shape, jnp.dtype(given.dtype), kind)
-                try:
-                    row = measure(target, loss, *operands)
-                except Exception as error:  # a kernel for another machine, or too much memory
-                    lines = str(error).strip().splitlines() or [""]
-                    print(f"  {name:20}does not compile: {type(error).__name__} {lines[0][:80]}")
-                else:
-                    print_row(name, row)
-                    rows.append({**where, "dtype": given.dtype, "name": name, **row})
+            if (layout == "one device") == (count == 1):
+                rows += compare(target, devices, layout, shape, losses, jnp.dtype(given.dtype))
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
 

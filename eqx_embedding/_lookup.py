@@ -131,20 +131,7 @@ class EmbeddingLookup(eqx.Module):
         shared = *others[:axis], first, *others[axis:]
         array = gather_wide(dtype, at_least_float32(dtype), shared, array)
         past_the_end = vocab_size + table.padding_rows
-        tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
-        xp = jnp if isinstance(tokens, jax.Array) else np
-        if self.out_of_range == "clip":
-            index = xp.where(tokens < 0, 0, xp.where(in_range, tokens, vocab_size - 1))
-        else:  # a row past the end has no value and no gradient
-            index = xp.where(in_range, tokens, past_the_end)
-        index = jnp.asarray(index)
-        if self.out_of_range == "raise":
-            failed = raise_unless(
-                in_range,
-                f"a token is out of range: the vocabulary {table.vocabulary_axis!r} has "
-                f"{vocab_size} tokens, so tokens must be at least 0 and below {vocab_size}.",
-            )
-            index = jnp.where(failed, jnp.asarray(past_the_end, index.dtype), index)
+        index = self._rows_of(tokens, vocab_size, past_the_end)
         # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
         batch = explicit_axes(index)
         others = [remaining(axes, batch) for axes in explicit_axes(array)]
@@ -157,3 +144,22 @@ class EmbeddingLookup(eqx.Module):
         vectors = lax.psum(vectors, mesh_axes).astype(dtype)
         missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
         return nan_where(missing, vectors)
+
+    def _rows_of(
+        self, tokens: Integer[ArrayLike, "*batch"], vocab_size: int, past_the_end: int
+    ) -> Integer[Array, "*batch"]:
+        """The row of each token. A row past the end has no value and no gradient."""
+        tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
+        xp = jnp if isinstance(tokens, jax.Array) else np
+        if self.out_of_range == "clip":
+            nearest = xp.where(tokens < 0, 0, xp.where(in_range, tokens, vocab_size - 1))
+            return jnp.asarray(nearest)
+        index = jnp.asarray(xp.where(in_range, tokens, past_the_end))
+        if self.out_of_range == "raise":
+            failed = raise_unless(
+                in_range,
+                f"a token is out of range: the vocabulary {self.table.vocabulary_axis!r} has "
+                f"{vocab_size} tokens, so tokens must be at least 0 and below {vocab_size}.",
+            )
+            index = jnp.where(failed, jnp.asarray(past_the_end, index.dtype), index)
+        return index
