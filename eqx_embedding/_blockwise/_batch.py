@@ -15,7 +15,7 @@ from .._sharding import Axes, flat, Layout, remaining, Split, sum_over
 from ._device_losses import device_losses
 from ._device_scores import device_scores
 from ._device_total import device_total
-from ._devices import cast_to_varying, device_type, widen
+from ._devices import cast_to_varying, device_type, is_alone, widen
 from ._function import TokenFunction
 from ._gather import gather
 from ._logits import Operands, Options
@@ -178,6 +178,7 @@ def _prepare(
         mesh=jax.sharding.get_abstract_mesh() if layout.vocabulary else None,
         vocabulary_axes=layout.vocabulary,
         token_axes=layout.tokens,
+        rows_dtype=operands.rows.dtype if is_alone(rows) else options.wide,
         gathered=bool(flat(layout.gathered)),
         outer_axes=_outer_axes(split, head),
     )

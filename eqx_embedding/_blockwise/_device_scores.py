@@ -14,7 +14,7 @@ from jaxtyping import Array
 from .._inputs import nan_where
 from ._chunks import only
 from ._devices import device_type, retype
-from ._gradients import chunk_gradients, HeadGradient, zeros_like
+from ._gradients import chunk_gradients, HeadGradient, zero_gradient
 from ._logits import chunks_of, is_unknown, make_head, on_device, Operands, Options
 from ._reference import TokenScores
 from ._scores import chunk_scores, Used
@@ -80,8 +80,8 @@ def _score_gradients(
     cotangents = nan_where(unknown, d_log_prob), *others
     tokens = operands.hidden, operands.targets, cotangents
     chunks = chunks_of(options, operands._replace(mask=mask))
-    d_head, d_hidden = chunks.run(chunk, tokens, zeros_like(head, options.wide))
-    d_rows, d_bias = d_head
+    d_head, d_hidden = chunks.run(chunk, tokens, zero_gradient(options, head, chunks.count))
+    d_rows, d_bias = d_head.rows.astype(options.wide), d_head.bias
     return Operands(d_hidden, d_rows, d_bias, targets=None, mask=None)
 
 

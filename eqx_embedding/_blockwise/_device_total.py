@@ -17,7 +17,7 @@ from .._inputs import at_least_float32
 from ._chunks import only
 from ._devices import device_type, without_devices
 from ._function import TokenFunction
-from ._gradients import chunk_gradients, zeros_like
+from ._gradients import chunk_gradients, zero_gradient
 from ._logits import chunks_of, make_head, on_device, Operands, Options
 from ._reference import TokenScores
 from ._scores import chunk_scores, nan_if_unknown
@@ -85,11 +85,11 @@ def _total_and_gradients(
 
     tokens = operands.hidden, operands.targets, operands.weights, operands.data
     closure = eqx.filter(operands.closure, eqx.is_inexact_array)
-    zeros = jax.tree.map(jnp.zeros_like, closure), zeros_like(head, options.wide)
-    sums = jnp.zeros((), options.wide), *zeros
-    sums, of_tokens = chunks_of(options, operands).run(chunk, tokens, sums)
+    chunks = chunks_of(options, operands)
+    zeros = jax.tree.map(jnp.zeros_like, closure), zero_gradient(options, head, chunks.count)
+    sums, of_tokens = chunks.run(chunk, tokens, (jnp.zeros((), options.wide), *zeros))
     (total, d_closure, d_head), (d_hidden, d_weights, d_data, scores) = sums, of_tokens
-    d_rows, d_bias = d_head
+    d_rows, d_bias = d_head.rows.astype(options.wide), d_head.bias
     gradients = Operands(d_hidden, d_rows, d_bias, None, None, d_weights, d_data, d_closure)
     return (total, scores), gradients
 

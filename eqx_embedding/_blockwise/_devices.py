@@ -53,6 +53,12 @@ def device_type(*trees: PyTree) -> DeviceType:
     return DeviceType(mesh, varying_axes(*jax.tree.leaves(trees)))
 
 
+def is_alone(array: Array) -> bool:
+    """Whether there are no devices over which a gradient of the array could be summed."""
+    mesh = device_type(array).mesh
+    return mesh.empty or mesh.size == 1
+
+
 def cast_to_varying(axes: frozenset[str], tree: PyTree) -> PyTree:
     """The same arrays, which from here on may differ along the axes. The transpose is a sum."""
 
@@ -66,7 +72,7 @@ def cast_to_varying(axes: frozenset[str], tree: PyTree) -> PyTree:
 def widen(dtype: DTypeLike, array: Array) -> Array:
     """The array in a wider dtype. Its gradient is rounded after it is summed over devices."""
     narrow = array.dtype
-    if narrow == dtype or device_type(array).mesh.empty:
+    if narrow == dtype or is_alone(array):
         return array.astype(dtype)
 
     @jax.custom_vjp

@@ -33,8 +33,14 @@ class HeadGradient(NamedTuple):
     bias: Float[Array, " V"] | None
 
 
-def zeros_like(head: Head, dtype: DTypeLike) -> HeadGradient:
-    bias = None if head.bias is None else jnp.zeros(len(head.rows), dtype)
+def zero_gradient(options: Options, head: Head, num_chunks: int) -> HeadGradient:
+    """Zeros to add gradients of chunks to. If that is one product, it may be rounded as it is made.
+
+    Else XLA would hold it in float32 first.
+    """
+    alone = num_chunks == 1 and options.plan.round_early
+    dtype = options.rows_dtype if alone else options.wide
+    bias = None if head.bias is None else jnp.zeros(len(head.rows), options.wide)
     return HeadGradient(jnp.zeros(head.rows.shape, dtype), bias)
 
 
@@ -140,9 +146,9 @@ def _add_products(
         new = tile(array, start, size) + new
         return lax.dynamic_update_slice_in_dim(array, new, start, 0)
 
-    def dot(left: Array, right: Array, axis: int) -> Array:
+    def dot(left: Array, right: Array, axis: int, dtype: DTypeLike = options.wide) -> Array:
         dimensions = ((axis,), (0,)), ((), ())
-        return lax.dot_general(left, right, dimensions, preferred_element_type=options.wide)
+        return lax.dot_general(left, right, dimensions, preferred_element_type=dtype)
 
     d_bias = d_head.bias
     if d_bias is not None:
@@ -155,4 +161,5 @@ def _add_products(
     else:
         d_x = d_x + dot(d_z, rows, 0)
     x = x.astype(plan.dtype)
-    return d_x, HeadGradient(add(d_head.rows, dot(d_z, x, 1)), d_bias)
+    d_rows = dot(d_z, x, 1, d_head.rows.dtype)
+    return d_x, HeadGradient(add(d_head.rows, d_rows), d_bias)

@@ -14,6 +14,9 @@ class Plan(NamedTuple):
     tile_size: int  # rows of the table
     dtype: DTypeLike  # of the factors of the two products for the gradients
     transpose: bool  # whether to transpose a tile before its product with the table
+    round_early: (
+        bool  # whether a gradient of the table that is one product is rounded as it is made
+    )
 
 
 def make_plan(
@@ -38,7 +41,8 @@ def make_plan(
     # float16 would lose the small probabilities.
     dtype = wide if dtype == jnp.float16 else dtype
     chunk_size = 1024 if gathered else _accelerator_chunk(platform, N, D)
-    return Plan(chunk_size, V, dtype, transpose=False)
+    round_early = dtype == jnp.bfloat16
+    return Plan(chunk_size, V, dtype, transpose=False, round_early=round_early)
 
 
 def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool, masked: bool) -> Plan:
@@ -55,7 +59,7 @@ def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool, masked: bool) -> Pla
     largest = 128 if masked else 256
     chunk_size = max(min(max(D * 13 // 16, 128), largest), 2**20 // V)
     tile_size = min(V, max(min(2**18 // D, 1024), 256)) if tiles else V
-    return Plan(chunk_size, tile_size, wide, transpose=D < 256)
+    return Plan(chunk_size, tile_size, wide, transpose=D < 256, round_early=False)
 
 
 def _accelerator_chunk(platform: Platform, N: Any, D: int) -> int:
