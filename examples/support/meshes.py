@@ -7,34 +7,65 @@ splits through the model as a part of the arrays' types, so that the model knows
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
+from toy_transformer import ROWS_MULTIPLE
 
 from eqx_embedding import EmbeddingTable
+from support.settings import require
 
 
 RULES = {"vocabulary": "model"}
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshSize:
-    """How many devices split what."""
+class MeshConfig:
+    """How many devices and processes train together, and how they split the work."""
 
-    data: int = 0
-    """The sequences of a batch are split over so many devices. 0: one of each process."""
-    model: int = 1
+    data: Annotated[int, tyro.conf.arg(name="mesh.data")] = 0
+    """The sequences of a batch are split over so many devices. 0: one of each process. Without
+    accelerators, the CPU stands in for all devices."""
+    model: Annotated[int, tyro.conf.arg(name="mesh.model")] = 1
     """The vocabulary is split over so many devices."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, a free port, to train by several processes that share --out."""
+    num_processes: int = 1
+    """How many processes there are, each with as many devices of the mesh."""
+    process_id: int = 0
+    """Which of them this one is."""
+
+    def __post_init__(self):
+        require(self, "num_processes", above=0)
+        require(self, "process_id", at_least=0, below=self.num_processes)
+        if (self.num_processes > 1) != (self.coordinator is not None):
+            raise ValueError("several --num-processes need a --coordinator, and one takes none.")
+        if self.data < 0 or self.model < 1 or ROWS_MULTIPLE % self.model != 0:
+            raise ValueError(
+                f"--mesh.data must be at least 0, and --mesh.model a divisor of {ROWS_MULTIPLE}, "
+                f"as the table has a multiple of that many rows; got {self.data} and {self.model}."
+            )
+        if self.devices % self.num_processes != 0:
+            raise ValueError(
+                f"--mesh.data {self.data} times --mesh.model {self.model} must be a multiple of "
+                f"--num-processes {self.num_processes}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data or self.num_processes, self.model
 
     @property
     def devices(self) -> int:
-        return self.data * self.model
+        return math.prod(self.shape)
 
 
 class Devices:
@@ -68,6 +99,12 @@ class Devices:
         if self.mesh is None:
             return jnp.asarray(read(slice(None)))
 
+        if shape[axis] % self.mesh.shape["data"] != 0:
+            raise SystemExit(
+                f"--batch-size must be a multiple of --mesh.data {self.mesh.shape['data']}, got "
+                f"{shape[axis]}."
+            )
+
         def part(index) -> np.ndarray:
             return read(index[axis])
 
@@ -82,20 +119,21 @@ class Devices:
         return jax.tree.map(np.asarray, tree)
 
 
-def find_devices(size: MeshSize, num_processes: int) -> Devices:
+def find_devices(mesh: MeshConfig) -> Devices:
     """The devices of a mesh, or one line if there are too few of them. Without accelerators, the
     CPU stands for as many as it takes."""
-    if size.devices == 1:
+    if mesh.devices == 1:
         return Devices()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
-            jax.config.update("jax_num_cpu_devices", size.devices // num_processes)
+            jax.config.update("jax_num_cpu_devices", mesh.devices // mesh.num_processes)
     devices = jax.devices()
     # each process needs its part of the mesh
-    if len(devices) < size.devices or (num_processes > 1 and len(devices) > size.devices):
+    if len(devices) < mesh.devices or (mesh.num_processes > 1 and len(devices) > mesh.devices):
+        data, model = mesh.shape
         raise SystemExit(
-            f"--mesh.data {size.data} times --mesh.model {size.model} is {size.devices} devices, "
+            f"--mesh.data {data} times --mesh.model {model} is {mesh.devices} devices, "
             f"but JAX has {len(devices)} of {devices[0].device_kind!r}."
         )
-    shape, names = dataclasses.astuple(size), ("data", "model")
-    return Devices(jax.make_mesh(shape, names, devices=devices[: size.devices]))
+    names = ("data", "model")
+    return Devices(jax.make_mesh(mesh.shape, names, devices=devices[: mesh.devices]))
