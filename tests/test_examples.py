@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import generate
@@ -54,7 +55,7 @@ def changed(config, **changes):
     return dataclasses.replace(config, **parts)
 
 
-def tiny(text, out, mesh=train_lm.MeshConfig(), **changes):
+def tiny(text, out, mesh: Any = train_lm.MeshConfig(), **changes):
     small = {"num_layers": 1, "num_heads": 2, "embedding_size": 8, "sequence_length": 16}
     small |= {"batch_size": 4, "learning_rate": 1e-2}
     run = {"text": text, "out": out, "steps": 300, "report_every": 100, "sample_length": 20}

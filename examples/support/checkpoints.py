@@ -1,10 +1,14 @@
 """Checkpoints: whole or absent, whatever kills the program, with digests that show changed bits."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
+import logging
 import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,20 +38,20 @@ class Checkpoints:
         Unless the checkpoints are only read, no other run may write to `out` from now on.
         """
         self.out, self.folder, self.reads_only = out, out.absolute() / "checkpoints", reads_only
+        self._broken: list[int] = []
         self._lock: int | None = None
-        with one_line(f"use the folder {out}"):
-            if os.path.lexists(out) and not out.is_dir():
-                raise SystemExit(f"{out} is not a folder.")
-            if out.is_dir():
-                self._take_lock()
-            self.steps = self._find_steps()
-        if not exists:
-            self._must_be_new()
-        elif not self.steps:
-            raise SystemExit(
-                f"{out} holds no checkpoint. Check the name; train_lm.py without --resume starts a "
-                "run there."
-            )
+        try:
+            self.steps = self._open()
+            if not exists:
+                self._must_be_new()
+            elif not self.steps:
+                raise SystemExit(
+                    f"{out} holds no checkpoint. Check the name; train_lm.py without --resume "
+                    "starts a run there."
+                )
+        except SystemExit:
+            self._unlock()
+            raise
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -59,17 +63,17 @@ class Checkpoints:
             elif jax.process_count() == 1:  # several might wait for one that has ended
                 with contextlib.suppress(Exception):
                     self.manager.close()
-        if self._lock is not None:
-            os.close(self._lock)
+        self._unlock()
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
+        # orbax logs pages about errors that it raises as well
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         # It makes the folder: so it waits until there is something to write.
         with one_line(f"write to {self.out}"):
             if jax.process_index() == 0 and not self.steps:
                 self.out.mkdir(parents=True, exist_ok=True)
-                self._take_lock()
-                self.steps = self._find_steps()
+                self.steps = self._open()
                 self._must_be_new()  # no other run came first
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=2, cleanup_tmp_directories=not self.reads_only
@@ -89,6 +93,9 @@ class Checkpoints:
         about["digest"] = _digest_of_json(about)
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         manager = self.manager
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + 2**20
+        if shutil.disk_usage(self.out).free < size:
+            self._not_written(OSError(os.strerror(errno.ENOSPC)))
         try:
             manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items))
         except jax.errors.JaxRuntimeError:  # another process has ended
@@ -111,7 +118,6 @@ class Checkpoints:
         Those that are not whole are put aside.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        latest = self.steps[-1]
         while True:
             step = self.steps[-1]
             try:
@@ -123,22 +129,32 @@ class Checkpoints:
             except ValueError as error:
                 self._go_back(error)
                 continue
-            if not self.reads_only:
-                self._put_aside(step, latest)
+            self._put_aside()
             return step, about, trees
 
     def _find_steps(self) -> list[int]:
         return sorted(ocp.utils.checkpoint_steps(self.folder)) if self.folder.is_dir() else []
+
+    def _open(self) -> list[int]:
+        """Keeps other runs out, and finds the steps of the checkpoints that there are."""
+        with one_line(f"use the folder {self.out}"):
+            if os.path.lexists(self.out) and not self.out.is_dir():
+                raise SystemExit(f"{self.out} is not a folder.")
+            if self.out.is_dir() and not self.reads_only and jax.process_index() == 0:
+                tempfile.TemporaryFile(dir=self.out).close()  # it can be written to
+                self._lock = lock(self.out) if self._lock is None else self._lock
+            return self._find_steps()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _must_be_new(self) -> None:
         if self.steps:
             raise SystemExit(
                 f"{self.out} holds a run: go on with --resume, or choose another --out."
             )
-
-    def _take_lock(self) -> None:
-        if self._lock is None and not self.reads_only and jax.process_index() == 0:
-            self._lock = lock(self.out)
 
     def _about(self, step: int) -> dict[str, Any]:
         about = self._read(step, "about", ocp.args.JsonRestore())
@@ -162,16 +178,17 @@ class Checkpoints:
             raise SystemExit(f"{message} train_lm.py --resume goes on from the one before it.")
         if not self.steps:
             raise SystemExit(f"{message} There is none before it. Nothing was changed.")
+        self._broken.append(step)
         print(f"{message} Going on from the one before it, {self.steps[-1]}.")
 
-    def _put_aside(self, step: int, latest: int) -> None:
-        """Moves the checkpoints after `step`, up to `latest`, out of the way of new ones."""
-        if step == latest:
+    def _put_aside(self) -> None:
+        """Moves broken checkpoints out of the way of new ones."""
+        if not self._broken:
             return
         if jax.process_index() == 0:
-            for broken in (s for s in self._find_steps() if s > step):
-                to = self.out / f"broken-{broken}-{time.time_ns()}"
-                os.rename(self.folder / str(broken), to)
+            for step in self._broken:
+                to = self.out / f"broken-{step}-{time.time_ns()}"
+                os.rename(self.folder / str(step), to)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("broken checkpoints are put aside")
         self.manager.reload()
@@ -186,11 +203,11 @@ class Checkpoints:
             self._not_written(error)
 
     def _not_written(self, error: Exception) -> None:
-        reason = " ".join(str(error).split())
-        reason = os.strerror(28) if os.strerror(28) in reason else reason[:300]
+        reason, full = " ".join(str(error).split()), os.strerror(errno.ENOSPC)
+        reason = full if full in reason else reason[:300]
         raise SystemExit(
-            f"cannot write a checkpoint to {self.out}: {reason}. Those before it are whole: "
-            "--resume goes on from the last one."
+            f"cannot write a checkpoint to {self.out}: {reason}. If there is one before it, that is "
+            "whole, and --resume goes on from it."
         ) from None
 
 

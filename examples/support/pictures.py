@@ -137,7 +137,7 @@ def _draw_moves(
     for token in tokens:
         label = axes.annotate(
             labels[token],
-            ends[token],
+            tuple(ends[token]),
             xytext=(3, 3),
             textcoords="offset points",
             fontsize=9,
@@ -167,7 +167,7 @@ def _of(shares: Float[np.ndarray, " 2"]) -> tuple[str, str]:
 
 
 def _at_the_right(
-    axes: Axes, text: str, value: float, above: float, inside: bool, color: str
+    axes: Axes, text: str, value: float, above: int, inside: bool, color: str
 ) -> None:
     """Text at the right end of the axes, at the height of a value and some points above it."""
     axes.annotate(
