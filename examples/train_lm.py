@@ -243,7 +243,7 @@ def train(
             about = about | {"metrics": [*about["metrics"], line]}
             checkpoints.save(step + 1, about, model=params, optimizer=opt_state)
             results.write_metrics(config.run.out, about["metrics"], data.baselines)
-            bar.write(as_text(line))
+            bar.write(results.as_text(line))
             losses, began = [], time.perf_counter()
     return Results(eqx.combine(devices.whole(params), static), about["metrics"])
 
@@ -291,13 +291,6 @@ def report(
     }
 
 
-def as_text(line: dict[str, Any]) -> str:
-    return (
-        "step {step}: train {train_loss:.3f} nats, held out {val_loss:.3f} nats, "
-        "{val_bits_per_byte:.3f} bits per byte, {val_accuracy:.1%} of tokens right"
-    ).format(**line)
-
-
 def main(config: Config) -> list[dict[str, Any]]:
     """Trains, and returns what metrics.jsonl says: one dict for each report."""
     began, run = time.perf_counter(), config.run
@@ -318,10 +311,8 @@ def main(config: Config) -> list[dict[str, Any]]:
         results.write_embeddings(run.out, model, tokenizer, data.train.values)
         prompt = data.held_out.values[: max(1, config.model.sequence_length // 2)]
         key = jax.random.split(jax.random.key(config.data.seed))[1]
-        of_sample = run.sample_length, run.temperature, key
-        results.write_sample(run.out, model, tokenizer, prompt, *of_sample)
-        others = ", ".join(f"{name} {value:.2f}" for name, value in data.baselines.items())
-        print(f"held out: {metrics[-1]['val_bits_per_byte']:.3f} bits per byte ({others})")
+        results.write_sample(run, model, tokenizer, prompt, key)
+        print(f"held out: {results.as_bits(metrics[-1], data.baselines)}")
         print(f"{run.steps} steps, {time.perf_counter() - began:.0f} s; see {run.out}")
     return metrics
 

@@ -432,6 +432,8 @@ def test_a_terminal_shows_what_it_can_show(finished_bpe, tmp_path, environment):
     script = EXAMPLES / "generate.py"
     said = run(script, f"--run={finished_bpe[0].run.out}", "--prompt", "é 3 times", "--length=3")
     assert said.startswith("? 3 times")
+    if environment.get("LC_ALL"):  # one run is enough
+        return
     (tmp_path / "é").write_text("Größe: é, 中. " * 300)
     _, script, *options = command(tiny(tmp_path / "é", tmp_path / "out", steps=2))
     assert "held out: " in run(script, *options)

@@ -206,8 +206,8 @@ class Checkpoints:
         reason, full = " ".join(str(error).split()), os.strerror(errno.ENOSPC)
         reason = full if full in reason else reason[:300]
         raise SystemExit(
-            f"cannot write a checkpoint to {self.out}: {reason}. If there is one before it, that is "
-            "whole, and --resume goes on from it."
+            f"cannot write a checkpoint to {self.out}: {reason}. If there is one before it, that "
+            "is whole, and --resume goes on from it."
         ) from None
 
 

@@ -15,6 +15,18 @@ from support.pictures import embedding_picture, loss_picture
 from support.tokenizer import Tokenizer
 
 
+def as_text(line: dict[str, Any]) -> str:
+    return (
+        "step {step}: train {train_loss:.3f} nats, held out {val_loss:.3f} nats, "
+        "{val_bits_per_byte:.3f} bits per byte, {val_accuracy:.1%} of tokens right"
+    ).format(**line)
+
+
+def as_bits(line: dict[str, Any], baselines: dict[str, float]) -> str:
+    others = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
+    return f"{line['val_bits_per_byte']:.3f} bits per byte ({others})"
+
+
 def write_metrics(out: Path, metrics: list[dict[str, Any]], baselines: dict[str, float]) -> None:
     if jax.process_index() == 0:
         lines = "".join(json.dumps(line) + "\n" for line in metrics)
@@ -38,18 +50,16 @@ def write_embeddings(
 
 
 def write_sample(
-    out: Path,
+    run: Any,
     model: Transformer,
     tokenizer: Tokenizer,
     prompt: Integer[np.ndarray, " prompt"],
-    length: int,
-    temperature: float,
     key: PRNGKeyArray,
 ) -> None:
-    """Writes and prints a continuation of `prompt`."""
+    """Writes and prints a continuation of `prompt`, by the settings of the run."""
     if jax.process_index() == 0:
-        tokens = sample(model, prompt, length, temperature, key=key)
+        tokens = sample(model, prompt, run.sample_length, run.temperature, key=key)
         written = tokenizer.decode(prompt) + b"|" + tokenizer.decode(np.fromiter(tokens, np.int32))
-        write_whole(out / "sample.txt", written)
+        write_whole(run.out / "sample.txt", written)
         print(f"\n{written.decode(errors='replace')}\n")
         print("Up to the bar that is held-out text, from there on the model's.\n")
