@@ -23,5 +23,6 @@ def require(
         if not (above < value and at_least <= value < below):
             limits = {"above": above, "at least": at_least, "below": below}
             limits = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+            limits += [] if math.isfinite(value) else ["finite"]
             option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be finite, {' and '.join(limits)}, got {value}.")
+            raise ValueError(f"--{option} must be {' and '.join(limits)}, got {value}.")

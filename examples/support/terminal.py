@@ -29,8 +29,15 @@ def from_command_line(config: type[Any], description: str | None) -> Any:
     return tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
 
+def show_ignored(unraisable: Any) -> None:
+    """Prints an error of a thread, but not what follows from one that orbax raises as well."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def run_script(main: Callable[[Any], Any], config: type[Any], description: str | None) -> None:
     """Calls `main` with the settings of the command line."""
+    sys.unraisablehook = show_ignored
     # What an encoding other than UTF-8 cannot show is a question mark, and no error.
     sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
