@@ -10,6 +10,7 @@
 Writes checkpoints, metrics.jsonl, loss.png, embedding.png and sample.txt to --out.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -37,8 +38,8 @@ with install_import_hook(("support", "toy_transformer"), "beartype.beartype"):
     from support import results, text_data
     from support.checkpoints import check_identity, Checkpoints
     from support.memory import keep_memory
-    from support.meshes import Devices, find_devices, MeshConfig
-    from support.processes import check_settings, first_prints, start_process
+    from support.meshes import Devices, MeshConfig
+    from support.processes import join
     from support.settings import require
     from support.terminal import run_script
     from support.text_data import Text, Tokens
@@ -297,10 +298,10 @@ def main(config: Config) -> list[dict[str, Any]]:
     keep_memory()
     text, tokenizer = text_data.read_text(config.data.text), named_tokenizer(config.data.tokenizer)
     identity = config.identity(text, tokenizer)
-    start_process(config.mesh)
-    devices = find_devices(config.mesh)
-    check_settings(identity, run, config.mesh.shape)
-    with first_prints(), Checkpoints(run.out, exists=run.resume) as checkpoints, devices.use():
+    with contextlib.ExitStack() as stack:
+        devices = stack.enter_context(join(config.mesh, identity, run))
+        checkpoints = stack.enter_context(Checkpoints(run.out, exists=run.resume))
+        stack.enter_context(devices.use())
         if run.resume:
             saved = checkpoints.about()
             check_identity(run.out, identity, saved["identity"])

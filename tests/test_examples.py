@@ -34,12 +34,12 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPT = EXAMPLES / "train_lm.py"
 
 
-pytestmark = pytest.mark.usefixtures("jax_defaults", "no_closed_loops")
+pytestmark = pytest.mark.usefixtures("jax_defaults", "only_what_scripts_show")
 
 
 @pytest.fixture(scope="module")
-def no_closed_loops():
-    """As in the scripts, what follows from an error that orbax raises as well is left out."""
+def only_what_scripts_show():
+    """As in the scripts, what follows from an error that orbax raises as well is not shown."""
     show = sys.unraisablehook
     with pytest.MonkeyPatch.context() as context:
         context.setattr(sys, "__unraisablehook__", show)

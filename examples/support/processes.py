@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from support.checkpoints import differences
-from support.meshes import MeshConfig
+from support.meshes import Devices, find_devices, MeshConfig
 
 
 TIMEOUT = 30  # seconds, for processes to find each other and to notice that one has died
@@ -20,9 +21,7 @@ LONGEST = 2**16  # bytes of settings, as JSON
 
 
 def start_process(mesh: MeshConfig) -> None:
-    """Makes this process one of several, if there are several."""
-    if mesh.coordinator is None:
-        return
+    """Connects this process with the others."""
     jax.config.update("jax_enable_preemption_service", False)  # it would hold SIGTERM back
     jax.distributed.initialize(
         mesh.coordinator,
@@ -37,8 +36,6 @@ def start_process(mesh: MeshConfig) -> None:
 
 def check_settings(identity: dict[str, Any], run: Any, mesh: tuple[int, int]) -> None:
     """Stops all processes with one line each, unless all have these settings."""
-    if jax.process_count() == 1:
-        return
     run = dataclasses.asdict(run) | {"out": run.out.absolute()}
     settings = identity | {"run": run, "mesh": mesh}
     content = json.dumps(settings, default=str).encode()
@@ -52,10 +49,25 @@ def check_settings(identity: dict[str, Any], run: Any, mesh: tuple[int, int]) ->
 
 
 @contextlib.contextmanager
-def first_prints() -> Iterator[None]:
-    """Only the first process prints."""
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() > 0:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        yield
+def join(mesh: MeshConfig, identity: dict[str, Any], run: Any) -> Iterator[Devices]:
+    """Makes this process one of several, if there are several, and finds their devices.
+
+    Only the first one prints.
+    """
+    if mesh.coordinator is None:
+        yield find_devices(mesh)
+        return
+    start_process(mesh)
+    try:
+        devices = find_devices(mesh)
+        check_settings(identity, run, mesh.shape)
+        with contextlib.ExitStack() as stack:
+            if mesh.process_id > 0:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            yield devices
+    except SystemExit as error:
+        print(error, file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
+        os._exit(1)  # Python's own exit may wait minutes for threads of JAX

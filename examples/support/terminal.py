@@ -1,5 +1,6 @@
 """How a script meets its terminal: options, Ctrl-C, characters that cannot be shown."""
 
+import inspect
 import os
 import signal
 import sys
@@ -30,8 +31,9 @@ def from_command_line(config: type[Any], description: str | None) -> Any:
 
 
 def show_ignored(unraisable: Any) -> None:
-    """Prints an error of a thread, but not what follows from one that orbax raises as well."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Prints errors of threads, but not those that follow from one that orbax raises as well."""
+    of_orbax = str(unraisable.exc_value) == "Event loop is closed"
+    if not of_orbax and not inspect.iscoroutine(unraisable.object):
         sys.__unraisablehook__(unraisable)
 
 
