@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import train_lm
-from text_data import random_windows, read_text, windows
+from support.text_data import random_windows, read_text, windows
 from tqdm import tqdm
 
 
@@ -31,15 +31,14 @@ def nano_gpt(config):
     """The held-out loss of nanoGPT's model and settings, on the batches of the example."""
     torch = importlib.import_module("torch")
     gpt_torch = importlib.import_module("benchmarks.gpt_torch")
-    torch.manual_seed(config.seed)
-    length, text = config.sequence_length, read_text(config.text)
-    model = gpt_torch.nano_gpt(
-        256, length, config.num_layers, config.num_heads, config.embedding_size
-    )
-    training = gpt_torch.Training(model, map(rate(config.steps), range(config.steps)), 0.1, 1.0)
-    for step in tqdm(range(config.steps), disable=None):
-        seed = config.seed, step
-        training(random_windows(text.train, config.batch_size, length + 1, seed))
+    torch.manual_seed(config.data.seed)
+    sizes, text, steps = config.model, read_text(config.data.text), config.run.steps
+    length = sizes.sequence_length
+    model = gpt_torch.nano_gpt(256, length, sizes.num_layers, sizes.num_heads, sizes.embedding_size)
+    training = gpt_torch.Training(model, map(rate(steps), range(steps)), 0.1, 1.0)
+    for step in tqdm(range(steps), disable=None):
+        seed = config.data.seed, step
+        training(random_windows(text.train, config.data.batch_size, length + 1, seed))
     nats = 0.0
     with torch.no_grad():
         for inputs, targets, weights in zip(*windows(text.held_out, length, 32)):
@@ -79,14 +78,11 @@ def main(arguments=None, **sizes):
     losses, missing = {}, None
     for seed in settings.seeds:
         with tempfile.TemporaryDirectory() as folder:
+            steps = settings.steps
             config = train_lm.Config(
-                text=settings.text,
-                out=Path(folder) / "run",
-                steps=settings.steps,
-                report_every=settings.steps,
-                batch_size=12,
-                seed=seed,
-                **sizes,
+                train_lm.ModelConfig(**sizes),
+                data=train_lm.DataConfig(text=settings.text, batch_size=12, seed=seed),
+                run=train_lm.RunConfig(Path(folder) / "run", steps=steps, report_every=steps),
             )
             found, missing = losses_of(config)
         for name, loss in found.items():

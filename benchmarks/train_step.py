@@ -43,8 +43,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import train_lm
-from text_data import random_windows, read_text
-from toy_transformer import Transformer
+from support.memory import keep_memory
+from support.text_data import random_windows, read_text
+from toy_transformer import ModelConfig, Transformer
 from tqdm import tqdm
 
 
@@ -62,19 +63,25 @@ class Example:
     """The model and the step of the example, as its `main` runs them."""
 
     def __init__(self, sizes: dict[str, int], config):
-        model = Transformer(**sizes, key=jax.random.key(config.seed))
+        model = make_model(sizes, config)
         params, static = eqx.partition(model, eqx.is_inexact_array)
         # copies, because a step reuses the memory of its arguments
         self.weights = jax.tree.map(np.array, as_matrices(model))
         optimizer = train_lm.make_optimizer(config)
         self.state = params, optimizer.init(params)
-        shape = config.batch_size, sizes["sequence_length"] + 1
+        shape = config.data.batch_size, sizes["sequence_length"] + 1
         step = train_lm.make_step(optimizer, static)
         self.step = step.lower(jnp.zeros(shape, int), *self.state).compile()
 
     def __call__(self, tokens):
         loss, *self.state = self.step(jnp.asarray(tokens, int), *self.state)
         return float(loss)
+
+
+def make_model(sizes, config):
+    of_model = {name: size for name, size in sizes.items() if name != "vocab_size"}
+    key = jax.random.key(config.data.seed)
+    return Transformer(sizes["vocab_size"], ModelConfig(**of_model), key=key)
 
 
 def as_matrices(model):
@@ -92,7 +99,7 @@ def parts(sizes, config, weights):
     They are the matrix products, forward and backward; those of attention alone; the loss; the loss
     and its gradient; and the update, which is clipping and AdamW.
     """
-    model = Transformer(**sizes, key=jax.random.key(config.seed))
+    model = make_model(sizes, config)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimizer = train_lm.make_optimizer(config)
     opt_state = optimizer.init(params)
@@ -118,11 +125,11 @@ def parts(sizes, config, weights):
     def normal(*shape):
         return jax.random.normal(next(keys), shape)
 
-    tokens = config.batch_size * sizes["sequence_length"]
+    tokens = config.data.batch_size * sizes["sequence_length"]
     table, _, blocks = weights
     matrices = [table, *(matrix for block in blocks for matrix in block)]
     pairs = [(normal(tokens, w.shape[1]), normal(tokens, w.shape[0]), w) for w in matrices]
-    shape = config.batch_size, sizes["num_heads"], sizes["sequence_length"]
+    shape = config.data.batch_size, sizes["num_heads"], sizes["sequence_length"]
     size = sizes["embedding_size"] // sizes["num_heads"]
     heads = [(normal(*shape, size), normal(*shape, size), normal(*shape, shape[2])) for _ in blocks]
     forward, gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
@@ -158,9 +165,10 @@ def make_runs(sizes, config):
     except ImportError as error:
         missing["torch"] = str(error)
     else:
-        rates = np.asarray(train_lm.learning_rate(config)(jnp.arange(config.steps))).tolist()
+        rates = np.asarray(train_lm.learning_rate(config)(jnp.arange(config.run.steps))).tolist()
         model = gpt_torch.toy(theirs, example.weights)
-        runs["torch"] = gpt_torch.Training(model, rates, config.weight_decay, config.clip_norm)
+        decay, clip_norm = config.optimizer.weight_decay, config.optimizer.clip_norm
+        runs["torch"] = gpt_torch.Training(model, rates, decay, clip_norm)
     runs["equinox"] = gpt_equinox.Training(theirs, train_lm.make_optimizer(config), example.weights)
     return runs, missing
 
@@ -169,8 +177,8 @@ class Batches:
     """The batches of a run of the example."""
 
     def __init__(self, config):
-        self.values = read_text(config.text).train
-        self.shape = config.batch_size, config.sequence_length + 1
+        self.values = read_text(config.data.text).train
+        self.shape = config.data.batch_size, config.model.sequence_length + 1
 
     def __call__(self, step):
         return random_windows(self.values, *self.shape, seed=(0, step))
@@ -206,7 +214,8 @@ def measure(sizes, config, rounds, steps):
         }
         for name, seconds in medians.items()
     ]
-    return {"sizes": sizes, "batch_size": config.batch_size, "results": results, "missing": missing}
+    batch_size = config.data.batch_size
+    return {"sizes": sizes, "batch_size": batch_size, "results": results, "missing": missing}
 
 
 def page_faults():
@@ -232,15 +241,10 @@ def main(arguments=None, sizes=SIZES):
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     settings = parser.parse_args(arguments)
-    config = train_lm.Config(
-        batch_size=12,
-        sequence_length=sizes["sequence_length"],
-        num_layers=sizes["num_layers"],
-        num_heads=sizes["num_heads"],
-        embedding_size=sizes["embedding_size"],
-    )
+    length = ModelConfig(sequence_length=sizes["sequence_length"])
+    config = train_lm.Config(length, data=train_lm.DataConfig(batch_size=12))
     if not settings.default_memory:
-        train_lm.keep_memory()
+        keep_memory()
     report = measure(sizes, config, settings.rounds, settings.steps)
     if settings.json:
         json.dump({"jax": jax.__version__, "report": report}, sys.stdout)

@@ -3,24 +3,32 @@
     python examples/generate.py --run runs/train_lm --prompt "The "
     python examples/generate.py --run runs/bpe --temperature 0.5 --top-k 10
 
-Prints the text while it is generated.
+Prints the text as it is made.
 """
 
 import codecs
 import dataclasses
-import os
 from pathlib import Path
+from typing import Any, NamedTuple
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from support.terminal import stop_on_interrupt
+
+    stop_on_interrupt("stopped.")
 
 import equinox as eqx
 import jax
 from jaxtyping import install_import_hook
 
 
-with install_import_hook(("checkpoints", "tokenizer", "toy_transformer"), "beartype.beartype"):
-    from checkpoints import Checkpoints
-    from command_line import from_command_line, require
-    from tokenizer import Tokenizer
-    from toy_transformer import Transformer
+with install_import_hook(("support", "toy_transformer"), "beartype.beartype"):
+    from support.checkpoints import Checkpoints
+    from support.generation import sample
+    from support.settings import require
+    from support.terminal import run_script
+    from support.tokenizer import Tokenizer
+    from toy_transformer import ModelConfig, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,42 +46,48 @@ class Config:
     top_k: int | None = None
     """Choose among this many of the likeliest tokens. None: among all."""
     cache: bool = True
-    """Keep the keys and values of earlier tokens. Without, the same text takes longer."""
+    """Keep the keys and values of tokens seen. Without, the same text takes longer."""
     seed: int = 0
-    """The seed of the random choices."""
+    """Of the choices."""
 
     def __post_init__(self):
-        for name in ("length", "temperature", "seed"):
-            require(self, name, getattr(self, name) >= 0, "at least 0")
-        require(self, "top_k", self.top_k is None or self.top_k > 0, "at least 1")
+        require(self, "length", "temperature", at_least=0)
+        require(self, "seed", at_least=0, below=2**63)
+        if self.top_k is not None:
+            require(self, "top_k", above=0)
 
 
-def load(run: Path) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer of the last checkpoint in the folder `run`."""
-    checkpoints = Checkpoints(run, exists=True)
-    about = checkpoints.about()
-    tokenizer = Tokenizer(about["tokenizer"])
-    sizes = ("sequence_length", "num_layers", "num_heads", "embedding_size")
-    model = Transformer(
-        len(tokenizer.pieces), **{k: about["identity"][k] for k in sizes}, key=jax.random.key(0)
-    )
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    (params,) = checkpoints.trees(model=params)
-    checkpoints.finish()
-    return eqx.combine(params, static), tokenizer
+class Trained(NamedTuple):
+    model: Transformer
+    tokenizer: Tokenizer
+    identity: dict[str, Any]
+    """The settings of the run, and the digest of its text."""
+
+
+def load(run: Path) -> Trained:
+    """What the last checkpoint in the folder `run` holds."""
+    with Checkpoints(run, exists=True, reads_only=True) as checkpoints:
+        about = checkpoints.about()
+        tokenizer, config = Tokenizer(about["tokenizer"]), about["identity"]["model"]
+        key = jax.random.key(0)
+        model = Transformer(len(tokenizer.pieces), ModelConfig(**config), key=key)
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+        _, _, (params,) = checkpoints.restore(model=params)
+    return Trained(eqx.combine(params, static), tokenizer, about["identity"])
 
 
 def main(config: Config) -> None:
-    """Prints the prompt and its continuation."""
-    model, tokenizer = load(config.run)
+    """Prints the prompt and what the model makes of it."""
+    model, tokenizer, _ = load(config.run)
     prompt = config.prompt.encode(errors="surrogateescape")
     tokens = tokenizer.encode(prompt or b"\n")
     if len(tokens) == 0:
-        raise SystemExit("the run's tokenizer has no tokens for this --prompt.")
-    # A character may be split over tokens. It is printed when it is complete.
+        raise SystemExit("the run's tokenizer knows nothing of this --prompt.")
+    # A character may be split over tokens: it is printed when it is whole.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(decoder.decode(prompt), end="", flush=True)
-    for token in model.sample(
+    for token in sample(
+        model,
         tokens,
         config.length,
         config.temperature,
@@ -86,7 +100,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(from_command_line(Config, __doc__))
-    except (BrokenPipeError, KeyboardInterrupt):
-        os._exit(1)  # Python's own exit would print an error
+    run_script(main, Config, __doc__)

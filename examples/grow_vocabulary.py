@@ -1,4 +1,4 @@
-"""Adds tokens for a new text to a model that train_lm.py has trained, and trains only their rows.
+"""Gives a model that train_lm.py has trained new tokens for a new text, and trains only those.
 
     python examples/train_lm.py --tokenizer bpe --vocab-size 1024 --out runs/bpe
     python examples/grow_vocabulary.py --run runs/bpe
@@ -9,9 +9,15 @@ Writes growth.png and a checkpoint for generate.py to --out.
 
 import dataclasses
 import math
-import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from support.terminal import stop_on_interrupt
+
+    stop_on_interrupt("stopped. The run that was to grow is as it was.")
 
 import equinox as eqx
 import jax
@@ -24,15 +30,25 @@ from tqdm import tqdm
 from eqx_embedding import combine_rows, partition_rows, resize_vocabulary
 
 
-CHECKED = ("checkpoints", "generate", "pictures", "text_data", "tokenizer", "toy_transformer")
-with install_import_hook(CHECKED, "beartype.beartype"):
-    from checkpoints import Checkpoints, write_whole
-    from command_line import from_command_line, require
+with install_import_hook(("support", "generate", "toy_transformer"), "beartype.beartype"):
     from generate import load
-    from pictures import growth_picture
-    from text_data import cut_text, random_windows, read_text, Text, tokenize, Tokens, windows
-    from tokenizer import add_tokens
+    from support.checkpoints import Checkpoints
+    from support.folder import write_whole
+    from support.pictures import growth_picture
+    from support.settings import require
+    from support.terminal import run_script
+    from support.text_data import (
+        cut_text,
+        random_windows,
+        read_text,
+        Text,
+        tokenize,
+        Tokens,
+        windows,
+    )
+    from support.tokenizer import add_tokens, Tokenizer
     from toy_transformer import ROWS_MULTIPLE, Transformer
+    from train_lm import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +62,7 @@ class Config:
     text: Path | None = None
     """The new text. None: the source code of three modules of Python, 340 kB."""
     old_text: Path | None = None
-    """The text of the run, to measure the cost for it. None: the help topics of Python."""
+    """The text of the run, to see what it pays. None: the help topics that come with Python."""
     new_tokens: int = 256
     """How many tokens to add."""
 
@@ -55,19 +71,19 @@ class Config:
     batch_size: int = 16
     """Sequences in a batch, each as long as those of the run."""
     learning_rate: float = 1e-2
-    """The highest learning rate of AdamW. It falls along a cosine, to a twentieth."""
+    """The highest rate of AdamW. A cosine takes it to a twentieth."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of the new rows."""
+    """Decoupled weight decay, which the new rows alone can feel."""
     report_every: int = 100
     """Steps between two measurements on held-out text."""
     seed: int = 0
-    """The seed of the new rows and the batches."""
+    """Of the new rows and the batches."""
 
     def __post_init__(self):
-        for name in ("weight_decay", "seed"):
-            require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("new_tokens", "steps", "batch_size", "learning_rate", "report_every"):
-            require(self, name, getattr(self, name) > 0, "above 0")
+        require(self, "weight_decay", at_least=0)
+        require(self, "seed", at_least=0, below=2**63)
+        require(self, "new_tokens", "steps", "batch_size", "learning_rate", above=0)
+        require(self, "report_every", above=0)
 
 
 def read_new_text(path: Path | None) -> Text:
@@ -84,10 +100,8 @@ def read_new_text(path: Path | None) -> Text:
 def frequent_strings(
     tokens: Integer[np.ndarray, " tokens"], pieces: list[bytes], count: int
 ) -> list[bytes]:
-    """Up to `count` strings that would save many tokens.
-
-    This continues the byte pair encoding, but a pair may cross the ends of words and lines.
-    """
+    """Up to `count` strings that would save many tokens: byte pair encoding carried on, with the
+    difference that a pair may reach over the ends of words and lines."""
     tokens, pieces, known = tokens.astype(np.int64), list(pieces), set(pieces)
     first_new = len(pieces)
     while len(pieces) < first_new + count:
@@ -100,7 +114,7 @@ def frequent_strings(
         else:
             break  # no pair that occurs twice is left
         at = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
-        # If pairs overlap, as in "aaaa", every other one
+        # Of pairs that overlap, as in "aaaa", every other one
         runs = np.maximum.accumulate(np.where(np.diff(at, prepend=-2) > 1, at, 0))
         at = at[(at - runs) % 2 == 0]
         tokens[at] = len(pieces)
@@ -111,57 +125,36 @@ def frequent_strings(
 
 
 def bits_per_byte(model: Transformer, text: Tokens) -> float:
-    """Bits for the whole text, divided by its bytes, so that tokenizers can be compared."""
+    """The same for all tokenizers: bits for the whole text, divided by its bytes."""
     batches = windows(text.values, model.positions.vocab_size, batch_size=32)
-    loss = model.mean_loss(*map(jnp.asarray, batches))
+    loss, _ = evaluate(model, *map(jnp.asarray, batches))
     return float(loss) / math.log(2) * text.per_byte
 
 
-def main(config: Config) -> list[tuple[int, float]]:
-    """Grows the model and trains the new rows.
+class Parts(NamedTuple):
+    """A text in tokens, in the part to learn from and the part that is held out."""
 
-    Returns steps and held-out bits per byte: step -1 is the run before it grows, the others are the
-    reports.
-    """
-    about = Checkpoints(config.run, exists=True).about()
-    model, tokenizer = load(config.run)
-    if tokenizer.json is None:
-        raise SystemExit(f"the tokens of {config.run} are bytes. Use a run of --tokenizer bpe.")
-    out = Checkpoints(config.out, exists=False)
-    text, old_text = read_new_text(config.text), read_text(config.old_text)
-    if old_text.sha256 != about["identity"]["text_sha256"]:
-        raise SystemExit(f"{config.run} was not trained on {old_text.name}: give --old-text.")
+    train: Tokens
+    held_out: Tokens
 
-    length, old_size = model.positions.vocab_size, len(tokenizer.pieces)
-    train, held_out = tokenize(text, tokenizer, length)
-    _, old_held_out = tokenize(old_text, tokenizer, length)
-    before, old_before = bits_per_byte(model, held_out), bits_per_byte(model, old_held_out)
-    strings = frequent_strings(train.values, tokenizer.pieces, config.new_tokens)
-    if not strings:
-        raise SystemExit(f"no pair of tokens occurs twice in {text.name}.")
-    tokenizer = add_tokens(tokenizer, strings)
-    new_size = len(tokenizer.pieces)
-    train, held_out = tokenize(text, tokenizer, length)
-    old_train, old_held_out = tokenize(old_text, tokenizer, length)
-    # Train on both texts, because new tokens also occur in the old one
-    values = np.concatenate([train.values, old_train.values])
-    print(f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out")
-    print(f"{old_size:,} tokens, {before:.3f} bits per byte; {new_size - old_size} new ones")
 
-    key = jax.random.key(config.seed)
-    model = resize_vocabulary(model, new_size, key=key, pad_to_multiple_of=ROWS_MULTIPLE)
-    # The only parameter is an array of the new rows
-    trained, frozen = partition_rows(model, range(old_size, new_size))
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps, 1 / 20)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay),
+    )
+
+
+def train_rows(
+    config: Config, model: Transformer, new: range, text: Parts, old_text: Parts
+) -> tuple[Transformer, list[tuple[int, float]]]:
+    """Trains the rows of new tokens, and returns the step and the bits per byte of each report."""
+    # All that is trained is an array of the new rows: the optimizer knows of nothing else.
+    trained, frozen = partition_rows(model, new)
     size, whole = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen.model))
     print(f"{size:,} of {whole:,} numbers are trained, as {len(jax.tree.leaves(trained))} array")
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            optax.cosine_decay_schedule(config.learning_rate, config.steps, 1 / 20),
-            b2=0.99,
-            weight_decay=config.weight_decay,
-        ),
-    )
+    optimizer = make_optimizer(config)
     opt_state = optimizer.init(trained)
 
     @eqx.filter_jit
@@ -175,46 +168,80 @@ def main(config: Config) -> list[tuple[int, float]]:
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         return value, eqx.apply_updates(trained, updates), opt_state
 
-    tokens = jnp.zeros((config.batch_size, length + 1), int)
-    train_step = train_step.lower(tokens, trained, opt_state, frozen).compile()
-    reports = [(0, bits_per_byte(model, held_out))]
-    untrained = np.asarray(model.tokens.embeddings)[old_size:new_size]
-    began = time.perf_counter()
+    # New tokens stand in the old text as well, which must not be forgotten.
+    values = np.concatenate([text.train.values, old_text.train.values])
+    shape = config.batch_size, model.positions.vocab_size + 1
+    reports = [(0, bits_per_byte(model, text.held_out))]
     bar = tqdm(range(config.steps), unit="step")
     for step in bar:
-        tokens = random_windows(values, *tokens.shape, seed=(config.seed, step))
-        tokens = jnp.asarray(tokens, int)
+        tokens = jnp.asarray(random_windows(values, *shape, seed=(config.seed, step)), int)
         loss, trained, opt_state = train_step(tokens, trained, opt_state, frozen)
         bar.set_postfix_str(f"loss {float(loss):.3f}")
         if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
-            model = combine_rows(trained, frozen)
-            reports.append((step + 1, bits_per_byte(model, held_out)))
+            reports.append((step + 1, bits_per_byte(combine_rows(trained, frozen), text.held_out)))
             bar.write(f"step {step + 1}: held out {reports[-1][1]:.3f} bits per byte")
-    seconds = time.perf_counter() - began
+    return combine_rows(trained, frozen), reports
 
-    old_after = bits_per_byte(model, old_held_out)
-    counts = np.bincount(train.values, minlength=new_size)
-    old_rows, trained_rows = np.split(np.asarray(model.tokens.embeddings)[:new_size], [old_size])
-    picture = growth_picture(
-        reports, before, old_rows, untrained, trained_rows, counts, tokenizer.pieces
-    )
-    params, _ = eqx.partition(model, eqx.is_inexact_array)
-    about["identity"]["tokenizer"] = tokenizer.name  # so that train_lm.py does not --resume here
-    about["tokenizer"] = tokenizer.json
-    out.save(config.steps, about, model=params)
-    out.finish()
-    write_whole(config.out / "growth.png", picture)
+
+def more_tokens(config: Config, tokenizer: Tokenizer, text: Text, train: Tokens) -> Tokenizer:
+    strings = frequent_strings(train.values, tokenizer.pieces, config.new_tokens)
+    if not strings:
+        raise SystemExit(f"in {text.name}, no two tokens follow each other more than once.")
+    return add_tokens(tokenizer, strings)
+
+
+def draw(
+    model: Transformer,
+    untrained: Transformer,
+    tokenizer: Tokenizer,
+    new: range,
+    train: Tokens,
+    reports: list[tuple[int, float]],
+    before: float,
+) -> bytes:
+    counts = np.bincount(train.values, minlength=new.stop)
+    began = np.asarray(untrained.tokens.embeddings)[new.start : new.stop]
+    old_rows, rows = np.split(np.asarray(model.tokens.embeddings)[: new.stop], [new.start])
+    return growth_picture(reports, before, old_rows, began, rows, counts, tokenizer.pieces)
+
+
+def main(config: Config) -> list[tuple[int, float]]:
+    """Grows and trains, and returns held-out bits per byte: of the run's own tokens, as step -1,
+    then at each report."""
+    model, tokenizer, identity = load(config.run)
+    if tokenizer.json is None:
+        raise SystemExit(f"the tokens of {config.run} are bytes. Take a run of --tokenizer bpe.")
+    with Checkpoints(config.out, exists=False) as out:
+        text, old_text = read_new_text(config.text), read_text(config.old_text)
+        name, learned = old_text.name, identity["data"]["text"]
+        if old_text.sha256 != learned:
+            raise SystemExit(f"{name} is not what {config.run} learned from: give --old-text.")
+        length = model.positions.vocab_size
+        parts, old_parts = (Parts(*tokenize(t, tokenizer, length)) for t in (text, old_text))
+        before, old_before = (bits_per_byte(model, t.held_out) for t in (parts, old_parts))
+        grown = more_tokens(config, tokenizer, text, parts.train)
+        new = range(len(tokenizer.pieces), len(grown.pieces))
+        parts, old_parts = (Parts(*tokenize(t, grown, length)) for t in (text, old_text))
+        print(f"{text.name}: {new.start:,} tokens, {before:.3f} bits per byte; {len(new)} new ones")
+
+        key, began = jax.random.key(config.seed), time.perf_counter()
+        untrained = resize_vocabulary(model, new.stop, key=key, pad_to_multiple_of=ROWS_MULTIPLE)
+        model, reports = train_rows(config, untrained, new, parts, old_parts)
+        seconds = time.perf_counter() - began
+        picture = draw(model, untrained, grown, new, parts.train, reports, before)
+        identity["data"]["tokenizer"] = grown.name  # so that train_lm.py does not --resume here
+        about = {"identity": identity, "tokenizer": grown.json, "metrics": []}
+        out.save(config.steps, about, model=eqx.filter(model, eqx.is_inexact_array))
+        write_whole(config.out / "growth.png", picture)
     print(f"\nheld-out bits per byte of {text.name}:")
-    print(f"{before:8.3f} in the run's {old_size:,} tokens")
-    print(f"{reports[0][1]:8.3f} with {new_size - old_size} new ones, before they are trained")
+    print(f"{before:8.3f} in the run's {new.start:,} tokens")
+    print(f"{reports[0][1]:8.3f} with {len(new)} new ones, before they are trained")
     print(f"{reports[-1][1]:8.3f} after {config.steps} steps, {seconds:.0f} s, of their rows alone")
-    print(f"of {old_text.name}: {old_before:.3f} before, {old_after:.3f} with the new tokens")
+    old_after = bits_per_byte(model, old_parts.held_out)
+    print(f"of {name}: {old_before:.3f} before, {old_after:.3f} with the new tokens")
     print(f"see {config.out}")
     return [(-1, before), *reports]
 
 
 if __name__ == "__main__":
-    try:
-        main(from_command_line(Config, __doc__))
-    except KeyboardInterrupt:
-        sys.exit("stopped. Nothing was written.")
+    run_script(main, Config, __doc__)

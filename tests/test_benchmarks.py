@@ -256,7 +256,7 @@ def test_all_train_the_same_model_in_the_same_way(capsys):
 
 
 def test_all_have_the_same_parameters():
-    config = train_step.train_lm.Config(batch_size=2, sequence_length=8)
+    config = train_step.train_lm.Config(data=train_step.train_lm.DataConfig(batch_size=2))
     runs, _ = train_step.make_runs(SIZES, config)
     size = sum(matrix.size for matrix in jax.tree.leaves(runs["example"].weights))
     assert size == 256 * 16 + 8 * 16 + 2 * 12 * 16 * 16

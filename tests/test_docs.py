@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import jax
 import numpy as np
 import pytest
-from command_line import from_command_line
+from support.terminal import from_command_line
 
 from .pages import blocks, MANUAL, PAGES, read_page, ROOT, run_block
 

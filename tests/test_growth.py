@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 import train_lm
-from checkpoints import Checkpoints
 from grow_vocabulary import Config, frequent_strings
-from text_data import read_text
-from tokenizer import add_tokens, train_bpe
+from support.text_data import read_text
+from support.tokenizer import add_tokens, train_bpe
+
+from .test_examples import tiny
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -34,24 +35,11 @@ def run(tmp_path_factory):
     old_text, text = folder / "old.txt", folder / "new.txt"
     old_text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(200)))
     text.write_text("".join(f"The square root of {i * i} is {i}; " for i in range(200)))
-    config = train_lm.Config(
-        text=old_text,
-        out=folder / "run",
-        tokenizer="bpe",
-        vocab_size=280,
-        steps=60,
-        batch_size=4,
-        sequence_length=16,
-        num_layers=1,
-        num_heads=2,
-        embedding_size=8,
-        learning_rate=1e-2,
-        report_every=60,
-        sample_length=1,
-    )
+    tokens = {"tokenizer": "bpe", "vocab_size": 280}
+    config = tiny(old_text, folder / "run", steps=60, report_every=60, sample_length=1, **tokens)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         train_lm.main(config)
-    return Config(run=config.out, text=text, old_text=old_text, out=folder / "out", **TINY)
+    return Config(run=config.run.out, text=text, old_text=old_text, out=folder / "out", **TINY)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +53,8 @@ def test_new_tokens_are_learned_and_nothing_but_their_rows_changes(grown):
     assert [step for step, _ in reports] == [-1, 0, 20, 40, 60]
     without, untrained, *_, trained = [value for _, value in reports]
     assert trained < untrained - 0.2 and trained < without
-    (old, old_tokenizer), (new, tokenizer) = generate.load(config.run), generate.load(config.out)
+    old, old_tokenizer, _ = generate.load(config.run)
+    new, tokenizer, _ = generate.load(config.out)
     size = len(old_tokenizer.pieces)
     assert tokenizer.pieces[:size] == old_tokenizer.pieces
     assert new.tokens.vocab_size == len(tokenizer.pieces) == size + config.new_tokens
@@ -77,7 +66,7 @@ def test_new_tokens_are_learned_and_nothing_but_their_rows_changes(grown):
 
 def test_a_new_token_stands_for_its_string_wherever_that_stands(grown):
     config, _ = grown
-    _, tokenizer = generate.load(config.out)
+    _, tokenizer, _ = generate.load(config.out)
     data = read_text(config.text).train.tobytes()
     tokens = tokenizer.encode(data)
     assert tokenizer.decode(tokens) == data
@@ -124,25 +113,14 @@ def test_what_cannot_be_used_is_refused_in_one_line(run, changes, message, tmp_p
 def test_a_run_is_not_overwritten_and_settings_out_of_range_are_refused(grown):
     with pytest.raises(SystemExit, match="holds a run"):
         grow_vocabulary.main(grown[0])
-    with pytest.raises(SystemExit, match="--new-tokens must be above 0, got 0"):
+    with pytest.raises(ValueError, match="--new-tokens must be above 0, got 0"):
         dataclasses.replace(grown[0], new_tokens=0)
 
 
 def test_training_does_not_go_on_from_a_grown_model(grown):
     config, _ = grown
-    about = Checkpoints(config.run, exists=True).about()["identity"]
-    sizes = ("sequence_length", "num_layers", "num_heads", "embedding_size")
-    training = train_lm.Config(
-        **{name: about[name] for name in sizes},
-        text=config.old_text,
-        out=config.out,
-        tokenizer="bpe",
-        vocab_size=280,
-        batch_size=4,
-        learning_rate=1e-2,
-        resume=True,
-    )
-    with pytest.raises(SystemExit, match="cannot resume: .*: tokenizer is bpe of 280 tokens here"):
+    training = tiny(config.old_text, config.out, tokenizer="bpe", vocab_size=280, resume=True)
+    with pytest.raises(SystemExit, match="cannot resume: .* is another one: tokenizer is bpe here"):
         train_lm.main(training)
 
 

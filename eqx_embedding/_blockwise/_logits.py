@@ -34,7 +34,7 @@ class Options(NamedTuple):
     wide: DTypeLike  # of all else: float32 or float64
     chunk_size: int | None  # `None` leaves it to the plan
     tiles: bool  # whether a device can cut its rows into tiles
-    rows_dtype: DTypeLike = None  # of the table, if its gradient is not summed over devices
+    rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
     gathered: bool = False  # whether the rows are a copy of the parts of other devices
     plan: Any = None  # a `Plan` for a platform
     mesh: AbstractMesh | None = None

@@ -14,9 +14,7 @@ class Plan(NamedTuple):
     tile_size: int  # rows of the table
     dtype: DTypeLike  # of the factors of the two products for the gradients
     transpose: bool  # whether to transpose a tile before its product with the table
-    round_early: (
-        bool  # whether a gradient of the table that is one product is rounded as it is made
-    )
+    round_early: bool  # whether a gradient of the table from one product is rounded at once
 
 
 def make_plan(

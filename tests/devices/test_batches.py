@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from devices import Devices
 from jax.sharding import PartitionSpec as P
-from text_data import random_windows
+from support.meshes import Devices
+from support.text_data import random_windows
 
 from .helpers import make_mesh
 

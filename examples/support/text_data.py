@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
-from tokenizer import Tokenizer
+
+from support.tokenizer import Tokenizer
 
 
 class Text(NamedTuple):

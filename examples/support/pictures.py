@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, FontProperties, get_font
 
@@ -17,32 +18,35 @@ COLORS = {
     "white space": "tab:red",
     "others": "0.35",
 }
+BEGINNING: dict[str, Any] = {"s": 14, "facecolors": "white", "edgecolors": "tab:orange"}
 
 
 def loss_picture(metrics: list[dict[str, Any]], reference: dict[str, float]) -> bytes:
-    """Bits per byte over steps, with lines for those of simpler methods."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    """Bits per byte over steps, beside what easier methods reach."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    steps = [line["step"] for line in metrics]
+    _open(axes, "How many bits it takes to tell the next byte", "step", "bits per byte")
     for name, value in reference.items():
-        axes.axhline(value, color="0.6", linewidth=1, linestyle="--")
-        axes.annotate(
-            f"{name} {value:.2f}",
-            (1, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
-            textcoords="offset points",
-            horizontalalignment="right",
-            color="0.4",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0},
-            zorder=3,
-        )
-    for name, label in ("train", "training text"), ("val", "held-out text"):
+        axes.axhline(value, color="0.75", linewidth=1)
+        _at_the_right(axes, f"{name} {value:.2f}", value, above=3, inside=True, color="0.45")
+    steps = [line["step"] for line in metrics]
+    ends = {}
+    for name, color, width in ("train", "tab:orange", 1.5), ("val", "tab:blue", 2.5):
         values = [line[f"{name}_bits_per_byte"] for line in metrics]
-        axes.plot(steps, values, marker="o", markersize=3, label=f"{label} {values[-1]:.2f}")
-    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, None))
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.plot(steps, values, "o-", markersize=2 * width, lw=width, color=color, clip_on=False)
+        ends[name] = values[-1], color
+    if "zlib" in reference:
+        held_out, zlib = [line["val_bits_per_byte"] for line in metrics], reference["zlib"]
+        better = np.asarray(held_out) < zlib
+        axes.fill_between(
+            steps, held_out, zlib, where=better, interpolate=True, color="tab:blue", alpha=0.12
+        )
+    axes.set(xlim=(0, steps[-1]))
+    val_is_above = ends["val"][0] > ends["train"][0]
+    for name, label in ("train", "training text"), ("val", "held-out text"):
+        value, color = ends[name]
+        above = 7 if (name == "val") == val_is_above else -7  # where both end at one place
+        _at_the_right(axes, f"{label} {value:.2f}", value, above=above, inside=False, color=color)
     return _png(figure)
 
 
@@ -57,29 +61,22 @@ def embedding_picture(
     """
     tokens = [token for token in np.argsort(-counts, kind="stable")[:100] if counts[token] > 0]
     points, shares = principal_plane(embeddings[tokens])
-
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots()
     axes.scatter(*points.T, s=0)
-    axes.set(
-        title=f"the {len(tokens)} most frequent tokens",
-        xlabel=f"first principal component of their embeddings, {shares[0]:.0%} of the variance",
-        ylabel=f"second, {shares[1]:.0%}",
-        xticks=[],
-        yticks=[],
-    )
-    axes.spines[["top", "right"]].set_visible(False)
+    _open(axes, f"The {len(tokens)} most frequent tokens, as the model arranged them", *_of(shares))
+    axes.set(xticks=[], yticks=[])
     kinds = [kind_of(pieces[token]) for token in tokens]
     for kind, color in COLORS.items():
         if kind in kinds:
             axes.scatter([], [], color=color, label=kind)
     figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False)
-    figure.draw_without_rendering()  # so that labels have positions
+    figure.draw_without_rendering()  # puts everything in its place, so that labels have one
 
     taken = []
     for token, kind, (x, y) in zip(tokens, kinds, points.tolist()):
         style = {"color": COLORS[kind], "ha": "center", "va": "center", "parse_math": False}
-        label = axes.text(x, y, readable(pieces[token]), **style)
+        label = axes.text(x, y, readable(pieces[token]), fontsize=12, **style)
         box = label.get_window_extent()
         if any(box.overlaps(other) for other in taken):
             label.remove()
@@ -98,52 +95,49 @@ def growth_picture(
     counts: Integer[np.ndarray, " vocabulary"],
     pieces: list[bytes],
 ) -> bytes:
-    """Bits per byte over steps, and how the rows of new tokens moved.
-
-    A line leads from the start of each of the most frequent new tokens to its name.
-    """
+    """Bits per byte over steps, and how the rows of new tokens moved among those of old ones."""
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    _open(left, "", "step", "bits per byte on held-out text")
     left.axhline(before, color="0.6", linewidth=1, linestyle="--")
-    style = {"textcoords": "offset points", "horizontalalignment": "right"}
-    left.annotate(
-        f"before, without new tokens {before:.2f}",
-        (1, before),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 3),
-        color="0.4",
-        **style,
-    )
+    label = f"before, without new tokens {before:.2f}"
+    _at_the_right(left, label, before, above=3, inside=True, color="0.4")
     left.plot(*zip(*reports), marker="o", markersize=3, color="tab:blue")
+    style = {"textcoords": "offset points", "horizontalalignment": "right"}
     left.annotate(f"with them {reports[-1][1]:.2f}", reports[-1], xytext=(0, 8), **style)
-    left.set(xlabel="step", ylabel="bits per byte on held-out text")
-    left.spines[["top", "right"]].set_visible(False)
 
     old = len(old_rows)
     points, shares = principal_plane(np.concatenate([old_rows, untrained, trained]))
     starts, ends = np.split(points[old:], 2)
+    _open(right, "", *_of(shares))
+    right.set(xticks=[], yticks=[])
     right.scatter(*points.T, s=0)
     right.scatter(*points[:old].T, s=8, color="0.8", linewidths=0, label=f"{old:,} old tokens")
     label = f"{len(trained):,} new tokens, where they went"
     right.scatter(*ends.T, s=10, color="tab:blue", linewidths=0, label=label)
-    style = {"s": 14, "facecolors": "white", "edgecolors": "tab:orange"}
-    right.scatter([], [], **style, label="and where the most frequent began")
-    right.set(
-        xlabel=f"first principal component of all rows, {shares[0]:.0%} of the variance",
-        ylabel=f"second, {shares[1]:.0%}",
-        xticks=[],
-        yticks=[],
-    )
-    right.spines[["top", "right"]].set_visible(False)
+    right.scatter([], [], **BEGINNING, label="and where the most frequent began")
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
-    figure.draw_without_rendering()  # so that labels have positions
-    figure.set_layout_engine("none")  # which then stay
+    figure.draw_without_rendering()  # puts everything in its place, so that labels have one
+    figure.set_layout_engine("none")  # where it stays
     right.autoscale(False)
+    most_frequent = np.argsort(-counts[old:], kind="stable")
+    _draw_moves(right, most_frequent, starts, ends, [readable(piece) for piece in pieces[old:]])
+    return _png(figure)
+
+
+def _draw_moves(
+    axes: Axes,
+    tokens: Integer[np.ndarray, " new"],
+    starts: Float[np.ndarray, "new 2"],
+    ends: Float[np.ndarray, "new 2"],
+    labels: list[str],
+) -> None:
+    """A line from where each token began to its name, for the first whose names have room."""
     taken = []
-    for token in np.argsort(-counts[old:], kind="stable"):
-        label = right.annotate(
-            readable(pieces[old + token]),
-            ends[token],
+    for token in tokens:
+        label = axes.annotate(
+            labels[token],
+            tuple(ends[token]),
             xytext=(3, 3),
             textcoords="offset points",
             fontsize=9,
@@ -155,18 +149,48 @@ def growth_picture(
             label.remove()
             continue
         taken.append(box)
-        right.plot(*zip(starts[token], ends[token]), color="tab:orange", linewidth=0.8, zorder=0)
-        right.scatter(*starts[token], **style)
-    return _png(figure)
+        axes.plot(*zip(starts[token], ends[token]), color="tab:orange", linewidth=0.8, zorder=0)
+        axes.scatter(*starts[token], **BEGINNING)
+
+
+def _open(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Axes with names, and open at the top and at the right."""
+    axes.set_title(title, loc="left", fontweight="bold", pad=12)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _of(shares: Float[np.ndarray, " 2"]) -> tuple[str, str]:
+    """The names of the axes of a principal plane."""
+    first, second = shares
+    return f"first principal component, {first:.0%} of the variance", f"second, {second:.0%}"
+
+
+def _at_the_right(
+    axes: Axes, text: str, value: float, above: int, inside: bool, color: str
+) -> None:
+    """Text at the right end of the axes, at the height of a value and some points above it."""
+    axes.annotate(
+        text,
+        (1, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4 if inside else 8, above),
+        textcoords="offset points",
+        horizontalalignment="right" if inside else "left",
+        verticalalignment="bottom" if inside else "center",
+        color=color,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0, "alpha": 0.7},
+        zorder=3,
+    )
 
 
 def principal_plane(
     rows: Float[np.ndarray, "rows size"],
 ) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " 2"]]:
     """Rows in the plane in which they differ most, and each axis' share of their variance."""
-    rows = np.nan_to_num(rows.astype(np.float64))  # a diverged model has NaN
+    rows = np.nan_to_num(rows.astype(np.float64))  # there is no plane for what has diverged
     left, sizes, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
-    # a single row, or embeddings of size one, have fewer than two axes
+    # a plane even for a single row, or for embeddings of size one
     left, sizes = np.pad(left, ((0, 0), (0, 2))), np.pad(sizes, (0, 2))
     return (left * sizes)[:, :2], sizes[:2] ** 2 / max(sum(sizes**2), 1e-30)
 
@@ -183,7 +207,7 @@ def kind_of(piece: bytes) -> str:
 
 
 def readable(piece: bytes) -> str:
-    """The text of a token, shortened, with visible signs for white space and bytes."""
+    """The text of a token, cut short, with white space and bytes that can be seen."""
     font = get_font(findfont(FontProperties()))
     text = piece.decode(errors="backslashreplace")
     text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")

@@ -1,0 +1,243 @@
+"""Checkpoints: whole or absent, whatever kills the program, with digests that show changed bits."""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from support.folder import lock, one_line
+
+
+TIMEOUT = 30  # seconds, for a folder to be seen by all who share it
+
+
+class Checkpoints:
+    """The last two checkpoints of the run in the folder `out`, written by orbax.
+
+    Each has trees of arrays, by name, and `about`: JSON that says what they are. It holds a digest
+    of each tree and of itself.
+    """
+
+    def __init__(self, out: Path, exists: bool, reads_only: bool = False):
+        """Stops the program with one line unless `out` holds a run, or none, as `exists` says.
+
+        Unless the checkpoints are only read, no other run may write to `out` from now on.
+        """
+        self.out, self.folder, self.reads_only = out, out.absolute() / "checkpoints", reads_only
+        self._broken: list[int] = []
+        self._lock: int | None = None
+        try:
+            self.steps = self._open()
+            if not exists:
+                self._must_be_new()
+            elif not self.steps:
+                raise SystemExit(
+                    f"{out} holds no checkpoint. Check the name; train_lm.py without --resume "
+                    "starts a run there."
+                )
+        except SystemExit:
+            self._unlock()
+            raise
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if "manager" in self.__dict__:
+            if kind is None:
+                self._finish()
+            elif jax.process_count() == 1:  # several might wait for one that has ended
+                with contextlib.suppress(Exception):
+                    self.manager.close()
+        self._unlock()
+
+    @functools.cached_property
+    def manager(self) -> ocp.CheckpointManager:
+        # orbax logs pages about errors that it raises as well
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # It makes the folder: so it waits until there is something to write.
+        with one_line(f"write to {self.out}"):
+            if jax.process_index() == 0 and not self.steps:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.steps = self._open()
+                self._must_be_new()  # no other run came first
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=2, cleanup_tmp_directories=not self.reads_only
+            )
+            manager = ocp.CheckpointManager(self.folder, options=options)
+        # The first of several processes has made the folder. The others might see it later, or not.
+        until = time.monotonic() + TIMEOUT
+        while not self.folder.is_dir():
+            if time.monotonic() > until:
+                raise SystemExit(f"{self.out} is not the folder of process 0. All must share it.")
+            time.sleep(0.1)
+        return manager
+
+    def save(self, step: int, about: dict[str, Any], **trees: PyTree) -> None:
+        """Writes in the background, from copies. What goes into `about` is JSON."""
+        about = {**about, "digests": {name: _digest(tree) for name, tree in trees.items()}}
+        about["digest"] = _digest_of_json(about)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        manager = self.manager
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + 2**20
+        if shutil.disk_usage(self.out).free < size:
+            self._not_written(OSError(os.strerror(errno.ENOSPC)))
+        try:
+            manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items))
+        except jax.errors.JaxRuntimeError:  # another process has ended
+            raise
+        except Exception as error:  # orbax raises whatever its storage layers raise
+            self._not_written(error)
+
+    def about(self) -> dict[str, Any]:
+        """What the last checkpoint that can be read says of itself."""
+        while True:
+            try:
+                return self._about(self.steps[-1])
+            except ValueError as error:
+                self._go_back(error)
+
+    def restore(self, **like: PyTree) -> tuple[int, dict[str, Any], list[PyTree]]:
+        """The last checkpoint that is whole: its step, what it says of itself, and its trees, by
+        their names, shaped as those given.
+
+        Those that are not whole are put aside.
+        """
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        while True:
+            step = self.steps[-1]
+            try:
+                about, trees = self._about(step), []
+                for name, shape in shapes.items():
+                    trees.append(self._read(step, name, ocp.args.StandardRestore(shape)))
+                    if _digest(trees[-1]) != about["digests"].get(name):
+                        raise ValueError(f"the arrays of its {name} have changed")
+            except ValueError as error:
+                self._go_back(error)
+                continue
+            self._put_aside()
+            return step, about, trees
+
+    def _find_steps(self) -> list[int]:
+        return sorted(ocp.utils.checkpoint_steps(self.folder)) if self.folder.is_dir() else []
+
+    def _open(self) -> list[int]:
+        """Keeps other runs out, and finds the steps of the checkpoints that there are."""
+        with one_line(f"use the folder {self.out}"):
+            if os.path.lexists(self.out) and not self.out.is_dir():
+                raise SystemExit(f"{self.out} is not a folder.")
+            if self.out.is_dir() and not self.reads_only and jax.process_index() == 0:
+                tempfile.TemporaryFile(dir=self.out).close()  # it can be written to
+                self._lock = lock(self.out) if self._lock is None else self._lock
+            return self._find_steps()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _must_be_new(self) -> None:
+        if self.steps:
+            raise SystemExit(
+                f"{self.out} holds a run: go on with --resume, or choose another --out."
+            )
+
+    def _about(self, step: int) -> dict[str, Any]:
+        about = self._read(step, "about", ocp.args.JsonRestore())
+        if not isinstance(about, dict) or about.pop("digest", None) != _digest_of_json(about):
+            raise ValueError("what it says of itself has changed, or is of another version")
+        return about
+
+    def _read(self, step: int, name: str, args: Any) -> Any:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+        except jax.errors.JaxRuntimeError:  # another process has ended
+            raise
+        except Exception as error:  # orbax raises whatever its storage layers raise
+            raise ValueError(f"{type(error).__name__} in its {name}") from error
+
+    def _go_back(self, error: ValueError) -> None:
+        """Says that the last checkpoint is broken, and takes the one before it for the last."""
+        step = self.steps.pop()
+        message = f"the checkpoint {self.out}/checkpoints/{step} is broken: {error}."
+        if self.reads_only and self.steps:
+            raise SystemExit(f"{message} train_lm.py --resume goes on from the one before it.")
+        if not self.steps:
+            raise SystemExit(f"{message} There is none before it. Nothing was changed.")
+        self._broken.append(step)
+        print(f"{message} Going on from the one before it, {self.steps[-1]}.")
+
+    def _put_aside(self) -> None:
+        """Moves broken checkpoints out of the way of new ones."""
+        if not self._broken:
+            return
+        if jax.process_index() == 0:
+            for step in self._broken:
+                to = self.out / f"broken-{step}-{time.time_ns()}"
+                os.rename(self.folder / str(step), to)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("broken checkpoints are put aside")
+        self.manager.reload()
+
+    def _finish(self) -> None:
+        try:
+            self.manager.wait_until_finished()
+            self.manager.close()
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:
+            self._not_written(error)
+
+    def _not_written(self, error: Exception) -> None:
+        reason, full = " ".join(str(error).split()), os.strerror(errno.ENOSPC)
+        reason = full if full in reason else reason[:300]
+        raise SystemExit(
+            f"cannot write a checkpoint to {self.out}: {reason}. If there is one before it, that "
+            "is whole, and --resume goes on from it."
+        ) from None
+
+
+def check_identity(out: Path, here: dict[str, Any], there: dict[str, Any]) -> None:
+    """Stops the program with one line that names what differs between two runs."""
+    if differing := differences(here, there):
+        raise SystemExit(f"cannot resume: the run in {out} is another one: {differing}.")
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
+    """What differs between two nested dicts, by the names of their innermost keys."""
+    found = []
+    for name in here | there:
+        one, other = here.get(name), there.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += filter(None, [differences(one, other)])
+        elif one != other:
+            found.append(f"{name} is {one} here and {other} there")
+    return "; ".join(found)
+
+
+def _digest(tree: PyTree) -> str:
+    """The SHA-256 of the bytes of all arrays, whichever devices hold them."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_json(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

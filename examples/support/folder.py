@@ -1,0 +1,44 @@
+"""The folder that a run writes to: whole files, one run at a time, one line for what goes wrong."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def one_line(doing: str) -> Iterator[None]:
+    """Stops the program with one line where the system refuses what is being done."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"cannot {doing}: {error.strerror or error}.") from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces the file at once, so that nobody sees it half written."""
+    partial = path.with_name(path.name + ".partial")
+    with one_line(f"write {path}"):
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def lock(folder: Path) -> int:
+    """Keeps other runs out of the folder until this file descriptor is closed.
+
+    The system does that when the process ends, however it ends.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise SystemExit(f"another run is writing to {folder}: choose another --out.") from None
+    except OSError:
+        pass  # some network file systems lock no folders
+    return descriptor

@@ -1,0 +1,28 @@
+"""Checks of settings, with an error that the command line shows."""
+
+import math
+from typing import Any
+
+
+Number = int | float
+
+
+def require(
+    config: Any,
+    *names: str,
+    above: Number = -math.inf,
+    at_least: Number = -math.inf,
+    below: Number = math.inf,
+) -> None:
+    """Raises a `ValueError`, of which tyro makes a message, unless all fields are in a range.
+
+    Infinity and NaN never are.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not (above < value and at_least <= value < below):
+            limits = {"above": above, "at least": at_least, "below": below}
+            limits = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+            limits += [] if math.isfinite(value) else ["finite"]
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be {' and '.join(limits)}, got {value}.")
