@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax import export
 from jax.sharding import AxisType
+from toy_transformer import ModelConfig
 
-from benchmarks import accelerators, programs
+from benchmarks import accelerators, programs, whole_step
 from benchmarks.losses import LOSSES
 from eqx_embedding import (
     combine_rows,
@@ -227,3 +228,19 @@ def test_everything_else_compiles_and_holds_no_second_table(target, layout, func
     parts = 1 if layout == "one device" else 4
     tables, logits = 2 * 4 * 4096 * 128 / parts, 4 * 256 * 4096 / parts
     assert memory.temp_size_in_bytes < tables + 8 * logits + 4 * 4 * 256 * 128
+
+
+@pytest.mark.usefixtures("jax_defaults")
+def test_a_whole_step_is_compared_with_its_parts(monkeypatch, capsys):
+    try:
+        accelerators.find_devices("v6e", 8)
+    except accelerators.NotInstalled as error:
+        pytest.skip(f"v6e: {error}")
+    config = ModelConfig(sequence_length=64, num_layers=2, num_heads=2, embedding_size=128)
+    monkeypatch.setattr(whole_step, "CONFIG", config)
+    monkeypatch.setattr(whole_step, "VOCAB_SIZE", 4096)
+    whole_step.main(["--target", "v6e", "--devices", "8"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [re.split(r"\s{2,}", line)[0] for line in lines] == list(whole_step.PROGRAMS)
+    held, whole = (int(number.replace(",", "")) for number in lines[0].split()[-2:])
+    assert held > 0 and whole > 0
