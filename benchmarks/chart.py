@@ -1,6 +1,6 @@
 """Draws memory and time of the cross-entropy from the JSON of benchmarks/cross_entropy.py.
 
-    python -m benchmarks.cross_entropy --losses cross_entropy --rounds 8 --json > FILE.json
+    python -m benchmarks.cross_entropy --losses cross_entropy --rounds 4 --json > FILE.json
     python -m benchmarks.chart FILE.json FILE.svg
 
 The chart shows the first shape in the file. Its background is transparent, for light and dark
@@ -27,7 +27,8 @@ NAMES = {
     "torch": "PyTorch",
     "torch.compile": "PyTorch, compiled",
 }
-NOTE = "* Its kernel is for TPUs; elsewhere it computes all logits."
+QUARTILES = "Lines: first to third quartile. PyTorch reports no memory."
+NOTE = "* Its kernel is for TPUs; here it computes all logits."
 TEXT, OURS, OTHERS = "#787d85", "#e8710a", "#8a9bb5"
 
 
@@ -83,6 +84,7 @@ def draw(results: dict[str, Any]) -> Figure:
     draw_bars(bottom, times, "Time, divided by optax's", 2)
     notes = [f"Cross-entropy and gradients: {N:,} tokens, embedding {D},"]
     notes += [f"vocabulary {V:,}, {report['dtype']}, {results['device'].upper()}."]
+    notes.append(QUARTILES)
     if any(bar.name == "tokamax" for bar in times):
         notes.append(NOTE)
     figure.text(0.02, 0.01, "\n".join(notes), color=TEXT, fontsize=9, va="bottom")
