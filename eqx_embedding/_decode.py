@@ -27,6 +27,7 @@ from ._blockwise import (
     total_loss,
     Used,
     weighted_losses,
+    widen,
 )
 from ._inputs import (
     as_array,
@@ -502,8 +503,8 @@ def _product_jvp(dtypes, split, num_tokens, out_sharding, primals, tangents):
     # A NaN in a padding row must not reach the gradient of `hidden`. Padding is removed here, and
     # not before the product, so that a decode without a gradient does not copy the table.
     tokens = zero_padding_rows(rows, split, num_tokens).astype(factors)
-    d_logits = _contract(d_hidden.astype(wide), tokens, wide, out_sharding) + _contract(
-        hidden.astype(factors), d_rows.astype(wide), wide, out_sharding
+    d_logits = _contract(widen(wide, d_hidden), tokens, wide, out_sharding) + _contract(
+        hidden.astype(factors), widen(wide, d_rows), wide, out_sharding
     )
     return _product(dtypes, split, num_tokens, out_sharding, hidden, rows), d_logits
 

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
-from ._blockwise import gather_wide
+from ._blockwise import gather_wide, widen
 from ._inputs import at_least_float32, nan_where, tokens_in_range
 from ._raise import raise_unless
 from ._sharding import explicit_axes, find_split, remaining
@@ -41,7 +41,7 @@ def _take_jvp(axis, fill_value, out_sharding, primals, tangents):
     array, index = primals
     # The gradient is the transpose of this line: a scatter-add, in float32 at least, for bfloat16
     # stops counting the repeats of a token at 256, and float16 at 2048.
-    wide = tangents[0].astype(at_least_float32(array.dtype))
+    wide = widen(at_least_float32(array.dtype), tangents[0])
     tangent = _take(wide, index, axis, 0.0, out_sharding)
     return _take(array, index, axis, fill_value, out_sharding), tangent.astype(array.dtype)
 

@@ -81,8 +81,9 @@ class Split(NamedTuple):
         if divides(vocabulary + flat(others)):
             vocabulary += flat(others)
         gathered = tuple(map(operator.add, manual_shared, shared))
-        split = (vocabulary + shared[0], *shared[1:])
-        whole = Layout(split, manual + vocabulary, gathered, ())
+        # Rows are split by manual axes first: between those gathered, none may stay.
+        kept = () if manual_shared[0] else vocabulary
+        whole = Layout((kept + shared[0], *shared[1:]), manual + kept, gathered, ())
         if not flat(gathered) or flat(manual_shared[1:]) or not divides(vocabulary):
             return whole
         tokens = num_tokens * self.size(flat(gathered)) // self.size(batch)

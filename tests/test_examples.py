@@ -675,7 +675,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_in_one_line(text, bpe, tmp_p
         ("empty", "", "empty is no tokenizer.json of use: EOF"),
         ("json", "{}", "json is no tokenizer.json of use: Model missing"),
         ("words", words.to_str(), r"words is no tokenizer.json of use: .*\[UNK\]"),
-        ("lower", lower.to_str(), "does not give .*text.txt back byte for byte"),
+        ("lower", lower.to_str(), "does not reproduce .*text.txt byte for byte"),
     ]:
         if content is not None:
             (tmp_path / name).write_text(content)

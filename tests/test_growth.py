@@ -100,7 +100,7 @@ def test_added_tokens_leave_the_rest_of_a_text_as_it_was():
     [
         ({"run": Path("missing")}, "missing holds no checkpoint"),
         ({"text": Path("missing")}, "cannot read the text missing: No such file"),
-        ({"old_text": None}, "was not trained on the built-in text: give --old-text"),
+        ({"old_text": None}, "the built-in text is not what .* learned from: give --old-text"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(run, changes, message, tmp_path):

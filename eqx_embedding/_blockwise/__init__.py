@@ -21,6 +21,7 @@ from ._batch import (
     total_loss as total_loss,
     weighted_losses as weighted_losses,
 )
+from ._devices import widen as widen
 from ._function import close_over as close_over, TokenFunction as TokenFunction
 from ._gather import gather_wide as gather_wide
 from ._logits import Operands as Operands, Options as Options

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._devices import device_type, retype, without_devices
+from ._devices import device_type, retype, Static, without_devices
 from ._function import TokenFunction
 from ._reference import TokenScores
 from ._scores import nan_if_unknown
@@ -55,22 +55,23 @@ def _device_losses_forward(
     *operands: Any,
 ) -> Any:
     losses = _all_losses(function, of_example, *operands)
-    return losses, retype(device_type(operands).outside(outer_axes), operands)
+    kind = device_type(operands)
+    return losses, (Static(kind), retype(kind.outside(outer_axes), operands))
 
 
 def _device_losses_backward(
     function: TokenFunction,
     of_example: tuple[bool, ...] | None,
     outer_axes: frozenset[str],
-    operands: Any,
+    saved: tuple[Static, Any],
     cotangent: Array,
 ) -> Any:
     def pull_back(cotangent: Array, *operands: Any) -> Any:
         _, pullback = eqx.filter_vjp(functools.partial(_losses, function, of_example), *operands)
         return pullback(cotangent)
 
-    kind = device_type(operands).inside(outer_axes)
-    return without_devices(pull_back, kind, cotangent, *operands)
+    kind, operands = saved
+    return without_devices(pull_back, kind.value, cotangent, *operands)
 
 
 device_losses.defvjp(_device_losses_forward, _device_losses_backward)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from .._inputs import nan_where
 from ._chunks import only
-from ._devices import device_type, retype
+from ._devices import device_type, retype, Static
 from ._gradients import chunk_gradients, HeadGradient, zero_gradient
 from ._logits import chunks_of, is_unknown, make_head, on_device, Operands, Options
 from ._reference import TokenScores
@@ -43,16 +43,17 @@ def _scores(used: Used, options: Options, operands: Operands) -> TokenScores:
 
 
 def _device_scores_forward(options: Options, used: Used, operands: Operands) -> Any:
-    saved = (retype(device_type(x).outside(options.outer_axes), x) for x in operands)
-    return _all_scores(options, used, operands), Operands(*saved)
+    types = Operands(*map(device_type, operands))
+    saved = (retype(t.outside(options.outer_axes), x) for t, x in zip(types, operands, strict=True))
+    return _all_scores(options, used, operands), (Static(types), Operands(*saved))
 
 
 def _device_scores_backward(
-    options: Options, used: Used, operands: Operands, cotangents: TokenScores
+    options: Options, used: Used, saved: tuple[Static, Operands], cotangents: TokenScores
 ) -> tuple[Operands]:
-    types = Operands(*(device_type(operand).inside(options.outer_axes) for operand in operands))
+    types, operands = saved
     gradients = functools.partial(_score_gradients, used)
-    return (on_device(gradients, options, types, operands, cotangents[:4]),)
+    return (on_device(gradients, options, types.value, operands, cotangents[:4]),)
 
 
 def _score_gradients(

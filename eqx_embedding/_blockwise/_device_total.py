@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from .._inputs import at_least_float32
 from ._chunks import only
-from ._devices import device_type, without_devices
+from ._devices import device_type, Static, without_devices
 from ._function import TokenFunction
 from ._gradients import chunk_gradients, zero_gradient
 from ._logits import chunks_of, make_head, on_device, Operands, Options
@@ -53,8 +53,12 @@ def _device_total_forward(
     options: Options, function: TokenFunction, return_scores: bool, operands: Operands
 ) -> Any:
     both = functools.partial(_total_and_gradients, function, return_scores)
-    types = Operands(*(device_type(operand).outside(options.outer_axes) for operand in operands))
-    return on_device(both, options, (device_type(operands.targets), types), operands)
+    types = Operands(*map(device_type, operands))
+    of_saved = Operands(*(kind.outside(options.outer_axes) for kind in types))
+    results, gradients = on_device(
+        both, options, (device_type(operands.targets), of_saved), operands
+    )
+    return results, (Static(types), gradients)
 
 
 def _total_and_gradients(
@@ -98,7 +102,7 @@ def _device_total_backward(
     options: Options,
     function: TokenFunction,
     return_scores: bool,
-    gradients: Operands,
+    saved: tuple[Static, Operands],
     cotangents: tuple[Array, TokenScores | None],
 ) -> tuple[Operands]:
     cotangent, _ = cotangents  # the scores have no gradient
@@ -111,8 +115,8 @@ def _device_total_backward(
 
         return jax.tree.map(scale_one, gradients)
 
-    types = Operands(*(device_type(gradient).inside(options.outer_axes) for gradient in gradients))
-    return (without_devices(scale, types, cotangent, gradients),)
+    types, gradients = saved
+    return (without_devices(scale, types.value, cotangent, gradients),)
 
 
 device_total.defvjp(_device_total_forward, _device_total_backward)

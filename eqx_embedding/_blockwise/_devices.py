@@ -37,13 +37,17 @@ class DeviceType(NamedTuple):
 
     # JAX cannot save what differs along the axes of two `jax.shard_map`, one inside the other, from
     # the forward pass for the backward pass. So the types of what is saved do not name the outer
-    # axes.
+    # axes; `Static` saves the types as they were.
 
     def outside(self, axes: frozenset[str]) -> "DeviceType":
         return self._replace(varying=self.varying - axes)
 
-    def inside(self, axes: frozenset[str]) -> "DeviceType":
-        return self._replace(varying=self.varying | axes)
+
+@jax.tree_util.register_static
+class Static(NamedTuple):
+    """A value that JAX keeps beside the arrays of the forward pass."""
+
+    value: Any
 
 
 def device_type(*trees: PyTree) -> DeviceType:
@@ -71,22 +75,9 @@ def cast_to_varying(axes: frozenset[str], tree: PyTree) -> PyTree:
 
 def widen(dtype: DTypeLike, array: Array) -> Array:
     """The array in a wider dtype. Its gradient is rounded after it is summed over devices."""
-    narrow = array.dtype
-    if narrow == dtype or is_alone(array):
+    if array.dtype == dtype or is_alone(array):
         return array.astype(dtype)
-
-    @jax.custom_vjp
-    def convert(array: Array) -> Array:
-        return array.astype(dtype)
-
-    def backward(_: None, cotangent: Array) -> tuple[Array]:
-        # XLA for TPUs would move the conversion alone before the sum.
-        info = jnp.finfo(narrow)
-        rounded = lax.reduce_precision(cotangent, info.nexp, info.nmant)
-        return (rounded.astype(narrow),)
-
-    convert.defvjp(lambda array: (array.astype(dtype), None), backward)
-    return convert(array)
+    return _widen.bind(array, dtype=jnp.dtype(dtype))
 
 
 def without_devices(function: Callable[..., Any], types: PyTree, *arguments: PyTree) -> Any:
@@ -137,7 +128,8 @@ def _collective(
 ) -> Array:
     with jax.sharding.use_abstract_mesh(mesh):
         array = _restore_type(DeviceType(mesh, frozenset(axes)), array)
-        return _erase_type(operation(array, axes))
+        # Each device has its own cotangent of the result, also if that is the same on all of them.
+        return _erase_type(cast_to_varying(frozenset(axes), operation(array, axes)))
 
 
 def _erase_type(array: Array) -> Array:
@@ -185,3 +177,23 @@ for primitive, reverse, new_type in (
     mlir.register_lowering(primitive, lambda context, array, *, kind: [array])
     ad.deflinear2(primitive, functools.partial(_transpose, reverse))
     batching.fancy_primitive_batchers[primitive] = functools.partial(_map, primitive)
+
+
+def _round(cotangent: Array, array: Any, *, dtype: DTypeLike) -> list[Array]:
+    narrow = array.aval.dtype
+    if narrow == jnp.bfloat16:  # XLA for TPUs would move a conversion alone before the sum
+        info = jnp.finfo(narrow)
+        cotangent = lax.reduce_precision(cotangent, info.nexp, info.nmant)
+    return [cotangent.astype(narrow)]
+
+
+def _as_wide(array: Array, *, dtype: DTypeLike) -> Array:
+    return lax.convert_element_type(array, dtype)
+
+
+_widen = Primitive("widen")
+_widen.def_impl(_as_wide)
+_widen.def_abstract_eval(lambda aval, *, dtype: aval.update(dtype=dtype, weak_type=False))
+mlir.register_lowering(_widen, mlir.lower_fun(_as_wide, multiple_results=False))
+ad.deflinear2(_widen, _round)
+batching.defvectorized(_widen)

@@ -159,6 +159,90 @@ def assert_equals_one_device(function, setting, layout, length):
         assert_trees_close(actual, expected)
 
 
+@pytest.mark.parametrize("layout", ["rows over all", "rows over data, columns over model"])
+@pytest.mark.parametrize("length", [FEW, MANY])
+def test_a_shard_map_may_take_one_of_the_axes_that_split_a_table(layout, length):
+    rules = {**LAYOUTS[layout], "batch": "data"}
+    table, hidden, targets, *_ = make_operands(length)
+
+    def loss(rules, table, hidden, targets):
+        decode = EmbeddingDecode(table)
+        return decode.cross_entropy(hidden, targets, rules=rules, chunk_size=CHUNK_SIZE)
+
+    expected = quick_jit(jax.value_and_grad(functools.partial(loss, None), (0, 1)))(
+        table, hidden, targets
+    )
+    mesh = make_mesh("rules")
+    mapped = jax.shard_map(
+        functools.partial(loss, rules),
+        mesh=mesh,
+        in_specs=(P("data"), P("data"), P("data")),
+        out_specs=P(),
+        axis_names={"data"},
+    )
+    with jax.set_mesh(mesh):
+        table = jax.device_put(table, table.shardings(mesh, rules))
+        operands = table, place(mesh, hidden, "data"), place(mesh, targets, "data")
+        assert_trees_close(quick_jit(jax.value_and_grad(mapped, (0, 1)))(*operands), expected)
+
+
+@pytest.mark.parametrize("length", [FEW, MANY])
+@pytest.mark.parametrize(
+    "setting, layout",
+    [("rules", "rows"), ("rules", "rows over model, then data"), ("manual", "rows")],
+)
+def test_second_derivatives_equal_those_of_one_device(setting, layout, length):
+    rules = LAYOUTS[layout]
+    table, hidden, targets, *_ = make_operands(length)
+
+    def loss(closed, rules, table, hidden, targets):
+        decode = EmbeddingDecode(table)
+        return decode.cross_entropy(hidden, targets, rules=rules, chunk_size=CHUNK_SIZE)
+
+    def second(loss, *operands):
+        def inner(table, hidden):
+            gradients = jax.grad(loss, (0, 1))(table, hidden, operands[2])
+            pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves((table, hidden)), strict=True)
+            return sum(jnp.sum(g * jnp.sin(jnp.nan_to_num(x))) for g, x in pairs)
+
+        return jax.grad(inner, (0, 1))(*operands[:2])
+
+    def total(setting, *operands):
+        function = on_mesh(setting, rules, loss, P())
+        return second(functools.partial(function, jnp.zeros(())), *operands)
+
+    expected = quick_jit(functools.partial(total, "alone"))(table, hidden, targets)
+    mesh = make_mesh(setting)
+    with jax.set_mesh(mesh):
+        table = jax.device_put(table, table.shardings(mesh, rules))
+        operands = table, *(place(mesh, x, rules["batch"]) for x in (hidden, targets))
+        actual = quick_jit(functools.partial(total, setting))(*operands)
+        assert_trees_close(actual, expected)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns over model"])
+def test_small_gradients_in_float16_are_not_lost(layout):
+    """The smallest normal number is 6e-5, which most of these are below."""
+    rules = LAYOUTS[layout]
+    hidden = (random((B, 512, D), seed=1) / 8).astype("float16")
+    table = jax.tree.map(lambda x: x.astype("float16"), make_operands(FEW, padding_rows=0)[0])
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, 512)), "int32")
+
+    def gradient(rules, table, hidden):
+        return jax.grad(lambda h: EmbeddingDecode(table).cross_entropy(h, targets, rules=rules))(
+            hidden
+        )
+
+    expected = np.asarray(quick_jit(functools.partial(gradient, None))(table, hidden), "float32")
+    assert np.sum((expected != 0) & (np.abs(expected) < 6e-5)) > expected.size / 4
+    mesh = make_mesh("rules")
+    with jax.set_mesh(mesh):
+        table = jax.device_put(table, table.shardings(mesh, rules))
+        hidden = place(mesh, hidden, "data")
+        actual = quick_jit(functools.partial(gradient, rules))(table, hidden)
+    np.testing.assert_allclose(np.asarray(actual, "float32"), expected, atol=2e-7)
+
+
 def test_rules_of_a_shard_map_that_cannot_be_followed_are_refused():
     def inside(rules, table_axes):
         def loss(table, hidden):
