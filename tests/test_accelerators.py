@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from toy_transformer import ModelConfig
 
 from benchmarks import accelerators, programs, whole_step
@@ -191,12 +191,17 @@ def lookup(table, tokens):
     return jnp.sum(jnp.sin(EmbeddingLookup(table)(tokens).astype("float32")))
 
 
+def make_hidden(tokens):
+    """Vectors that are split over devices as the tokens are."""
+    return jnp.broadcast_to(tokens.astype("bfloat16")[..., None], (*tokens.shape, 128))
+
+
 def decode(table, tokens):
-    return jnp.sum(jnp.sin(EmbeddingDecode(table)(jnp.ones((*tokens.shape, 128), "bfloat16"))))
+    return jnp.sum(jnp.sin(EmbeddingDecode(table)(make_hidden(tokens))))
 
 
 def scores(table, tokens):
-    scores = EmbeddingDecode(table).score(jnp.ones((*tokens.shape, 128), "bfloat16"), tokens)
+    scores = EmbeddingDecode(table).score(make_hidden(tokens), tokens)
     return jnp.sum(scores.log_prob + scores.entropy)
 
 
@@ -228,6 +233,24 @@ def test_everything_else_compiles_and_holds_no_second_table(target, layout, func
     parts = 1 if layout == "one device" else 4
     tables, logits = 2 * 4 * 4096 * 128 / parts, 4 * 256 * 4096 / parts
     assert memory.temp_size_in_bytes < tables + 8 * logits + 4 * 4 * 256 * 128
+
+
+@pytest.mark.parametrize("function", [lookup, decode, scores])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_gradients_of_a_table_on_each_device_are_summed_in_float32(target, kind, function):
+    mesh = Mesh(np.asarray(accelerators.find_devices(target, 8)), ("data",), axis_types=(kind,))
+
+    def place(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    table = EmbeddingTable(jnp.zeros((1, 1), "bfloat16"), ("vocabulary", "embedding"))
+    table = eqx.tree_at(lambda t: t.embeddings, table, place((4096, 128), "bfloat16"))
+    tokens = place((512,), "int32", "data")
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(function)).trace(table, tokens)
+        found = collectives(accelerators.compile_for(target, traced).as_text())
+    sums = [types for kind, types, _ in found if kind == "all-reduce" and "4096,128" in types]
+    assert sums and not any("bf16" in types for types in sums), found
 
 
 @pytest.mark.usefixtures("jax_defaults")

@@ -234,13 +234,13 @@ def test_small_gradients_in_float16_are_not_lost(layout):
         )
 
     expected = np.asarray(quick_jit(functools.partial(gradient, None))(table, hidden), "float32")
-    assert np.sum((expected != 0) & (np.abs(expected) < 6e-5)) > expected.size / 4
+    assert np.sum((expected != 0) & (np.abs(expected) < 6e-5)) > expected.size / 8
     mesh = make_mesh("rules")
     with jax.set_mesh(mesh):
         table = jax.device_put(table, table.shardings(mesh, rules))
         hidden = place(mesh, hidden, "data")
         actual = quick_jit(functools.partial(gradient, rules))(table, hidden)
-    np.testing.assert_allclose(np.asarray(actual, "float32"), expected, atol=2e-7)
+    np.testing.assert_allclose(np.asarray(actual, "float32"), expected, atol=5e-7)
 
 
 def test_rules_of_a_shard_map_that_cannot_be_followed_are_refused():
