@@ -314,7 +314,8 @@ def _read_split(
         mesh=mesh,
         batch=tuple(batch),
         table=table,
-        manual_batch=ruled(AxisType.Manual, "batch"),
+        # NumPy arrays and Python numbers are the same on all devices.
+        manual_batch=() if batched is None else ruled(AxisType.Manual, "batch"),
         manual_table=tuple(ruled(AxisType.Manual, name) for name in table_axes),
         known=jax.device_count() == 1 or bool(vocabulary) or not remaining(automatic, batch),
     )
@@ -351,8 +352,8 @@ def _check_manual(
         if missing := set(axes) - differs:
             raise ValueError(
                 f"rules split {what} over {sorted(missing)}, along which it is the same on all "
-                "devices of this `jax.shard_map`: say so by its `in_specs`, and leave "
-                "`check_vma=True`."
+                "devices of this `jax.shard_map`. If that is meant, leave these axes out of the "
+                "rules. Else split it by the `in_specs`, and leave `check_vma=True`."
             )
     if both := set(split.manual_vocabulary) & of_batch:
         raise ValueError(

@@ -235,7 +235,7 @@ def test_everything_else_compiles_and_holds_no_second_table(target, layout, func
     assert memory.temp_size_in_bytes < tables + 8 * logits + 4 * 4 * 256 * 128
 
 
-@pytest.mark.parametrize("function", [lookup, decode, scores])
+@pytest.mark.parametrize("function", [lookup, decode])
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_gradients_of_a_table_on_each_device_are_summed_in_float32(target, kind, function):
     mesh = Mesh(np.asarray(accelerators.find_devices(target, 8)), ("data",), axis_types=(kind,))
