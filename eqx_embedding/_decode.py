@@ -330,14 +330,15 @@ class EmbeddingDecode(eqx.Module):
         - `chunk_size`: for how many tokens of a device logits exist at once, rounded up to a
             multiple of 16. Devices that gather their tokens count them together. Smaller chunks
             take less memory. Defaults to `None`: a fast size for the platform.
-        - `rules`: the axes of the device mesh that split the first axis of the batch and the
-            axes of the table, such as `{"batch": "data", "vocabulary": "model"}`. Not needed for explicit
-            mesh axes, which are part of the types of the arrays. Automatic axes cannot be seen
-            here. Without rules for them the loss is right and the table is not gathered, but the
-            gradient of the table is summed over devices once for each chunk, instead of once, and
-            with weights, hidden vectors move between devices. Inside a `jax.shard_map`, rules are
-            needed for those of its axes that split the batch or the vocabulary. If they are missing
-            there, this is an error, except with `check_vma=False`, where it cannot be detected.
+        - `rules`: the axes of the device mesh that split the first axis of the batch and the axes
+            of the table, such as `{"batch": "data", "vocabulary": "model"}`. Not needed for
+            explicit mesh axes, which are part of the types of the arrays. Automatic axes cannot be
+            seen here. Without rules for them the loss is right and the table is not gathered, but
+            the gradient of the table is summed over devices once for each chunk, instead of once,
+            and with weights, hidden vectors move between devices. Inside a `jax.shard_map`, rules
+            are needed for those of its axes that split the batch or the vocabulary. If they are
+            missing there, this is an error, except with `check_vma=False`, where it cannot be
+            detected.
 
         **Returns:**
 
