@@ -40,7 +40,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from .cross_entropy import compile_gradient, draw, in_chunks, Run, time_in_turn
 from .peers import with_optax, with_tokamax
-from .programs import count_products, count_sent
+from .programs import compile_and_count
 
 
 SHAPES = [
@@ -180,12 +180,8 @@ def compile_for(target: str, traced):
 
 def measure(target: str, loss, operands: Operands, mesh: Mesh) -> dict[str, Any]:
     chip = CHIPS[target]
-    traced = trace(loss, operands, mesh)
-    compiled = compile_for(target, traced)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None
-    products = count_products(traced.jaxpr.jaxpr, chip.platform)
-    moved = count_sent(text) if mesh.size > 1 else 0.0
+    memory, sent, products = compile_and_count(trace(loss, operands, mesh), chip.platform)
+    moved = sent if mesh.size > 1 else 0.0
     if AxisType.Auto in mesh.axis_types:  # one program for all devices
         products.operations /= mesh.size
         products.bytes /= mesh.size

@@ -41,7 +41,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P  # no
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable  # noqa: E402
 
 from .accelerators import CHIPS, find_devices, NotInstalled  # noqa: E402
-from .programs import count_products, count_sent, gathered, reduced  # noqa: E402
+from .programs import compile_and_count, gathered, reduced  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +119,9 @@ def measure(s: Sizes, layout: str, d: int, m: int, devices=None, platform="cpu")
         table = jax.ShapeDtypeStruct((s.V, s.D), "float32", sharding=NamedSharding(mesh, rows))
         tokens = jax.ShapeDtypeStruct((s.N,), "int32", sharding=NamedSharding(mesh, batch))
         traced = jax.jit(jax.grad(loss)).trace(table, tokens, tokens)
-        compiled = traced.lower(lowering_platforms=(platform,)).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None
+        memory, sent, products = compile_and_count(traced, platform)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return Cost(held, count_sent(text), count_products(traced.jaxpr.jaxpr, platform).operations)
+    return Cost(held, sent, products.operations)
 
 
 def heading(*units: str) -> str:

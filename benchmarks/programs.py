@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 
 # What compilers say
@@ -96,6 +97,21 @@ def count_sent(text: str) -> float:
     """The bytes that each device sends, by the text of a compiled program, with its loops."""
     found = ((sent(line), trips) for _, line, trips in each_instruction(text))
     return sum(trips * collective[1] for collective, trips in found if collective is not None)
+
+
+class Program(NamedTuple):
+    """A program as it was traced and compiled, of one device."""
+
+    memory: Any
+    sent: float  # bytes
+    products: "Products"
+
+
+def compile_and_count(traced, platform: str) -> Program:
+    compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    return Program(memory, count_sent(text), count_products(traced.jaxpr.jaxpr, platform))
 
 
 # What programs say before

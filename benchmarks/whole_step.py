@@ -24,7 +24,7 @@ from toy_transformer import Block, ModelConfig, norm
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
-from .accelerators import CHIPS, find_devices, NotInstalled
+from .accelerators import CHIPS, compile_for, find_devices, NotInstalled
 
 
 VOCAB_SIZE, SEQUENCES = 128256, 2  # sequences of each device
@@ -77,7 +77,7 @@ def loss_of_blocks(parameters, inputs, targets):
     return jnp.mean(run_blocks(blocks, x.astype("bfloat16")).astype("float32"))
 
 
-def compile_step(loss, parts, devices, platform):
+def compile_step(loss, parts, devices, target):
     """`parts` says whether the step has a table and whether it has blocks."""
     mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
     optimizer = optax.adamw(1e-3)
@@ -106,8 +106,7 @@ def compile_step(loss, parts, devices, platform):
     places = jax.tree.map(lambda leaf: leaf.sharding, (arrays, state))
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(None, *places))
-        traced = jitted.trace(arrays, state, batch, batch)
-        return traced.lower(lowering_platforms=(platform,)).compile()
+        return compile_for(target, jitted.trace(arrays, state, batch, batch))
 
 
 PROGRAMS = {
@@ -131,7 +130,7 @@ def main(arguments=None):
     print(f"{given.target} x {given.devices}, MiB on each device")
     print(f"{'':32}{'parameters, moments':>22}{'temporaries':>14}")
     for name, (loss, parts) in PROGRAMS.items():
-        memory = compile_step(loss, parts, devices, CHIPS[given.target].platform).memory_analysis()
+        memory = compile_step(loss, parts, devices, given.target).memory_analysis()
         assert memory is not None
         sizes = memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20
         print(f"{name:32}{sizes[0]:22,.0f}{sizes[1]:14,.0f}", flush=True)

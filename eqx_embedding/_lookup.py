@@ -127,8 +127,8 @@ class EmbeddingLookup(eqx.Module):
         of_device = tokens if isinstance(tokens, jax.Array) else None
         split = find_split(table, array, of_device, 0, rules, axis)
         vocab_size, mesh_axes, dtype = split.vocab_size(table), split.manual_vocabulary, array.dtype
-        first, *others = split.manual_shared
-        shared = *others[:axis], first, *others[axis:]
+        first, *rest = split.manual_shared
+        shared = *rest[:axis], first, *rest[axis:]
         array = gather_wide(dtype, at_least_float32(dtype), shared, array)
         past_the_end = vocab_size + table.padding_rows
         index = self._rows_of(tokens, vocab_size, past_the_end)

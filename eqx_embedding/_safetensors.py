@@ -84,7 +84,7 @@ def load_safetensors(
         missing; `PermissionError` if it may not be read.
     - `ValueError` if a file is incomplete or not a safetensors file, or if an index names a file
         outside of the directory.
-    - `ValueError` if there is no tensor of that name; without a name, if none or several of the
+    - `ValueError` if no tensor has that name; without a name, if none or several of the
         known names are there.
     - `ValueError` if a tensor has another dtype; if it does not have an axis for each name; if the
         bias does not have one number for each row; if `axis_names` disagree with those in the
@@ -216,7 +216,7 @@ def _import_safetensors() -> Any:
 def _open(path: Path) -> Any:
     safetensors = _import_safetensors()
     if not path.is_file():  # a named pipe would wait for a writer
-        raise FileNotFoundError(f"there is no file {path}.")
+        raise FileNotFoundError(f"cannot find the file {path}.")
     with open(path, "rb"):  # else safetensors would call a file missing that may not be read
         pass
     try:

@@ -99,11 +99,8 @@ class Split(NamedTuple):
         """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""
         if self.mesh is None or AxisType.Explicit not in self.mesh.axis_types:
             return None
-        explicit = {
-            axis
-            for axis, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
-            if kind == AxisType.Explicit
-        }
+        types = axis_types(self.mesh)
+        explicit = {axis for axis, kind in types.items() if kind == AxisType.Explicit}
         return NamedSharding(
             self.mesh, _spec([tuple(a for a in entry if a in explicit) for entry in axes])
         )
@@ -211,13 +208,17 @@ def find_mesh(*arrays: Array | None) -> AbstractMesh | None:
 def whole_axes(table: EmbeddingTable, hidden: Array, rules: Rules | None) -> dict[str, int]:
     """The embedding axes of a table. Of those that rules split over manual axes, it has a part."""
     mesh, rules = find_mesh(hidden), {} if rules is None else rules
-    types = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    types = axis_types(mesh)
 
     def parts(name: str) -> int:
         axes = (a for a in as_axes(rules.get(name)) if types.get(a) == AxisType.Manual)
         return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
 
     return {name: size * parts(name) for name, size in table.embedding_axes.items()}
+
+
+def axis_types(mesh: AbstractMesh | None) -> dict[str, AxisType]:
+    return {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
 
 
 def explicit_axes(array: Array) -> list[Axes]:
@@ -261,7 +262,7 @@ def find_split(
 
     - `table`: not a stacked one; `embeddings`: its own, with the vocabulary at `axis`.
     - `batched`: tokens or hidden vectors, of which the first `batch_axes` axes may be split;
-        `None` for tokens of the host.
+        `None` for tokens in a NumPy array or a Python number.
     - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and each axis
         of the table, under its name.
 
@@ -272,7 +273,7 @@ def find_split(
     rules = {} if rules is None else rules
     names = [table.vocabulary_axis, *table.embedding_axes]
     mesh = find_mesh(embeddings, batched)
-    types = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    types = axis_types(mesh)
     _check_rules(rules, ("batch", *names), types)
     if mesh is None:
         none = ((),) * len(names)
@@ -298,7 +299,7 @@ def _read_split(
     rules: Rules,
 ) -> Split:
     """`table_axes` are the explicit mesh axes that split each axis of the table."""
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    types = axis_types(mesh)
     batch = [] if batched is None else explicit_axes(batched)[:batch_axes]
 
     def ruled(kind: AxisType, key: str) -> Axes:

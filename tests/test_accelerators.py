@@ -187,6 +187,12 @@ def test_a_table_over_devices_takes_few_temporaries(target, layout):
     assert memory.temp_size_in_bytes < 1.25 * held + 12 * N * D
 
 
+def make_table(rows):
+    """A table with the shape of an array in place of the array."""
+    table = EmbeddingTable(jnp.zeros((1, 1), rows.dtype), ("vocabulary", "embedding"))
+    return eqx.tree_at(lambda t: t.embeddings, table, rows)
+
+
 def lookup(table, tokens):
     return jnp.sum(jnp.sin(EmbeddingLookup(table)(tokens).astype("float32")))
 
@@ -224,8 +230,7 @@ def test_everything_else_compiles_and_holds_no_second_table(target, layout, func
     shape, dtype = (256, 128, 4096), jnp.dtype("bfloat16")
     given = accelerators.make_operands(devices, layout, shape, dtype, AxisType.Explicit)
     operands, mesh = given
-    table = EmbeddingTable(jnp.zeros((1, 1), "bfloat16"), ("vocabulary", "embedding"))
-    table = eqx.tree_at(lambda t: t.embeddings, table, operands.rows)
+    table = make_table(operands.rows)
     with jax.set_mesh(mesh):
         traced = jax.jit(function).trace(table, operands.targets)
         memory = accelerators.compile_for(target, traced).memory_analysis()
@@ -243,8 +248,7 @@ def test_gradients_of_a_table_on_each_device_are_summed_in_float32(target, kind,
     def place(shape, dtype, *axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
 
-    table = EmbeddingTable(jnp.zeros((1, 1), "bfloat16"), ("vocabulary", "embedding"))
-    table = eqx.tree_at(lambda t: t.embeddings, table, place((4096, 128), "bfloat16"))
+    table = make_table(place((4096, 128), "bfloat16"))
     tokens = place((512,), "int32", "data")
     with jax.set_mesh(mesh):
         traced = jax.jit(jax.grad(function)).trace(table, tokens)

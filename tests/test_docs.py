@@ -25,7 +25,7 @@ PYTHON = [(page, number) for page in MANUAL for number in range(len(blocks(page)
 
 
 @pytest.mark.usefixtures("jax_defaults")
-# treescope 0.1.10 touches every public name of numpy, and numpy 2.5 has deprecated one of them
+# treescope 0.1.10 reads every public name in NumPy, and NumPy 2.5 has deprecated one
 @pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("page, number", PYTHON)
 def test_each_block_of_python_runs(page, number, tmp_path, monkeypatch):

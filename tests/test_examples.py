@@ -314,7 +314,7 @@ def test_two_runs_do_not_write_to_one_folder(finished, text, tmp_path):
     try:
         for resume in False, True:
             refused(changed(config, resume=resume), "another run is writing to .*out")
-        generate.main(generate.Config(config.run.out, length=1))  # reading is no writing
+        generate.main(generate.Config(config.run.out, length=1))  # to read needs no lock
     finally:
         process.kill()  # which leaves no lock behind
         process.wait()
@@ -672,9 +672,9 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_in_one_line(text, bpe, tmp_p
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"is": 0}, unk_token="?"))
     for name, content, message in [
         ("missing", None, "cannot read the tokenizer .*missing: No such file or directory"),
-        ("empty", "", "empty is no tokenizer.json of use: EOF"),
-        ("json", "{}", "json is no tokenizer.json of use: Model missing"),
-        ("words", words.to_str(), r"words is no tokenizer.json of use: .*\[UNK\]"),
+        ("empty", "", "cannot use .*empty as a tokenizer.json: EOF"),
+        ("json", "{}", "cannot use .*json as a tokenizer.json: Model missing"),
+        ("words", words.to_str(), r"cannot use .*words as a tokenizer.json: .*\[UNK\]"),
         ("lower", lower.to_str(), "does not reproduce .*text.txt byte for byte"),
     ]:
         if content is not None:

@@ -80,7 +80,7 @@ def test_frequent_strings_are_those_of_byte_pair_encoding_by_hand():
     strings = frequent_strings(tokens, pieces, 3)
     assert strings[0] == b"ab" and b"aa" in strings
     assert frequent_strings(np.frombuffer(b"abcd", np.uint8), pieces, 3) == []
-    # half of a character is no string
+    # half of a character cannot be a string
     euros = np.frombuffer("€€€".encode(), np.uint8)
     assert all(string.decode() for string in frequent_strings(euros, pieces, 3))
 

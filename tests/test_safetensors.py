@@ -182,7 +182,7 @@ def test_only_the_shard_that_has_the_table_is_needed(tmp_path):
     shard(tmp_path, TWO)
     (tmp_path / "model-2.safetensors").unlink()
     np.testing.assert_array_equal(load_safetensors(tmp_path).embeddings, 1)
-    with pytest.raises(FileNotFoundError, match="there is no file .*model-2.safetensors"):
+    with pytest.raises(FileNotFoundError, match="cannot find the file .*model-2.safetensors"):
         load_safetensors(tmp_path, "lm_head.weight")
 
 
@@ -213,7 +213,7 @@ def test_a_broken_index_is_refused(index, message, tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file .*nothing.safetensors"):
+    with pytest.raises(FileNotFoundError, match="cannot find the file .*nothing.safetensors"):
         load_safetensors(tmp_path / "nothing.safetensors")
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor .*index\.json\.$"):
         load_safetensors(tmp_path)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ._chunks import only
 from ._devices import device_type, retype, Static, without_devices
 from ._function import TokenFunction
 from ._reference import TokenScores
@@ -97,14 +98,10 @@ def _losses(
     counted = functools.partial(_repeat_counted, mask)
     numbers = TokenScores(*map(counted, scores, PLAIN_SCORES))
     data = tuple(counted(array, PLAIN_DATA) for array in data)
-    losses = _keep(mask, of_tokens(numbers, data, _cut_if_none(mask, closure)))
+    losses = only(mask, of_tokens(numbers, data, _cut_if_none(mask, closure)))
     # The NaN must not hide the gradient: that of a vector which is not finite is NaN.
     nan = jax.lax.stop_gradient(nan_if_unknown(scores, jnp.zeros_like(losses)))
-    return _keep(mask, weights * losses + nan)
-
-
-def _keep(mask: Array | None, losses: Array) -> Array:
-    return losses if mask is None else jnp.where(mask, losses, 0.0)
+    return only(mask, weights * losses + nan)
 
 
 def _cut_if_none(mask: Array | None, closure: tuple[Array, ...]) -> tuple[Array, ...]:

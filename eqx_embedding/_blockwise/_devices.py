@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -58,7 +59,7 @@ def device_type(*trees: PyTree) -> DeviceType:
 
 
 def is_alone(array: Array) -> bool:
-    """Whether there are no devices over which a gradient of the array could be summed."""
+    """Whether a gradient of the array cannot be summed over devices, for lack of others."""
     mesh = device_type(array).mesh
     return mesh.empty or mesh.size == 1
 
@@ -95,37 +96,43 @@ def retype(kind: DeviceType, tree: PyTree) -> PyTree:
     return _restore_type(kind, jax.tree.map(_erase_type, tree))
 
 
-def sum_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
-    """Inside of `without_devices`."""
+# Inside of `without_devices`. Over no axes, the result is the array itself.
+
+
+def sum_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
     return _collective(lax.psum, mesh, axes, array)
 
 
-def max_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
+def max_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
     return _collective(lax.pmax, mesh, axes, array)
 
 
-def min_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
+def min_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
     return _collective(lax.pmin, mesh, axes, array)
 
 
-def gather_over_devices(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
+def gather_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
     """The arrays of all devices, joined along their first axis."""
     return _collective(functools.partial(lax.all_gather, tiled=True), mesh, axes, array)
 
 
-def sum_to_owners(mesh: AbstractMesh, axes: tuple[str, ...], array: Array) -> Array:
+def sum_to_owners(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
     """The sum of an array over the devices. Each gets a part of its first axis."""
     return _collective(functools.partial(lax.psum_scatter, tiled=True), mesh, axes, array)
 
 
-def index_of_device(mesh: AbstractMesh, axes: tuple[str, ...]) -> Array:
+def index_of_device(mesh: AbstractMesh | None, axes: tuple[str, ...]) -> Any:
+    if mesh is None or not axes:
+        return np.int32(0)
     with jax.sharding.use_abstract_mesh(mesh), jax.auto_pcast(True):
         return _erase_type(lax.axis_index(axes))
 
 
 def _collective(
-    operation: Callable[..., Array], mesh: AbstractMesh, axes: tuple[str, ...], array: Array
+    operation: Callable[..., Array], mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array
 ) -> Array:
+    if mesh is None or not axes:
+        return array
     with jax.sharding.use_abstract_mesh(mesh):
         array = _restore_type(DeviceType(mesh, frozenset(axes)), array)
         # Each device has its own cotangent of the result, also if that is the same on all of them.

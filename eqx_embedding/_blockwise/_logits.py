@@ -105,9 +105,8 @@ def on_device(
 
 
 def make_head(options: Options, operands: Operands) -> Head:
-    rows, start = operands.rows, np.int32(0)
-    if options.mesh is not None and options.vocabulary_axes:
-        start = index_of_device(options.mesh, options.vocabulary_axes) * np.int32(len(rows))
+    rows = operands.rows
+    start = index_of_device(options.mesh, options.vocabulary_axes) * np.int32(len(rows))
     return Head(rows.astype(options.dtype), operands.bias, start)
 
 
@@ -115,36 +114,31 @@ def chunks_of(options: Options, operands: Operands) -> Chunks:
     """Chunks of the tokens of this device, which are a part of those that `all_tokens` returns."""
     mesh, axes = options.mesh, options.token_axes
     size = max(options.plan.chunk_size // options.count_devices(axes), 1)
-    in_step = None if mesh is None or not axes else functools.partial(max_over_devices, mesh, axes)
+    in_step = functools.partial(max_over_devices, mesh, axes) if axes else None
     return Chunks(len(operands.hidden), size, operands.mask, in_step)
 
 
 def all_tokens(options: Options, tree: PyTree) -> PyTree:
     """Arrays of the tokens of a chunk, joined with those of devices that have other tokens."""
-    mesh, axes = options.mesh, options.token_axes
-    if mesh is None or not axes:
-        return tree
-    return jax.tree.map(functools.partial(gather_over_devices, mesh, axes), tree)
+    gather = functools.partial(gather_over_devices, options.mesh, options.token_axes)
+    return jax.tree.map(gather, tree)
 
 
 def own_tokens(options: Options, tree: PyTree) -> PyTree:
     """The part of this device of arrays of all these tokens."""
-    mesh, axes = options.mesh, options.token_axes
-    if mesh is None or not axes:
-        return tree
-    index, count = index_of_device(mesh, axes), options.count_devices(axes)
+    axes = options.token_axes
+    index, count = index_of_device(options.mesh, axes), options.count_devices(axes)
 
     def own(array: Array) -> Array:
         size = len(array) // count
-        return lax.dynamic_slice_in_dim(array, index * size, size)
+        return lax.dynamic_slice_in_dim(array, index * size, size) if count > 1 else array
 
     return jax.tree.map(own, tree)
 
 
 def sum_own_tokens(options: Options, array: Array) -> Array:
     """The sum of an array of all these tokens over their devices, of which each gets its part."""
-    mesh, axes = options.mesh, options.token_axes
-    return array if mesh is None or not axes else sum_to_owners(mesh, axes, array)
+    return sum_to_owners(options.mesh, options.token_axes, array)
 
 
 def tile_logits(

@@ -38,7 +38,7 @@ def make_plan(
         return _cpu_plan(V, D, wide, tiles, masked)
     # float16 would lose the small probabilities.
     dtype = wide if dtype == jnp.float16 else dtype
-    chunk_size = 1024 if gathered else _accelerator_chunk(platform, N, D)
+    chunk_size = _accelerator_chunk(platform, N, D, gathered)
     round_early = dtype == jnp.bfloat16
     return Plan(chunk_size, V, dtype, transpose=False, round_early=round_early)
 
@@ -60,13 +60,15 @@ def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool, masked: bool) -> Pla
     return Plan(chunk_size, tile_size, wide, transpose=D < 256, round_early=False)
 
 
-def _accelerator_chunk(platform: Platform, N: Any, D: int) -> int:
+SMALLEST = 1024  # tokens; smaller products starve an accelerator
+
+
+def _accelerator_chunk(platform: Platform, N: Any, D: int, gathered: bool) -> int:
     """Chosen by the memory of programs compiled for them, by `benchmarks/accelerators.py`.
 
-    Small products starve an accelerator, so no chunk has fewer than 1024 tokens. Each chunk reads
-    and writes the gradient of the table in float32, 8VD bytes, beside 6CVD operations. At the
-    published rates, that takes the following share of the time of the products, if nothing
-    overlaps:
+    Each chunk reads and writes the gradient of the table in float32, 8VD bytes, beside 6CVD
+    operations. At the published rates, that takes the following share of the time of the products,
+    if nothing overlaps:
 
     | TPU v5e | v5p   | v6e   | TPU7x | H100  | B200  |
     | ------- | ----- | ----- | ----- | ----- | ----- |
@@ -82,7 +84,9 @@ def _accelerator_chunk(platform: Platform, N: Any, D: int) -> int:
     plain way, is best as long as it holds no more. Where the table is gathered, the result is only
     the part of a device: no logits fit into its place, and chunks are as small as they may be.
     """
-    C = min(max(min(D // 2, N // 4) // 128 * 128, 1024), 2048)
+    if gathered:
+        return SMALLEST
+    C = min(max(min(D // 2, N // 4) // 128 * 128, SMALLEST), 2048)
     if platform == "gpu":
         is_plain = 6 * N <= 4 * D + max(4 * C - 2 * D, 0) + 2 * C
     else:

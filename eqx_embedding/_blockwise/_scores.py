@@ -149,7 +149,7 @@ def _lower(statistics: Statistics, higher: Array, count: Any) -> Statistics:
 def _merge_devices(options: Options, used: Used, head: Head, statistics: Statistics) -> Statistics:
     """The statistics of all rows of a table whose rows are split over devices."""
     mesh, axes = options.mesh, options.vocabulary_axes
-    if mesh is None or not axes:
+    if not axes:
         return statistics
     highest = max_over_devices(mesh, axes, lax.stop_gradient(statistics.maximum))
     local = _lower(statistics, highest, tokens_before(options, head, len(head.rows)))

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,8 @@ class Checkpoints:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + 2**20
         if shutil.disk_usage(self.out).free < size:
             self._not_written(OSError(os.strerror(errno.ENOSPC)))
-        try:
+        with errors_of_orbax(self._not_written):
             manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items))
-        except jax.errors.JaxRuntimeError:  # another process has ended
-            raise
-        except Exception as error:  # orbax raises whatever its storage layers raise
-            self._not_written(error)
 
     def about(self) -> dict[str, Any]:
         """What the last checkpoint that can be read says of itself."""
@@ -163,12 +160,11 @@ class Checkpoints:
         return about
 
     def _read(self, step: int, name: str, args: Any) -> Any:
-        try:
-            return self.manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
-        except jax.errors.JaxRuntimeError:  # another process has ended
-            raise
-        except Exception as error:  # orbax raises whatever its storage layers raise
+        def not_read(error: Exception) -> None:
             raise ValueError(f"{type(error).__name__} in its {name}") from error
+
+        with errors_of_orbax(not_read):
+            return self.manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
     def _go_back(self, error: ValueError) -> None:
         """Says that the last checkpoint is broken, and takes the one before it for the last."""
@@ -194,13 +190,9 @@ class Checkpoints:
         self.manager.reload()
 
     def _finish(self) -> None:
-        try:
+        with errors_of_orbax(self._not_written):
             self.manager.wait_until_finished()
             self.manager.close()
-        except jax.errors.JaxRuntimeError:
-            raise
-        except Exception as error:
-            self._not_written(error)
 
     def _not_written(self, error: Exception) -> None:
         reason, full = " ".join(str(error).split()), os.strerror(errno.ENOSPC)
@@ -209,6 +201,17 @@ class Checkpoints:
             f"cannot write a checkpoint to {self.out}: {reason}. If there is one before it, that "
             "is whole, and --resume goes on from it."
         ) from None
+
+
+@contextlib.contextmanager
+def errors_of_orbax(fail: Callable[[Exception], None]) -> Iterator[None]:
+    """Calls `fail` with an error of orbax, which raises whatever its storage layers raise."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # another process has ended
+        raise
+    except Exception as error:
+        fail(error)
 
 
 def check_identity(out: Path, here: dict[str, Any], there: dict[str, Any]) -> None:

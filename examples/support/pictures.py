@@ -188,7 +188,7 @@ def principal_plane(
     rows: Float[np.ndarray, "rows size"],
 ) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " 2"]]:
     """Rows in the plane in which they differ most, and each axis' share of their variance."""
-    rows = np.nan_to_num(rows.astype(np.float64))  # there is no plane for what has diverged
+    rows = np.nan_to_num(rows.astype(np.float64))  # diverged rows have no plane
     left, sizes, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     # a plane even for a single row, or for embeddings of size one
     left, sizes = np.pad(left, ((0, 0), (0, 2))), np.pad(sizes, (0, 2))

@@ -144,7 +144,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except OSError as error:
         raise SystemExit(f"cannot read the tokenizer {path}: {error.strerror}.") from None
     except Exception as error:  # tokenizers raises no class of its own
-        raise SystemExit(f"{path} is no tokenizer.json of use: {error}.") from None
+        raise SystemExit(f"cannot use {path} as a tokenizer.json: {error}.") from None
 
 
 def named_tokenizer(name: str) -> Tokenizer | None:

@@ -40,6 +40,29 @@ def with_bias(table: EmbeddingTable) -> EmbeddingTable:
     return dataclasses.replace(table, bias=bias)
 
 
+def make_batch(table: EmbeddingTable, length: int, masked: tuple):
+    """Hidden vectors, targets, weights and data of eight sequences, with the weights at the indices
+    `masked` zero."""
+    draw, shape = np.random.default_rng(0), (8, length)
+    targets = draw.integers(0, table.vocab_size, shape)
+    weights = np.where(draw.random(shape) < 0.4, 0, draw.uniform(0.5, 2, shape))
+    for index in masked:
+        weights[index] = 0
+    return (
+        random((*shape, 8), seed=1),
+        jnp.asarray(targets, "int32"),
+        jnp.asarray(weights, "float32"),
+        random((*shape, 3), seed=3),
+    )
+
+
+def poison(hidden, targets, weights, data):
+    """The batch, with NaN wherever the weights leave a token out."""
+    mask = (weights != 0)[..., None]
+    hidden, data = (jnp.where(mask, x, jnp.nan) for x in (hidden, data))
+    return hidden, targets, weights, data
+
+
 def place(mesh, tree, *axes):
     return jax.device_put(tree, NamedSharding(mesh, P(*axes)))
 

@@ -11,7 +11,16 @@ from jax.sharding import PartitionSpec as P
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup
 
 from ..helpers import quick_jit
-from .helpers import assert_trees_close, make_mesh, make_table, place, random, with_bias
+from .helpers import (
+    assert_trees_close,
+    make_batch,
+    make_mesh,
+    make_table,
+    place,
+    poison,
+    random,
+    with_bias,
+)
 
 
 V, B, D = 96, 8, 8
@@ -45,27 +54,9 @@ SETTINGS = [
 
 
 def make_operands(length, padding_rows=3):
-    """A table, hidden, targets, weights and data."""
+    """A table, hidden, targets, weights and data. Some devices have no token that counts."""
     table = with_bias(make_table(V, padding_rows))
-    draw = np.random.default_rng(0)
-    targets = draw.integers(0, table.vocab_size, (B, length))
-    weights = np.where(draw.random((B, length)) < 0.4, 0, draw.uniform(0.5, 2, (B, length)))
-    weights[:5] = 0  # devices without any token that counts
-    return (
-        table,
-        random((B, length, D), seed=1),
-        jnp.asarray(targets, "int32"),
-        jnp.asarray(weights, "float32"),
-        random((B, length, 3), seed=3),
-    )
-
-
-def poison(operands):
-    """NaN wherever the weights leave a token out."""
-    table, hidden, targets, weights, data = operands
-    mask = (weights != 0)[..., None]
-    hidden, data = (jnp.where(mask, x, jnp.nan) for x in (hidden, data))
-    return table, hidden, targets, weights, data
+    return table, *make_batch(table, length, masked=(np.s_[:5],))
 
 
 def mean_and_scores(closed, rules, table, hidden, targets, weights, data):
@@ -149,7 +140,8 @@ def assert_equals_one_device(function, setting, layout, length):
     mesh = make_mesh(setting)
     operands = make_operands(length)
     closed = jnp.asarray(0.7)
-    table, *batched = operands if function is logits_and_vectors else poison(operands)
+    table, *batched = operands
+    batched = batched if function is logits_and_vectors else poison(*batched)
     with jax.set_mesh(mesh):
         table = jax.device_put(table, table.shardings(mesh, rules))
         batched = [place(mesh, array, rules["batch"]) for array in batched]

@@ -17,9 +17,11 @@ from ..helpers import quick_jit
 from .helpers import (
     assert_trees_close,
     collectives,
+    make_batch,
     make_mesh,
     make_table,
     place,
+    poison,
     random,
     RULES,
     SETTINGS,
@@ -36,20 +38,9 @@ settings = pytest.mark.parametrize("setting", SETTINGS)
 def make_operands(padding_rows=3):
     """A table, an array to close over, hidden, targets, weights and data."""
     table = with_bias(make_table(V, padding_rows))
-    draw = np.random.default_rng(0)
-    targets = draw.integers(0, table.vocab_size, (B, T))
     # one example without any token that counts, and one device with fewer than the others
-    weights = np.where(draw.random((B, T)) < 0.4, 0, draw.uniform(0.5, 2, (B, T)))
-    weights[1] = weights[5:, 4:] = 0
-    closed = jnp.asarray([0.5, 1.5, -0.75])
-    return (
-        table,
-        closed,
-        random((B, T, D), seed=1),
-        jnp.asarray(targets, "int32"),
-        jnp.asarray(weights, "float32"),
-        random((B, T, 3), seed=3),
-    )
+    masked = 1, np.s_[5:, 4:]
+    return table, jnp.asarray([0.5, 1.5, -0.75]), *make_batch(table, T, masked)
 
 
 def make_fn(closed):
@@ -64,14 +55,6 @@ def make_fn(closed):
         return last + jnp.sum(carries) - clipped + 0.01 * scores.mean_log_prob * scores.logsumexp
 
     return fn
-
-
-def poison(operands):
-    """NaN wherever the weights leave a token out."""
-    table, closed, hidden, targets, weights, data = operands
-    mask = (weights != 0)[..., None]
-    hidden, data = (jnp.where(mask, x, jnp.nan) for x in (hidden, data))
-    return table, closed, hidden, targets, weights, data
 
 
 def on_mesh(setting, function, out_specs: Any = P(), rules=RULES):
@@ -108,7 +91,8 @@ def on_one_device(function):
 
 def assert_equals_one_device(setting, function, out_specs: Any = P(), rules=RULES, expected=None):
     expected = on_one_device(function) if expected is None else expected
-    table, closed, *batched = poison(make_operands())
+    table, closed, *batched = make_operands()
+    batched = poison(*batched)
     with split(setting, table, *batched) as (table, *batched):
         operands = table, place(make_mesh(setting), closed), *batched
         actual = differentiate(on_mesh(setting, function, out_specs, rules), operands)
