@@ -23,6 +23,8 @@ from ._blockwise import (
     Operands,
     Options,
     score_tokens,
+    Search,
+    search_tokens,
     TokenScores,
     total_loss,
     Used,
@@ -35,13 +37,23 @@ from ._inputs import (
     as_float_dtype,
     as_int,
     as_real,
+    as_temperature,
     at_least_float32,
+    keys_of_tokens,
     prepare_tokens,
     Real,
     Whole,
 )
-from ._sharding import explicit_axes, find_split, remaining, Split, whole_axes, zero_padding_rows
-from ._suggest import suggest, suggest_array, suggest_number, suggest_tokens
+from ._sharding import (
+    explicit_axes,
+    find_split,
+    remaining,
+    Split,
+    varying_axes,
+    whole_axes,
+    zero_padding_rows,
+)
+from ._suggest import suggest, suggest_array, suggest_key, suggest_number, suggest_tokens
 from ._table import EmbeddingTable, Rules
 
 
@@ -50,6 +62,7 @@ LARGEST = 1e30
 
 Hidden = Float[Array | np.ndarray, "..."]
 Targets = Integer[ArrayLike, "..."]
+Temperature = Integer[ArrayLike, "..."] | Float[ArrayLike, "..."]
 Weights = Bool[ArrayLike, "..."] | Integer[ArrayLike, "..."] | Float[ArrayLike, "..."]
 
 
@@ -61,6 +74,9 @@ _suggest = suggest(
     label_smoothing=suggest_number,
     z_loss=suggest_number,
     chunk_size=suggest_number,
+    k=suggest_number,
+    top_k=suggest_number,
+    key=suggest_key,
 )
 
 
@@ -380,6 +396,99 @@ class EmbeddingDecode(eqx.Module):
             rules=rules,
         )
 
+    @_suggest
+    @jax.named_scope("EmbeddingDecode.top_k")
+    def top_k(
+        self,
+        hidden: Hidden,
+        k: Whole,
+        *,
+        chunk_size: Whole | None = None,
+        rules: Rules | None = None,
+    ) -> tuple[Float[Array, "... k"], Integer[Array, "... k"]]:
+        """The `k` likeliest tokens and their log-probabilities, without holding all logits.
+
+        ```python
+        log_probs, tokens = decode.top_k(hidden, 20)
+        ```
+
+        **Arguments:**
+
+        - `hidden`, `chunk_size`, `rules`: as in [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
+        - `k`: how many tokens, at least 1 and at most `vocab_size`.
+
+        **Returns:**
+
+        `(log_probs, tokens)`, each of shape `*batch k`, the largest first. Of tokens with equal
+        logits, the lower comes first. Log-probabilities are those of the whole vocabulary, in
+        float32, or in float64 if an array is in float64, whatever `logits_dtype` is. If a logit is
+        NaN or positive infinity, they are NaN and the tokens -1.
+
+        **Raises:**
+
+        A `ValueError` for a `k` out of its range; else as
+        [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
+        """
+        arrays, options, split = self._plan(hidden, chunk_size, rules)
+        _check_k("k", k, options)
+        return _search(arrays, options, split, Search(as_int(k), draws=False), ())
+
+    @_suggest
+    @jax.named_scope("EmbeddingDecode.sample")
+    def sample(
+        self,
+        hidden: Hidden,
+        *,
+        temperature: Temperature = 1.0,
+        top_k: Whole | None = None,
+        key: PRNGKeyArray,
+        chunk_size: Whole | None = None,
+        rules: Rules | None = None,
+    ) -> Integer[Array, "..."]:
+        """Draws a token for each vector from the softmax of its logits, which are not all held.
+
+        ```python
+        tokens = decode.sample(hidden, temperature=0.8, key=key)
+        ```
+
+        The draw is exact. It needs about `vocab_size / 128 + 128` random numbers for a token. It
+        depends on the key and on the place of the vector in the batch, but not on chunks or on the
+        mesh, except where these round logits differently. Under `jax.vmap`, each example is drawn
+        as if it were alone.
+
+        **Arguments:**
+
+        - `hidden`, `chunk_size`, `rules`: as in [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
+        - `temperature`: what logits are divided by, after bias and soft cap: a number, or an array
+            of shape `*batch`. It may be traced. 0 takes the likeliest token. Defaults to 1.
+        - `top_k`: draws among so many of the likeliest tokens. Defaults to `None`: among all.
+        - `key`: a `jax.random.key`, the same on all devices.
+
+        **Returns:**
+
+        Tokens of shape `*batch`, in int32. If a logit is NaN or positive infinity, or a traced
+        temperature is negative or not finite, the token is -1.
+
+        **Raises:**
+
+        A `ValueError` for a temperature that is negative or not finite, and for a `top_k` out of
+        its range; else as [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
+        """
+        arrays, options, split = self._plan(hidden, chunk_size, rules)
+        if top_k is not None:
+            _check_k("top_k", top_k, options)
+        if isinstance(temperature, Real) and temperature == 0:
+            _, tokens = _search(arrays, options, split, Search(1, draws=False), ())
+            return tokens[..., 0]
+        batch = _batch_shape(arrays)
+        _check_same(split, key, temperature)
+        data = (
+            keys_of_tokens(key, batch, split.manual_batch),
+            as_temperature(temperature, batch, options.wide),
+        )
+        search = Search(None if top_k is None else as_int(top_k), draws=True)
+        return _search(arrays, options, split, search, data)
+
     def _checked_arrays(self, hidden: Hidden, rules: Rules | None) -> tuple[_Arrays, int]:
         """The arrays that logits are computed from, and the number of batch axes."""
         hidden = jnp.asarray(as_array("hidden", hidden))
@@ -406,27 +515,11 @@ class EmbeddingDecode(eqx.Module):
         is_double = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
         return factors, np.dtype(np.float64 if is_double else np.float32)
 
-    def _prepare(
-        self,
-        hidden: Hidden,
-        targets: Targets,
-        weights: Weights | None,
-        ignore_index: Whole | None,
-        reduction: str,
-        chunk_size: Whole | None,
-        rules: Rules | None,
-    ) -> "_Prepared":
-        """Checks the arguments, finds how devices split them, and converts targets and weights."""
+    def _plan(
+        self, hidden: Hidden, chunk_size: Whole | None, rules: Rules | None
+    ) -> tuple[_Arrays, Options, Split]:
+        """Checks what all methods have in common, and finds how devices split it."""
         arrays, batch_axes = self._checked_arrays(hidden, rules)
-        batch = arrays.hidden.shape[:batch_axes]
-        for name, array in ("targets", targets), ("weights", weights):
-            if array is not None and np.shape(array) != batch:
-                raise ValueError(
-                    f"{name} must have the shape {batch} of hidden without its embedding axes, "
-                    f"got {np.shape(array)}."
-                )
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         split = find_split(self.table, arrays.rows, arrays.hidden, batch_axes, rules)
@@ -440,12 +533,35 @@ class EmbeddingDecode(eqx.Module):
             chunk_size=None if chunk_size is None else as_int(chunk_size),
             tiles=split.known,
         )
+        return arrays, options, split
+
+    def _prepare(
+        self,
+        hidden: Hidden,
+        targets: Targets,
+        weights: Weights | None,
+        ignore_index: Whole | None,
+        reduction: str,
+        chunk_size: Whole | None,
+        rules: Rules | None,
+    ) -> "_Prepared":
+        """Checks the arguments, finds how devices split them, and converts targets and weights."""
+        arrays, options, split = self._plan(hidden, chunk_size, rules)
+        batch = _batch_shape(arrays)
+        for name, array in ("targets", targets), ("weights", weights):
+            if array is not None and np.shape(array) != batch:
+                raise ValueError(
+                    f"{name} must have the shape {batch} of hidden without its embedding axes, "
+                    f"got {np.shape(array)}."
+                )
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
         tokens = prepare_tokens(
             targets,
             weights,
             ignore_index,
             options.vocab_size,
-            wide,
+            options.wide,
             normalize=reduction == "mean",
             mesh_axes=split.manual_batch,
             place=lambda array: split.place(array, split.batch),
@@ -481,6 +597,36 @@ class _Prepared(NamedTuple):
             operands = operands._replace(weights=weights, data=data, closure=closure)
             loss, scores = total_loss(options, split, function, return_scores, operands)
         return (loss, scores) if return_scores else loss
+
+
+def _batch_shape(arrays: _Arrays) -> tuple[int, ...]:
+    return arrays.hidden.shape[: arrays.hidden.ndim - (arrays.rows.ndim - 1)]
+
+
+def _check_k(name: str, k: Whole, options: Options) -> None:
+    if not 1 <= k <= options.vocab_size:
+        raise ValueError(
+            f"{name} must be at least 1 and at most vocab_size={options.vocab_size}, got {k}."
+        )
+
+
+def _check_same(split: Split, key: PRNGKeyArray, temperature: Any) -> None:
+    if differs := set(split.manual_vocabulary) & varying_axes(key, jnp.asarray(temperature)):
+        raise ValueError(
+            "key and temperature must be the same along the mesh axes that split the vocabulary, "
+            f"but differ along {sorted(differs)}."
+        )
+
+
+def _search(
+    arrays: _Arrays, options: Options, split: Split, search: Search, data: tuple[Array, ...]
+) -> Any:
+    def place(array: Array) -> Array:
+        return split.place(array, split.batch)
+
+    data = tuple(map(place, data))
+    targets = place(jnp.zeros(_batch_shape(arrays), "int32"))  # which a search has none of
+    return search_tokens(options, split, search, Operands(*arrays, targets, None, None, data))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))

@@ -4,6 +4,7 @@ Outside of its 64-bit mode, JAX narrows numbers to 32 bits. Host data (Python nu
 arrays) is checked before that happens.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, UInt32
 
 
 Whole = int | np.integer
@@ -212,3 +213,38 @@ def as_data(position: int, array: ArrayLike, batch: tuple[int, ...]) -> Array:
                 "which JAX would narrow it: turn on its 64-bit mode, or convert the data first."
             )
     return narrow
+
+
+def keys_of_tokens(
+    key: PRNGKeyArray, batch: tuple[int, ...], mesh_axes: tuple[str, ...]
+) -> UInt32[Array, "... 2"]:
+    """A key for each token, from its place in the batch, which the manual `mesh_axes` split.
+
+    They are keys of Threefry, whatever kind the `key` is of: others draw numbers that depend on
+    how many are drawn together.
+    """
+    count = math.prod(batch)
+    start = lax.axis_index(mesh_axes).astype("uint32") * count if mesh_axes else 0
+    words = jax.random.bits(key, (2,), "uint32")
+    whole = jax.random.wrap_key_data(words, impl="threefry2x32")
+    places = start + jnp.arange(count, dtype="uint32")
+    keys = jax.vmap(functools.partial(jax.random.fold_in, whole))(places)
+    return jax.random.key_data(keys).reshape(*batch, 2)
+
+
+def as_temperature(
+    temperature: ArrayLike, batch: tuple[int, ...], dtype: DTypeLike
+) -> Float[Array, "*batch"]:
+    """Checks temperatures, as far as they are not traced."""
+    temperature = as_array("temperature", temperature)
+    if temperature.shape not in ((), batch):
+        raise ValueError(
+            f"temperature must be a number or have the shape {batch} of hidden without its "
+            f"embedding axes, got {temperature.shape}."
+        )
+    if not isinstance(temperature, Tracer):
+        values = np.asarray(temperature, np.float64)
+        wrong = values[~((values >= 0) & (values < np.inf))]
+        if wrong.size > 0:
+            raise ValueError(f"temperature must be at least 0 and finite, got {wrong[0]}.")
+    return jnp.broadcast_to(jnp.asarray(temperature.astype(dtype)), batch)

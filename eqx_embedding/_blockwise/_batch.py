@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from .._inputs import at_least_float32
 from .._sharding import Axes, flat, Layout, remaining, Split, sum_over
 from ._device_losses import device_losses
 from ._device_scores import device_scores
+from ._device_search import device_search, Search
 from ._device_total import device_total
 from ._devices import cast_to_varying, device_type, is_alone, widen
 from ._function import TokenFunction
@@ -27,21 +29,49 @@ from ._scores import Used
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> TokenScores:
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
+
+    def scores(options: Options, operands: Operands) -> TokenScores:
+        return device_scores(options, used, operands)
+
+    return _of_each_token(options, split, scores, ("hidden", "targets", "mask"), operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def search_tokens(options: Options, split: Split, search: Search, operands: Operands) -> PyTree:
+    """What `device_search` finds for each token."""
+
+    def found(options: Options, operands: Operands) -> PyTree:
+        return device_search(options, search, operands)
+
+    return _of_each_token(options, split, found, ("hidden", "targets", "data"), operands)
+
+
+def _of_each_token(
+    options: Options,
+    split: Split,
+    of_device: Callable[[Options, Operands], PyTree],
+    names: tuple[str, ...],
+    operands: Operands,
+) -> PyTree:
+    """`of_device(options, operands)`, whose arrays are (N, ...), for all tokens of a batch.
+
+    `names` are the operands that have a value for each token.
+    """
     layout = split.arrange(operands.targets.size, len(operands.rows))
 
-    def on_one_device(operands: Operands) -> TokenScores:
+    def on_one_device(operands: Operands) -> PyTree:
         local, flat = _prepare(options, split, layout, operands)
-        scores = device_scores(local, used, flat)
-        return jax.tree.map(lambda s: s.reshape(operands.targets.shape), scores)
+        shape = operands.targets.shape
+        return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), of_device(local, flat))
 
-    def on_devices(operands: Operands) -> TokenScores:
+    def on_devices(operands: Operands) -> PyTree:
         return split.map(on_one_device, (_specs(split, layout),), P(*split.batch), (operands,))
 
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
         if mapped.rows or mapped.bias:
             return None  # each example has a table of its own
-        each = _of_examples(size, mapped, operands, "hidden", "targets", "mask")
-        return score_tokens(options, split.with_examples(mesh_axes), used, each)
+        each = _of_examples(size, mapped, operands, *names)
+        return _of_each_token(options, split.with_examples(mesh_axes), of_device, names, each)
 
     return call_as_one(on_devices, operands, vmap_rule=on_examples)
 

@@ -1,0 +1,239 @@
+"""The likeliest tokens of a chunk, and draws from their distribution.
+
+The logits of a chunk are held, and searched by blocks of 128 rows. The ids of tokens fix their
+blocks, so a mesh that splits the table changes no draw.
+
+- The k likeliest tokens are in the k blocks with the largest logits.
+- A draw takes two steps: a block by its probability, then a token of that block. Each step adds
+  Gumbel noise and takes the largest sum (https://arxiv.org/abs/1411.0030). So it needs a random
+  number for each block and for each token of one block, instead of one for each logit.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt32
+
+from .._inputs import nan_where
+from ._chunks import over_tiles, tile
+from ._devices import (
+    gather_over_devices,
+    max_over_devices,
+    min_over_devices,
+    sum_over_devices,
+)
+from ._logits import all_tokens, Head, Options, own_tokens, tile_logits
+from ._scores import find_statistics, Used
+
+
+BLOCK = 128  # rows
+
+# Below this temperature, no noise changes the order of logits that differ.
+COLDEST = 1e-30
+
+NO_TOKEN = np.int32(-1)  # the result for a vector whose logits have no distribution
+
+
+class Draws(NamedTuple):
+    """What each token is drawn with."""
+
+    keys: UInt32[Array, "C 2"]  # of Threefry, whose numbers do not depend on `jax.vmap`
+    temperature: Float[Array, " C"]
+
+    @property
+    def is_random(self) -> Array:
+        return self.temperature > COLDEST
+
+    @property
+    def coldness(self) -> Array:
+        """The inverse of the temperature; 1 at zero, where only the order counts."""
+        return 1 / jnp.where(self.is_random, self.temperature, 1.0)
+
+    def noise(self, step: int, count: int, dtype: DTypeLike) -> Float[Array, "C count"]:
+        """Gumbel noise; zeros at temperature zero."""
+
+        def draw(key: Array) -> Array:
+            key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step)
+            # "low" would distort probabilities of one in a million
+            return jax.random.gumbel(key, (count,), dtype, mode="high")
+
+        return jnp.where(self.is_random[:, None], jax.vmap(draw)(self.keys), 0.0)
+
+    def if_valid(self, tokens: Array) -> Array:
+        valid = (self.temperature >= 0) & (self.temperature < jnp.inf)
+        return jnp.where(valid, tokens, NO_TOKEN)
+
+
+def find_likeliest(
+    options: Options, k: int, head: Head, x: Float[Array, "C D"]
+) -> tuple[Float[Array, "C k"], Int[Array, "C k"]]:
+    """The `k` largest log-probabilities and their tokens; NaN and -1 without a distribution."""
+    x = all_tokens(options, x)
+    search = _likeliest_one if k == 1 else _likeliest_some
+    log_probs, tokens, total = search(options, k, head, x)
+    has_none = ~(total > 0)[:, None]
+    found = nan_where(has_none, log_probs), jnp.where(has_none, NO_TOKEN, tokens)
+    return own_tokens(options, found)
+
+
+def draw_among(
+    log_probs: Float[Array, "C k"], tokens: Int[Array, "C k"], draws: Draws
+) -> Int[Array, " C"]:
+    """One of `tokens` for each vector; the first has the largest probability."""
+    relative = (log_probs - log_probs[:, :1]) * draws.coldness[:, None]
+    scores = relative + draws.noise(0, tokens.shape[1], log_probs.dtype)
+    return draws.if_valid(_pick(tokens, jnp.argmax(scores, axis=1)))
+
+
+def draw_token(
+    options: Options, head: Head, x: Float[Array, "C D"], draws: Draws
+) -> Int[Array, " C"]:
+    """A token for each vector; -1 without a distribution."""
+    x, draws = all_tokens(options, (x, draws))
+    z = tile_logits(options, head, x, 0, len(head.rows))
+    blocks = _sum_blocks(options, head, z, draws.coldness)
+    blocks = _all_blocks(options, head, blocks, draws.coldness)
+    largest = jnp.max(blocks.largest, axis=0)
+
+    relative = (blocks.largest - largest[None]) * draws.coldness[None]
+    weights = jnp.where(draws.is_random[None], jnp.log(blocks.total), 0.0)
+    scores = relative + weights + draws.noise(0, len(relative), z.dtype).T
+    rows = _rows(jnp.argmax(scores, axis=0)[:, None])
+
+    relative = (_take(z, rows - head.start) - largest[:, None]) * draws.coldness[:, None]
+    scores = relative + draws.noise(1, BLOCK, z.dtype)
+    tokens = _of_best_device(
+        options, jnp.max(scores, axis=1), _pick(rows, jnp.argmax(scores, axis=1))
+    )
+
+    total = jnp.sum(blocks.total, axis=0)  # NaN if a logit is NaN or infinite
+    has_one = (total > 0) & (largest > jnp.finfo(z.dtype).min)
+    return own_tokens(options, draws.if_valid(jnp.where(has_one, tokens, NO_TOKEN)))
+
+
+def _likeliest_one(options: Options, k: int, head: Head, x: Array) -> tuple[Array, Array, Array]:
+    """Of logits that are not held."""
+
+    def logits(start: Any, size: int) -> Array:
+        return tile_logits(options, head, x, start, size)
+
+    used = Used(mean_log_prob=False, entropy=False, is_top=True)
+    targets = jnp.full(len(x), NO_TOKEN)
+    statistics = find_statistics(options, used, head, targets, logits)
+    total = statistics.total
+    return -jnp.log(total)[:, None], statistics.top[:, None], total
+
+
+def _likeliest_some(options: Options, k: int, head: Head, x: Array) -> tuple[Array, Array, Array]:
+    z = tile_logits(options, head, x, 0, len(head.rows))
+    coldness = jnp.ones(len(x), z.dtype)
+    blocks = _sum_blocks(options, head, z, coldness)
+    if k < len(blocks.largest):
+        _, block = lax.top_k(blocks.largest.T, k)
+        # In the order of tokens: of equal logits, the first is taken.
+        rows = _rows(jnp.sort(block, axis=1)) - _shift(options, head)
+        values, rows = _largest(k, _take(z, rows), rows)
+    else:
+        values, rows = lax.top_k(z.T, min(k, len(z)))
+    tokens, mesh, axes = head.start + rows, options.mesh, options.vocabulary_axes
+    if axes:
+        values, tokens = (gather_over_devices(mesh, axes, a.T).T for a in (values, tokens))
+        values, tokens = _largest(k, values, tokens)
+    largest = max_over_devices(mesh, axes, jnp.max(blocks.largest, axis=0))
+    total = sum_over_devices(mesh, axes, jnp.sum(_lowered(blocks, largest[None], coldness), axis=0))
+    return values - largest[:, None] - jnp.log(total)[:, None], tokens, total
+
+
+class _Blocks(NamedTuple):
+    """Of the logits z of the rows of each block; each of shape (blocks, C)."""
+
+    largest: Array  # of z
+    total: Array  # the sum of exp(coldness * (z - largest))
+
+
+def _lowered(blocks: _Blocks, higher: Array, coldness: Array) -> Array:
+    """The totals, relative to a higher logit."""
+    return blocks.total * jnp.exp((blocks.largest - higher) * coldness[None])
+
+
+def _sum_blocks(options: Options, head: Head, z: Float[Array, "V C"], coldness: Array) -> _Blocks:
+    """Of the rows of this device, whose first and last block may go on in other devices."""
+    shift = _shift(options, head)
+    before = BLOCK - 1 if options.vocabulary_axes else 0  # the largest shift
+    lowest = jnp.finfo(z.dtype).min  # -inf - -inf would be NaN
+
+    def add(start: Any, size: int, blocks: _Blocks) -> _Blocks:
+        count, place = -(-(before + size) // BLOCK), start // BLOCK
+        after = count * BLOCK - size
+        rows = jnp.pad(tile(z, start, size), ((before, after), (0, 0)), constant_values=-jnp.inf)
+        rows = tile(rows, before - shift, count * BLOCK).reshape(count, BLOCK, -1)
+        largest = jnp.maximum(jnp.max(rows, axis=1), lowest)
+        e = jnp.exp((rows - largest[:, None]) * coldness[None, None])
+        old = _Blocks(*(tile(array, place, count) for array in blocks))
+        both = _merge(old, _Blocks(largest, jnp.sum(e, axis=1)), coldness)
+        update = functools.partial(lax.dynamic_update_slice_in_dim, start_index=place, axis=0)
+        return _Blocks(*map(update, blocks, both))
+
+    zeros = jnp.zeros((-(-(before + len(z)) // BLOCK), z.shape[1]), z.dtype)
+    tile_size = min(max(options.plan.tile_size // BLOCK * BLOCK, BLOCK), len(z))
+    return over_tiles(len(z), tile_size, add, _Blocks(jnp.full_like(zeros, lowest), zeros))
+
+
+def _merge(some: _Blocks, others: _Blocks, coldness: Array) -> _Blocks:
+    largest = jnp.maximum(some.largest, others.largest)
+    total = _lowered(some, largest, coldness) + _lowered(others, largest, coldness)
+    return _Blocks(largest, total)
+
+
+def _all_blocks(options: Options, head: Head, blocks: _Blocks, coldness: Array) -> _Blocks:
+    """Of the tokens of all devices, from those of the rows of each."""
+    mesh, axes = options.mesh, options.vocabulary_axes
+    count, start = -(-options.vocab_size // BLOCK), head.start // BLOCK
+    if not axes:
+        return _Blocks(*(array[:count] for array in blocks))
+
+    def place(fill: float, array: Array) -> Array:
+        whole = jnp.full((count + len(array), array.shape[1]), fill, array.dtype)
+        return lax.dynamic_update_slice_in_dim(whole, array, start, 0)[:count]
+
+    lowest = float(jnp.finfo(blocks.total.dtype).min)
+    local = _Blocks(place(lowest, blocks.largest), place(0.0, blocks.total))
+    largest = max_over_devices(mesh, axes, local.largest)
+    return _Blocks(largest, sum_over_devices(mesh, axes, _lowered(local, largest, coldness)))
+
+
+def _shift(options: Options, head: Head) -> Any:
+    """How many rows of its first block the device does not have."""
+    return head.start % BLOCK if options.vocabulary_axes else 0
+
+
+def _rows(blocks: Int[Array, "C k"]) -> Int[Array, "C rows"]:
+    rows = blocks[:, :, None] * BLOCK + np.arange(BLOCK, dtype=np.int32)[None, None]
+    return rows.reshape(len(blocks), blocks.shape[1] * BLOCK)
+
+
+def _take(z: Float[Array, "V C"], rows: Int[Array, "C rows"]) -> Float[Array, "C rows"]:
+    """The logits of some rows for each token; -inf for rows that this device does not have."""
+    found = z[jnp.clip(rows, 0, len(z) - 1), np.arange(len(rows))[:, None]]
+    return jnp.where((rows >= 0) & (rows < len(z)), found, -jnp.inf)
+
+
+def _pick(choices: Int[Array, "C n"], place: Int[Array, " C"]) -> Int[Array, " C"]:
+    return jnp.take_along_axis(choices, place[:, None], axis=1)[:, 0]
+
+
+def _largest(k: int, values: Array, tokens: Array) -> tuple[Array, Array]:
+    values, place = lax.top_k(values, k)
+    return values, jnp.take_along_axis(tokens, place, axis=1)
+
+
+def _of_best_device(options: Options, score: Array, token: Array) -> Array:
+    """The token of the device with the highest score."""
+    mesh, axes = options.mesh, options.vocabulary_axes
+    is_best = score == max_over_devices(mesh, axes, score)
+    return min_over_devices(mesh, axes, jnp.where(is_best, token, np.iinfo(np.int32).max))

@@ -1,0 +1,125 @@
+"""The likeliest tokens and draws over several devices equal those of one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from eqx_embedding import EmbeddingDecode
+
+from ..helpers import quick_jit
+from .helpers import collectives, make_table, on_mesh, place, random, SETTINGS, split, with_bias
+
+
+V, PADDING_ROWS, B, T, D = 600, 5, 8, 3, 8  # 75 rows for each of 8 devices: blocks go across them
+settings = pytest.mark.parametrize("setting", SETTINGS)
+
+
+def make_operands():
+    """Logits far apart, so that rounding changes no order, one vector with a NaN, and the
+    temperatures."""
+    table = with_bias(make_table(V, PADDING_ROWS))
+    hidden = 2 * random((B, T, D), seed=1).at[1, 0].set(jnp.nan)
+    return table, hidden, jnp.linspace(0.0, 2.0, B * T, dtype="float32").reshape(B, T)
+
+
+def search(rules, table, hidden, temperature):
+    decode = EmbeddingDecode(table, soft_cap=30.0)
+    draw = functools.partial(decode.sample, hidden, key=jax.random.key(3), rules=rules)
+    return (
+        decode.top_k(hidden, 1, rules=rules),
+        decode.top_k(hidden, 7, rules=rules),
+        decode.top_k(hidden, 200, chunk_size=16, rules=rules),
+        draw(temperature=temperature),
+        draw(temperature=0),
+        draw(temperature=temperature, top_k=5, chunk_size=16),
+    )
+
+
+@functools.cache
+def on_one_device():
+    return quick_jit(functools.partial(search, None))(*make_operands())
+
+
+def assert_equal(actual, expected):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(e.dtype, jnp.integer):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
+        else:
+            np.testing.assert_allclose(np.asarray(a), np.asarray(e), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("data, model", [(2, 4), (1, 8), (8, 1)])
+@settings
+def test_tokens_are_those_of_one_device(setting, data, model):
+    with split(setting, *make_operands(), data=data, model=model) as operands:
+        assert_equal(quick_jit(on_mesh(setting, search, ["data"]))(*operands), on_one_device())
+
+
+@settings
+def test_a_table_split_over_the_axis_of_the_batch_is_searched(setting):
+    rules = {"batch": "data", "vocabulary": "data"}
+
+    def function(given, *operands):
+        return search(rules if given else None, *operands)
+
+    def inside(*operands):
+        return jax.shard_map(
+            functools.partial(search, rules), in_specs=P("data"), out_specs=P("data")
+        )(*operands)
+
+    with split(setting, *make_operands(), data=8, model=1) as (table, *batched):
+        table = place(jax.sharding.get_mesh(), table, "data")
+        run = inside if setting == "manual" else on_mesh(setting, function, ["data"])
+        assert_equal(quick_jit(run)(table, *batched), on_one_device())
+
+
+@settings
+def test_the_examples_of_a_vmap_are_drawn_alone(setting):
+    table, hidden, temperature = make_operands()
+    keys = jax.random.split(jax.random.key(5), B)
+
+    def each(rules, table, hidden, temperature, keys):
+        def one(hidden, temperature, key):
+            decode = EmbeddingDecode(table)
+            given = None if rules is None else rules | {"batch": None}
+            drawn = decode.sample(hidden, temperature=temperature, key=key, rules=given)
+            return drawn, decode.top_k(hidden, 3, rules=given)
+
+        return jax.vmap(one)(hidden, temperature, keys)
+
+    expected = [
+        each(None, table, h[None], t[None], k[None]) for h, t, k in zip(hidden, temperature, keys)
+    ]
+    expected = jax.tree.map(lambda *parts: jnp.concatenate(parts), *expected)
+    with split(setting, table, hidden, temperature, keys) as operands:
+        assert_equal(quick_jit(on_mesh(setting, each, ["data"]))(*operands), expected)
+
+
+def test_no_logits_move_between_devices():
+    with split("explicit", *make_operands()) as (table, hidden, _):
+
+        def function(table, hidden):
+            decode = EmbeddingDecode(table)
+            return decode.top_k(hidden, 7), decode.sample(hidden, key=jax.random.key(0))
+
+        compiled = jax.jit(function).lower(table, hidden).compile()
+    moved = [shape for shapes in collectives(compiled).values() for _, shape in shapes]
+    tokens = B * T // 2
+    assert moved
+    assert max(np.prod(shape) for shape in moved) <= tokens * 4 * 7
+
+
+def test_a_key_that_differs_along_the_vocabulary_is_refused():
+    def inside(table, hidden):
+        key = jax.random.fold_in(jax.random.key(0), jax.lax.axis_index("model"))
+        rules = {"batch": "data", "vocabulary": "model"}
+        return EmbeddingDecode(table).sample(hidden, key=key, rules=rules)
+
+    with split("manual", *make_operands()) as (table, hidden, _):
+        mapped = jax.shard_map(inside, in_specs=(P("model"), P("data")), out_specs=P("data"))
+        with pytest.raises(ValueError, match=r"must be the same .* differ along \['model'\]"):
+            jax.eval_shape(mapped, table, hidden)
