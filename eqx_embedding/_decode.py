@@ -22,10 +22,10 @@ from ._blockwise import (
     gather_wide,
     Operands,
     Options,
+    sample_tokens,
     score_tokens,
-    Search,
-    search_tokens,
     TokenScores,
+    top_k_tokens,
     total_loss,
     Used,
     weighted_losses,
@@ -40,7 +40,8 @@ from ._inputs import (
     as_temperature,
     at_least_float32,
     keys_of_tokens,
-    prepare_tokens,
+    prepare_targets,
+    prepare_weights,
     Real,
     Whole,
 )
@@ -69,6 +70,7 @@ Weights = Bool[ArrayLike, "..."] | Integer[ArrayLike, "..."] | Float[ArrayLike, 
 _suggest = suggest(
     hidden=suggest_array,
     targets=suggest_tokens,
+    target_weights=suggest_array,
     weights=suggest_array,
     ignore_index=suggest_number,
     label_smoothing=suggest_number,
@@ -86,6 +88,10 @@ class _Arrays(NamedTuple):
     hidden: Array  # *batch *embedding
     rows: Array  # rows *embedding
     bias: Array | None  # rows
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.hidden.shape[: self.hidden.ndim - (self.rows.ndim - 1)]
 
 
 @final
@@ -222,7 +228,9 @@ class EmbeddingDecode(eqx.Module):
 
         As [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         """
-        prepared = self._prepare(hidden, targets, weights, ignore_index, "none", chunk_size, rules)
+        prepared = self._prepare(
+            hidden, targets, None, weights, ignore_index, "none", chunk_size, rules
+        )
         return prepared.scores(Used(mean_log_prob=True, entropy=True, is_top=True))
 
     @_suggest
@@ -283,7 +291,7 @@ class EmbeddingDecode(eqx.Module):
         something other than a real scalar, and a `ValueError` for data of another shape.
         """
         prepared = self._prepare(
-            hidden, targets, weights, ignore_index, reduction, chunk_size, rules
+            hidden, targets, None, weights, ignore_index, reduction, chunk_size, rules
         )
         return prepared.loss(fn, data, reduction, return_scores)
 
@@ -294,6 +302,7 @@ class EmbeddingDecode(eqx.Module):
         hidden: Hidden,
         targets: Targets,
         *,
+        target_weights: Weights | None = None,
         weights: Weights | None = None,
         ignore_index: Whole | None = None,
         label_smoothing: Real = 0.0,
@@ -311,28 +320,40 @@ class EmbeddingDecode(eqx.Module):
 
         With the logits `z` of a token, `lse = logsumexp(z)` and `e = label_smoothing`, its loss is
 
-        `lse - (1 - e) * z[target] - e / vocab_size * sum(z) + z_loss * lse**2`
+        `(1 - e) * (lse - z[target]) + e * (lse - mean(z)) + z_loss * lse**2`
 
         with label smoothing as in [Inception v3](https://arxiv.org/abs/1512.00567) and the
-        z-loss of [PaLM](https://arxiv.org/abs/2204.02311).
+        z-loss of [PaLM](https://arxiv.org/abs/2204.02311). Here `lse - z[target]` is
+        the negative log-probability of the target. With soft targets it is
+        `sum(target_weights * (lse - z[targets]))`. This is distillation from the most likely
+        tokens of a teacher and their log-probabilities, which were stored:
 
-        Gradients reach `hidden`, the table, its bias and `weights`. They are computed together with
-        the loss, a chunk of tokens at a time, by a custom derivative for reverse mode (`jax.grad`);
-        JAX refuses forward mode (`jax.jvp`). Under `jax.vmap` with a table that is not mapped, the
-        examples become tokens of one call.
+        ```python
+        loss = decode.cross_entropy(hidden, tokens, target_weights=jnp.exp(log_probs))
+        ```
+
+        Gradients reach `hidden`, the table, its bias, `weights` and `target_weights`. They are
+        computed together with the loss, a chunk of tokens at a time, by a custom derivative for
+        reverse mode (`jax.grad`); JAX refuses forward mode (`jax.jvp`). Under `jax.vmap` with a
+        table that is not mapped, the examples become tokens of one call.
 
         **Arguments:**
 
         - `hidden`: vectors of shape `*batch` followed by the embedding axes.
         - `targets`: integers of shape `*batch`: the token that each vector should score highest.
             NumPy arrays are checked before JAX narrows them to 32 bits, as in
-            [`eqx_embedding.EmbeddingLookup`][].
+            [`eqx_embedding.EmbeddingLookup`][]. With `target_weights`, of shape `*batch k`.
+        - `target_weights`: for soft targets, how much each of the `k` targets of a token counts,
+            of the same shape `*batch k`. They need not sum to 1. A target of weight zero has no
+            part, whatever it is, and no gradient of its weight. If a target appears twice, its
+            weights add up. Defaults to `None`: each token has one target.
         - `weights`: how much each token counts, of shape `*batch`. Booleans are a mask. A token of
             weight zero affects no result and no gradient, whatever its vector and its target are.
             Its loss is not computed, and so is not part of the gradient of its weight. Chunks of
             such tokens take no time. Defaults to `None`: each token counts once.
-        - `ignore_index`: targets of this number, such as -100, have weight zero. Defaults to
-            `None`.
+        - `ignore_index`: targets of this number, such as -100, have weight zero. With
+            `target_weights`, this is their target weight, and a token has weight zero if all of
+            its targets are ignored. Defaults to `None`.
         - `label_smoothing`: how much of the target's probability is spread evenly over all tokens,
             at least 0 and below 1. A Python number, not traced: each new value is compiled again.
             Defaults to 0.
@@ -362,7 +383,9 @@ class EmbeddingDecode(eqx.Module):
         in float32, or in float64 if an array is in float64, whatever `logits_dtype` is. The loss
         and its gradient are NaN if a target is out of range, unless the weight of that target is
         zero. With `return_scores=True`, `(loss, scores)`: the [`eqx_embedding.TokenScores`][] of
-        the same pass, of shape `*batch` and without gradient.
+        the same pass, of shape `*batch` and without gradient. With `target_weights`, their
+        `log_prob` is the sum of target weights times log-probabilities, and `is_top` says whether
+        the target of the largest weight, the first of equal ones, has the largest logit.
 
         **Raises:**
 
@@ -378,23 +401,21 @@ class EmbeddingDecode(eqx.Module):
         if not 0 <= z_loss <= LARGEST:
             raise ValueError(f"z_loss must be at least 0 and at most {LARGEST}, got {z_loss}.")
 
-        def loss(scores: TokenScores) -> Array:
-            loss = -(1 - smoothing) * scores.log_prob
+        def loss(scores: TokenScores, *soft: Array) -> Array:
+            log_prob = jnp.sum(soft[0] * scores.log_prob) if soft else scores.log_prob
+            loss = -(1 - smoothing) * log_prob
             if smoothing > 0:
                 loss = loss - smoothing * scores.mean_log_prob
             return loss if z_loss == 0 else loss + z_loss * scores.logsumexp**2
 
-        return self.token_loss(
-            loss,
-            hidden,
-            targets,
-            weights=weights,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            return_scores=return_scores,
-            chunk_size=chunk_size,
-            rules=rules,
+        prepared = self._prepare(
+            hidden, targets, target_weights, weights, ignore_index, reduction, chunk_size, rules
         )
+        soft = prepared.target_weights
+        if soft is None:
+            return prepared.loss(loss, (), reduction, return_scores)
+        result = prepared.loss(loss, (soft,), reduction, return_scores)
+        return (result[0], prepared.sum_targets(soft, result[1])) if return_scores else result
 
     @_suggest
     @jax.named_scope("EmbeddingDecode.top_k")
@@ -431,7 +452,8 @@ class EmbeddingDecode(eqx.Module):
         """
         arrays, options, split = self._plan(hidden, chunk_size, rules)
         _check_k("k", k, options)
-        return _search(arrays, options, split, Search(as_int(k), draws=False), ())
+        operands = _without_targets(arrays, split, ())
+        return top_k_tokens(options, split, as_int(k), operands)
 
     @_suggest
     @jax.named_scope("EmbeddingDecode.sample")
@@ -477,17 +499,15 @@ class EmbeddingDecode(eqx.Module):
         arrays, options, split = self._plan(hidden, chunk_size, rules)
         if top_k is not None:
             _check_k("top_k", top_k, options)
+        batch = arrays.batch
+        temperatures = as_temperature(temperature, batch, options.wide)
         if isinstance(temperature, Real) and temperature == 0:
-            _, tokens = _search(arrays, options, split, Search(1, draws=False), ())
+            _, tokens = top_k_tokens(options, split, 1, _without_targets(arrays, split, ()))
             return tokens[..., 0]
-        batch = _batch_shape(arrays)
-        _check_same(split, key, temperature)
-        data = (
-            keys_of_tokens(key, batch, split.manual_batch),
-            as_temperature(temperature, batch, options.wide),
-        )
-        search = Search(None if top_k is None else as_int(top_k), draws=True)
-        return _search(arrays, options, split, search, data)
+        _check_same(split, key, temperatures)
+        data = keys_of_tokens(key, batch, split.manual_batch), temperatures
+        k = None if top_k is None else as_int(top_k)
+        return sample_tokens(options, split, k, _without_targets(arrays, split, data))
 
     def _checked_arrays(self, hidden: Hidden, rules: Rules | None) -> tuple[_Arrays, int]:
         """The arrays that logits are computed from, and the number of batch axes."""
@@ -518,7 +538,7 @@ class EmbeddingDecode(eqx.Module):
     def _plan(
         self, hidden: Hidden, chunk_size: Whole | None, rules: Rules | None
     ) -> tuple[_Arrays, Options, Split]:
-        """Checks what all methods have in common, and finds how devices split it."""
+        """Checks the arguments that most methods have, and finds how devices split the arrays."""
         arrays, batch_axes = self._checked_arrays(hidden, rules)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
@@ -539,35 +559,58 @@ class EmbeddingDecode(eqx.Module):
         self,
         hidden: Hidden,
         targets: Targets,
+        target_weights: Weights | None,
         weights: Weights | None,
         ignore_index: Whole | None,
         reduction: str,
         chunk_size: Whole | None,
         rules: Rules | None,
     ) -> "_Prepared":
-        """Checks the arguments, finds how devices split them, and converts targets and weights."""
+        """Checks the arguments, and converts targets and weights."""
         arrays, options, split = self._plan(hidden, chunk_size, rules)
-        batch = _batch_shape(arrays)
-        for name, array in ("targets", targets), ("weights", weights):
-            if array is not None and np.shape(array) != batch:
-                raise ValueError(
-                    f"{name} must have the shape {batch} of hidden without its embedding axes, "
-                    f"got {np.shape(array)}."
-                )
+        batch, vocab_size, wide = arrays.batch, options.vocab_size, options.wide
+        _check_targets(batch, targets, target_weights)
+        if weights is not None and np.shape(weights) != batch:
+            raise ValueError(_wrong_shape("weights", weights, batch))
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
-        tokens = prepare_tokens(
-            targets,
-            weights,
-            ignore_index,
-            options.vocab_size,
-            options.wide,
-            normalize=reduction == "mean",
-            mesh_axes=split.manual_batch,
-            place=lambda array: split.place(array, split.batch),
+
+        def place(array: Array) -> Array:
+            return split.place(array, split.batch)
+
+        targets, target_weights, counts = prepare_targets(
+            targets, target_weights, ignore_index, vocab_size, wide, place
         )
-        operands = Operands(*arrays, tokens.targets, tokens.mask)
-        return _Prepared(options, split, operands, tokens.weights)
+        normalize, mesh_axes = reduction == "mean", split.manual_batch
+        weights, mask = prepare_weights(weights, counts, batch, wide, normalize, mesh_axes, place)
+        operands = Operands(*arrays, targets, mask)
+        return _Prepared(options, split, operands, weights, target_weights)
+
+
+def _check_targets(
+    batch: tuple[Any, ...], targets: Targets, target_weights: Weights | None
+) -> None:
+    shape = np.shape(targets)
+    if target_weights is None:
+        if shape != batch:
+            raise ValueError(_wrong_shape("targets", targets, batch))
+    elif shape[:-1] != batch or len(shape) != len(batch) + 1 or shape[-1] == 0:
+        raise ValueError(
+            f"with target_weights, targets must have the shape {batch} of hidden without its "
+            f"embedding axes, and one more axis, of the targets of a token, got {shape}."
+        )
+    elif np.shape(target_weights) != shape:
+        raise ValueError(
+            f"target_weights must have the shape {shape} of targets, got "
+            f"{np.shape(target_weights)}."
+        )
+
+
+def _wrong_shape(name: str, array: Any, batch: tuple[Any, ...]) -> str:
+    return (
+        f"{name} must have the shape {batch} of hidden without its embedding axes, got "
+        f"{np.shape(array)}."
+    )
 
 
 class _Prepared(NamedTuple):
@@ -577,17 +620,28 @@ class _Prepared(NamedTuple):
     split: Split  # which mesh axes split what
     operands: Operands  # arrays, without weights and data
     weights: Array
+    target_weights: Array | None = None
 
     def scores(self, used: Used) -> TokenScores:
         return score_tokens(self.options, self.split, used, self.operands)
 
+    def sum_targets(self, target_weights: Array, scores: TokenScores) -> TokenScores:
+        """The scores of tokens with k targets each, as those of one target."""
+        weights, mask = lax.stop_gradient(target_weights), self.operands.mask
+        log_prob = jnp.sum(weights * scores.log_prob, axis=-1)
+        log_prob = log_prob if mask is None else jnp.where(mask, log_prob, 0)  # weights of NaN
+        k = lax.broadcasted_iota(np.int32, weights.shape, weights.ndim - 1)
+        largest = k == jnp.argmax(weights, axis=-1, keepdims=True)
+        return scores._replace(log_prob=log_prob, is_top=jnp.any(scores.is_top & largest, axis=-1))
+
     def loss(
         self, fn: Callable[..., Any], data: tuple[Any, ...], reduction: str, return_scores: bool
     ) -> Any:
-        options, split, operands, weights = self
+        options, split, operands, weights, _ = self
         data = tuple(as_data(i, array, weights.shape) for i, array in enumerate(data))
         data_of_token = [jax.ShapeDtypeStruct(x.shape[weights.ndim :], x.dtype) for x in data]
-        function, closure = close_over(fn, options.wide, tuple(data_of_token))
+        of_token = operands.targets.shape[weights.ndim :]
+        function, closure = close_over(fn, options.wide, of_token, tuple(data_of_token))
         if reduction == "none":
             scores = self.scores(function.used(return_scores))
             arrays = scores, weights, data, closure, operands.mask
@@ -599,10 +653,6 @@ class _Prepared(NamedTuple):
         return (loss, scores) if return_scores else loss
 
 
-def _batch_shape(arrays: _Arrays) -> tuple[int, ...]:
-    return arrays.hidden.shape[: arrays.hidden.ndim - (arrays.rows.ndim - 1)]
-
-
 def _check_k(name: str, k: Whole, options: Options) -> None:
     if not 1 <= k <= options.vocab_size:
         raise ValueError(
@@ -610,23 +660,18 @@ def _check_k(name: str, k: Whole, options: Options) -> None:
         )
 
 
-def _check_same(split: Split, key: PRNGKeyArray, temperature: Any) -> None:
-    if differs := set(split.manual_vocabulary) & varying_axes(key, jnp.asarray(temperature)):
+def _check_same(split: Split, key: PRNGKeyArray, temperature: Array) -> None:
+    if differs := set(split.manual_vocabulary) & varying_axes(key, temperature):
         raise ValueError(
             "key and temperature must be the same along the mesh axes that split the vocabulary, "
             f"but differ along {sorted(differs)}."
         )
 
 
-def _search(
-    arrays: _Arrays, options: Options, split: Split, search: Search, data: tuple[Array, ...]
-) -> Any:
-    def place(array: Array) -> Array:
-        return split.place(array, split.batch)
-
-    data = tuple(map(place, data))
-    targets = place(jnp.zeros(_batch_shape(arrays), "int32"))  # which a search has none of
-    return search_tokens(options, split, search, Operands(*arrays, targets, None, None, data))
+def _without_targets(arrays: _Arrays, split: Split, data: tuple[Array, ...]) -> Operands:
+    targets = jnp.zeros(arrays.batch, "int32")  # only how devices split them matters
+    targets, *data = (split.place(array, split.batch) for array in (targets, *data))
+    return Operands(*arrays, targets, mask=None, data=tuple(data))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))

@@ -101,64 +101,92 @@ def tokens_in_range(
     return tokens, in_range if isinstance(in_range, jax.Array) else np.asarray(in_range)
 
 
+Place = Callable[[Array], Array]  # splits an array over the mesh as the batch is split
+
+
 class Tokens(NamedTuple):
-    """The targets of a batch, and how much each counts."""
+    """The targets of a batch, one for each token or k."""
 
-    targets: Int[Array, "*batch"]  # int32; `vocab_size` if out of range
-    weights: Float[Array, "*batch"]
-    mask: Bool[Array, "*batch"] | None  # which tokens count; `None` if all do
+    targets: Int[Array, "..."]  # int32; `vocab_size` if out of range, -1 for no target
+    target_weights: Float[Array, "*batch k"] | None
+    counts: Bool[Array | np.ndarray, "*batch"] | None  # which have a target; `None` if all do
 
 
-def prepare_tokens(
+def prepare_targets(
     targets: ArrayLike,
-    weights: ArrayLike | None,
+    target_weights: ArrayLike | None,
     ignore_index: Whole | None,
     vocab_size: int,
     dtype: DTypeLike,
-    normalize: bool,
-    mesh_axes: tuple[str, ...],
-    place: Callable[[Array], Array],
+    place: Place,
 ) -> Tokens:
-    """Checks targets and weights, and applies `ignore_index`. The weights get the dtype `dtype`.
-
-    With `normalize`, the weights are divided by their sum, also over the manual `mesh_axes`.
-    `place` splits an array over the mesh as the batch is split.
-    """
+    """Checks targets and their weights, which get the dtype `dtype`, and applies `ignore_index`."""
     targets, in_range = tokens_in_range("targets", targets, vocab_size)
-    mask = None
-    if weights is None:
-        weights = jnp.ones(targets.shape, dtype)
-    else:
-        weights = _as_weights(weights)
-        # Before narrowing, which makes small weights zero
-        mask = place(jnp.asarray(weights.astype(bool)))
+    xp = np if isinstance(targets, np.ndarray) else jnp
+    counts = None
     if ignore_index is not None and _fits(ignore_index, targets.dtype):
         counts = targets != as_int(ignore_index)
+    targets = place(jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32)))
+    if target_weights is None:
+        return Tokens(targets, None, counts)
+    target_weights = _as_weights("target_weights", target_weights)
+    # Before narrowing, which makes small weights zero
+    has_weight = place(jnp.asarray(target_weights.astype(bool)))
+    if counts is not None:
+        has_weight = has_weight & place(jnp.asarray(counts))
+        counts = xp.any(counts, axis=-1)
+    target_weights = place(_narrow_weights(target_weights, dtype, False, ()))
+    none = np.int32(-1)
+    return Tokens(
+        jnp.where(has_weight, targets, none), jnp.where(has_weight, target_weights, 0), counts
+    )
+
+
+def prepare_weights(
+    weights: ArrayLike | None,
+    counts: Any,
+    batch: tuple[Any, ...],
+    dtype: DTypeLike,
+    normalize: bool,
+    mesh_axes: tuple[str, ...],
+    place: Place,
+) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"] | None]:
+    """Checks the weights, which get the dtype `dtype`; and which tokens count, `None` if all do.
+
+    The weights are zero unless `counts`. With `normalize`, they are divided by their sum, also over
+    the manual `mesh_axes`.
+    """
+    mask = None
+    if weights is None:
+        weights = jnp.ones(batch, dtype)
+    else:
+        weights = _as_weights("weights", weights)
+        # Before narrowing, which makes small weights zero
+        mask = place(jnp.asarray(weights.astype(bool)))
+    if counts is not None:
         weights = _zero_unless(counts, weights, dtype, place)
         counts = place(jnp.asarray(counts))
         mask = counts if mask is None else mask & counts
     weights = place(_narrow_weights(weights, dtype, normalize, mesh_axes))
     if normalize:
         weights = _normalize_weights(weights, mask, mesh_axes)
-    xp = np if isinstance(targets, np.ndarray) else jnp
-    targets = place(jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32)))
-    return Tokens(targets, weights, mask)
+    return weights, mask
 
 
 def _fits(number: Whole, dtype: np.dtype) -> bool:
     return np.iinfo(dtype).min <= as_int(number) <= np.iinfo(dtype).max
 
 
-def _as_weights(weights: ArrayLike) -> Array | np.ndarray:
-    weights = as_whole_array("weights", weights)
+def _as_weights(name: str, weights: ArrayLike) -> Array | np.ndarray:
+    weights = as_whole_array(name, weights)
     kinds = (jnp.bool_, jnp.integer, jnp.floating)
     if not any(jnp.issubdtype(weights.dtype, kind) for kind in kinds):
-        raise TypeError(f"weights must be bool, integer or floating, got {weights.dtype.name}.")
+        raise TypeError(f"{name} must be bool, integer or floating, got {weights.dtype.name}.")
     return weights
 
 
 def _zero_unless(
-    counts: Any, weights: Array | np.ndarray, dtype: DTypeLike, place: Callable[[Array], Array]
+    counts: Any, weights: Array | np.ndarray, dtype: DTypeLike, place: Place
 ) -> Array | np.ndarray:
     """The weights, with zero for tokens that do not count. Host data stays in NumPy."""
     if isinstance(counts, np.ndarray) and isinstance(weights, np.ndarray):

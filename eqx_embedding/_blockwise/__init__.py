@@ -7,8 +7,9 @@ From a call to the numbers, top down:
 
 - `_reference.py`: what is computed, in a few lines, from all logits at once.
 - `_batch.py`: a batch, over the devices of a mesh and under `jax.vmap`.
-- `_device_total.py`, `_device_scores.py`, `_device_losses.py`: all tokens of a device, and what has
-  derivatives of our own: sums of losses; scores and losses that stay apart. `_device_search.py`.
+- `_device_total.py`, `_device_scores.py`, `_device_losses.py`, `_device_search.py`: all tokens of a
+  device, and what has derivatives of our own: sums of losses; scores and losses that stay apart;
+  the likeliest tokens, and draws.
 - `_gradients.py`, `_scores.py`, `_search.py`, `_logits.py`: a chunk of tokens.
 - `_gather.py`: a table that is split over the devices of the batch.
 - `_chunks.py`, `_plan.py`: loops over chunks and tiles, and how the work is cut.
@@ -17,12 +18,12 @@ From a call to the numbers, top down:
 """
 
 from ._batch import (
+    sample_tokens as sample_tokens,
     score_tokens as score_tokens,
-    search_tokens as search_tokens,
+    top_k_tokens as top_k_tokens,
     total_loss as total_loss,
     weighted_losses as weighted_losses,
 )
-from ._device_search import Search as Search
 from ._devices import widen as widen
 from ._function import close_over as close_over, TokenFunction as TokenFunction
 from ._gather import gather_wide as gather_wide

@@ -15,7 +15,7 @@ from .._inputs import at_least_float32
 from .._sharding import Axes, flat, Layout, remaining, Split, sum_over
 from ._device_losses import device_losses
 from ._device_scores import device_scores
-from ._device_search import device_search, Search
+from ._device_search import device_sample, device_top_k
 from ._device_total import device_total
 from ._devices import cast_to_varying, device_type, is_alone, widen
 from ._function import TokenFunction
@@ -37,13 +37,23 @@ def score_tokens(options: Options, split: Split, used: Used, operands: Operands)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def search_tokens(options: Options, split: Split, search: Search, operands: Operands) -> PyTree:
-    """What `device_search` finds for each token."""
+def top_k_tokens(options: Options, split: Split, k: int, operands: Operands) -> tuple[Array, Array]:
+    """The `k` largest log-probabilities and their tokens, each `*batch k`."""
 
-    def found(options: Options, operands: Operands) -> PyTree:
-        return device_search(options, search, operands)
+    def top_k(options: Options, operands: Operands) -> tuple[Array, Array]:
+        return device_top_k(options, k, operands)
 
-    return _of_each_token(options, split, found, ("hidden", "targets", "data"), operands)
+    return _of_each_token(options, split, top_k, ("hidden", "targets"), operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def sample_tokens(options: Options, split: Split, k: int | None, operands: Operands) -> Array:
+    """A token drawn among the `k` likeliest, or all, with the keys and temperatures in the data."""
+
+    def sample(options: Options, operands: Operands) -> Array:
+        return device_sample(options, k, operands)
+
+    return _of_each_token(options, split, sample, ("hidden", "targets", "data"), operands)
 
 
 def _of_each_token(
@@ -57,12 +67,11 @@ def _of_each_token(
 
     `names` are the operands that have a value for each token.
     """
-    layout = split.arrange(operands.targets.size, len(operands.rows))
+    layout = split.arrange(math.prod(operands.batch), len(operands.rows))
 
     def on_one_device(operands: Operands) -> PyTree:
         local, flat = _prepare(options, split, layout, operands)
-        shape = operands.targets.shape
-        return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), of_device(local, flat))
+        return _unflatten(operands.batch, of_device(local, flat))
 
     def on_devices(operands: Operands) -> PyTree:
         return split.map(on_one_device, (_specs(split, layout),), P(*split.batch), (operands,))
@@ -85,14 +94,13 @@ def total_loss(
     operands: Operands,
 ) -> tuple[Array, TokenScores | None]:
     """The weighted sum of the losses, and the scores without gradient."""
-    layout = split.arrange(operands.targets.size, len(operands.rows))
+    layout = split.arrange(math.prod(operands.batch), len(operands.rows))
 
     def on_one_device(operands: Operands) -> tuple[Array, TokenScores | None]:
         local, flat = _prepare(options, split, layout, operands)
         both: Any = device_total(local, function, return_scores, flat)
         total, scores = both
-        scores = jax.tree.map(lambda s: s.reshape(operands.targets.shape), scores)
-        return sum_over(split.all_batch, total), scores
+        return sum_over(split.all_batch, total), _unflatten(operands.batch, scores)
 
     def on_devices(operands: Operands) -> Any:
         specs = _specs(split, layout)
@@ -137,9 +145,7 @@ def _totals_of_examples(
     total = sum_over(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
     if not return_scores:
         return total, None
-    return total, scores if mask is None else jax.tree.map(
-        lambda score: jnp.where(each.mask, score, jnp.zeros((), score.dtype)), scores
-    )
+    return total, jax.tree.map(functools.partial(_zero_unless, each.mask), scores)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -222,16 +228,20 @@ def _outer_axes(split: Split, operands: PyTree) -> frozenset[str]:
 
 def _flatten(operands: Operands) -> Operands:
     """`*batch` as N, and the axes of an embedding as D."""
-    batch_axes = operands.targets.ndim
-    N, D = operands.targets.size, math.prod(operands.rows.shape[1:])
+    batch = operands.batch
+    N, D = math.prod(batch), math.prod(operands.rows.shape[1:])
 
     def flatten(array: Array) -> Array:
-        return array.reshape(N, *array.shape[batch_axes:])
+        return array.reshape(N, *array.shape[len(batch) :])
 
     tokens = operands.targets, operands.mask, operands.weights, operands.data
     targets, mask, weights, data = jax.tree.map(flatten, tokens)
     hidden, rows = operands.hidden.reshape(N, D), operands.rows.reshape(len(operands.rows), D)
     return Operands(hidden, rows, operands.bias, targets, mask, weights, data, operands.closure)
+
+
+def _unflatten(batch: tuple[Any, ...], tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda array: array.reshape(*batch, *array.shape[1:]), tree)
 
 
 def _mark_shared(same: Axes, head: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree]:
@@ -257,6 +267,13 @@ def _of_examples(size: int, mapped: Operands, operands: Operands, *names: str) -
     """The operands, of which those that are named have an axis of examples in front."""
     new = {name: _repeat(size, getattr(mapped, name), getattr(operands, name)) for name in names}
     return operands._replace(**new)
+
+
+def _zero_unless(mask: Array | None, array: Array) -> Array:
+    if mask is None:
+        return array
+    mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
+    return jnp.where(mask, array, jnp.zeros((), array.dtype))
 
 
 def _repeat(size: int, mapped: PyTree, arrays: PyTree) -> PyTree:

@@ -134,4 +134,6 @@ class Chunks:
 
 def only(is_token: Array | None, array: Array) -> Array:
     """The array, with zeros in places that have no token."""
-    return array if is_token is None else jnp.where(is_token, array, 0.0)
+    if is_token is None:
+        return array
+    return jnp.where(jnp.expand_dims(is_token, range(is_token.ndim, array.ndim)), array, 0.0)

@@ -42,13 +42,18 @@ def _scores(used: Used, options: Options, operands: Operands) -> TokenScores:
     return scores
 
 
-def _device_scores_forward(options: Options, used: Used, operands: Operands) -> Any:
+def save_operands(options: Options, operands: Operands) -> tuple[Static, Operands]:
+    """What `device_scores_backward` needs of the forward pass."""
     types = Operands(*map(device_type, operands))
     saved = (retype(t.outside(options.outer_axes), x) for t, x in zip(types, operands, strict=True))
-    return _all_scores(options, used, operands), (Static(types), Operands(*saved))
+    return Static(types), Operands(*saved)
 
 
-def _device_scores_backward(
+def _device_scores_forward(options: Options, used: Used, operands: Operands) -> Any:
+    return _all_scores(options, used, operands), save_operands(options, operands)
+
+
+def device_scores_backward(
     options: Options, used: Used, saved: tuple[Static, Operands], cotangents: TokenScores
 ) -> tuple[Operands]:
     types, operands = saved
@@ -60,7 +65,7 @@ def _score_gradients(
     used: Used, options: Options, operands: Operands, cotangents: tuple[Array, ...]
 ) -> Operands:
     # A token whose scores are not used must not poison the others, whatever its vector is.
-    needed = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents])
+    needed = functools.reduce(jnp.logical_or, map(_any_of_token, cotangents))
     mask = needed if operands.mask is None else needed & operands.mask
     d_log_prob, *others = cotangents
     unknown = is_unknown(options, operands.targets) & (d_log_prob != 0)
@@ -86,4 +91,8 @@ def _score_gradients(
     return Operands(d_hidden, d_rows, d_bias, targets=None, mask=None)
 
 
-device_scores.defvjp(_device_scores_forward, _device_scores_backward)
+def _any_of_token(array: Array) -> Array:
+    return jnp.any(array != 0, axis=range(1, array.ndim))
+
+
+device_scores.defvjp(_device_scores_forward, device_scores_backward)

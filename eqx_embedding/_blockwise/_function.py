@@ -57,9 +57,14 @@ class TokenFunction:
 
 
 def close_over(
-    fn: Callable[..., Any], dtype: DTypeLike, data: tuple[jax.ShapeDtypeStruct, ...]
+    fn: Callable[..., Any],
+    dtype: DTypeLike,
+    targets: tuple[int, ...],
+    data: tuple[jax.ShapeDtypeStruct, ...],
 ) -> tuple[TokenFunction, tuple[Array, ...]]:
-    """`fn` as a value, and the arrays that it closes over. `data` are those of one token.
+    """`fn` as a value, and the arrays that it closes over.
+
+    `targets` is the shape of the targets of one token, and `data` are its data.
 
     **Raises:**
 
@@ -68,7 +73,8 @@ def close_over(
     """
     number: Any = jax.ShapeDtypeStruct((), dtype)
     truth: Any = jax.ShapeDtypeStruct((), bool)
-    scores = TokenScores(number, number, number, number, truth)
+    of_targets: Any = jax.ShapeDtypeStruct(targets, dtype)
+    scores = TokenScores(of_targets, number, number, number, truth)
 
     called = (
         "fn is called with the scores of one token, each of shape (), and data of the shapes "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ._chunks import over_tiles, tile
 from ._logits import (
@@ -25,7 +25,15 @@ from ._logits import (
     without_padding,
 )
 from ._reference import TokenScores
-from ._scores import as_scores, find_statistics, LOWEST, Statistics, Used
+from ._scores import (
+    as_scores,
+    find_statistics,
+    LOWEST,
+    Statistics,
+    Targets,
+    targets_first,
+    Used,
+)
 
 
 class HeadGradient(NamedTuple):
@@ -49,7 +57,7 @@ def chunk_gradients(
     used: Used,
     head: Head,
     x: Float[Array, "C D"],
-    targets: Int[Array, " C"],
+    targets: Targets,
     cotangents_of: Callable[[TokenScores], tuple[TokenScores, Any]],
     d_head: HeadGradient,
 ) -> tuple[Float[Array, "C D"], HeadGradient, Any]:
@@ -73,8 +81,8 @@ def chunk_gradients(
     coefficients = _find_coefficients(options, used, statistics, scores, cotangents)
 
     def add(start: Any, size: int, carry: Any) -> Any:
-        target_row = targets - head.start - start
-        d_z = _logit_gradient(options, head, coefficients, target_row, logits(start, size), start)
+        target_rows = targets_first(targets) - head.start - start
+        d_z = _logit_gradient(options, head, coefficients, target_rows, logits(start, size), start)
         return _add_products(options, head, x, d_z, start, *carry)
 
     carry = jnp.zeros((C, D), options.wide), d_head
@@ -83,12 +91,12 @@ def chunk_gradients(
 
 
 class _Coefficients(NamedTuple):
-    """Of the formula above; each of shape (C,), and `None` for zeros."""
+    """Of the formula above; each of shape (C,), but for k targets, and `None` for zeros."""
 
     maximum: Array
     scale: Array
     slope: Array | None
-    at_target: Array
+    at_target: Array  # (k, C)
     everywhere: Array | None
 
 
@@ -100,14 +108,14 @@ def _find_coefficients(
     cotangents: TokenScores,
 ) -> _Coefficients:
     total, slope, everywhere = statistics.total, None, None
-    scale = cotangents.logsumexp - cotangents.log_prob
+    at_target = targets_first(cotangents.log_prob)
+    scale = cotangents.logsumexp - jnp.sum(at_target, axis=0)
     if used.mean_log_prob:
         scale = scale - cotangents.mean_log_prob
         everywhere = cotangents.mean_log_prob / options.vocab_size
     if used.entropy:
         scale = scale + cotangents.entropy * (jnp.log(total) - scores.entropy)
         slope = -cotangents.entropy / total
-    at_target = cotangents.log_prob
     return _Coefficients(statistics.maximum, scale / total, slope, at_target, everywhere)
 
 
@@ -115,18 +123,17 @@ def _logit_gradient(
     options: Options,
     head: Head,
     coefficients: _Coefficients,
-    target_row: Array,
+    target_rows: Array,
     z: Array,
     start: Any,
 ) -> Array:
-    """Of the logits `z` of the rows from `start` on. `target_row` counts from there."""
+    """Of the logits `z` of the rows from `start` on. `target_rows`, (k, C), count from there."""
     maximum, scale, slope, at_target, everywhere = coefficients
     shifted = z - maximum[None]
     factor = scale[None]
     if slope is not None:
         factor = factor + slope[None] * jnp.maximum(shifted, LOWEST)
-    is_target = lax.broadcasted_iota(np.int32, z.shape, 0) == target_row[None]
-    d_z = factor * jnp.exp(shifted) + jnp.where(is_target, at_target[None], 0.0)
+    d_z = _add_at(target_rows, at_target, factor * jnp.exp(shifted))
     if everywhere is not None:
         d_z = d_z + everywhere[None]
     if options.soft_cap is not None:
@@ -134,6 +141,15 @@ def _logit_gradient(
         capped = without_padding(options, head, z, start, 0.0) / options.soft_cap
         d_z = d_z * (1 - capped**2)
     return without_padding(options, head, d_z, start, 0.0)
+
+
+def _add_at(rows: Array, numbers: Array, array: Array) -> Array:
+    """The array, (size, C), with k numbers added in each column, at those of the rows it has."""
+    if len(rows) == 1:  # a comparison is part of the loop around it, and a scatter is not
+        here = lax.broadcasted_iota(np.int32, array.shape, 0) == rows
+        return array + jnp.where(here, numbers, 0.0)
+    columns = lax.broadcasted_iota(np.int32, rows.shape, 1)
+    return array.at[rows, columns].add(numbers, mode="drop", wrap_negative_indices=False)
 
 
 def _add_products(

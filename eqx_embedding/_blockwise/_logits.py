@@ -66,11 +66,15 @@ class Operands(NamedTuple):
     hidden: Any  # *batch *embedding
     rows: Any  # V *embedding
     bias: Any  # V, or `None`
-    targets: Any  # *batch
+    targets: Any  # *batch, or *batch k for k targets of each token
     mask: Any  # *batch, which tokens count; `None` if all do
     weights: Any = None  # *batch; `None` where only scores are asked for
     data: Any = ()  # arrays *batch ..., of which a function gets one row for each token
     closure: Any = ()  # arrays, which a function gets as they are
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.hidden.shape[: self.hidden.ndim - (self.rows.ndim - 1)]
 
 
 class Head(NamedTuple):
@@ -173,5 +177,5 @@ def tokens_before(options: Options, head: Head, row: Any) -> Array:
 
 
 def is_unknown(options: Options, targets: Array) -> Array:
-    """Which targets are out of range."""
-    return (targets < 0) | (targets >= options.vocab_size)
+    """Which targets are out of range. Targets below 0 stand for no target."""
+    return targets >= options.vocab_size

@@ -24,6 +24,9 @@ from ._logits import (
 from ._reference import TokenScores
 
 
+Targets = Int[Array, " C"] | Int[Array, "C k"]  # of each token one, or k
+
+
 class Used(NamedTuple):
     """Which scores are needed beside `log_prob` and `logsumexp`, which cost nothing."""
 
@@ -33,7 +36,7 @@ class Used(NamedTuple):
 
 
 def chunk_scores(
-    options: Options, used: Used, head: Head, x: Float[Array, "C D"], targets: Int[Array, " C"]
+    options: Options, used: Used, head: Head, x: Float[Array, "C D"], targets: Targets
 ) -> TokenScores:
     """The scores of C tokens; those that are not used have no meaning."""
 
@@ -47,11 +50,12 @@ def chunk_scores(
 
 
 class Statistics(NamedTuple):
-    """What the scores of a chunk follow from. `z` are the logits; each has the shape (C,)."""
+    """What the scores of a chunk follow from. `z` are the logits; the shape is (C,) but for k
+    targets of each token."""
 
     maximum: Array  # of z
     total: Array  # the sum of exp(z - maximum)
-    target_z: Array  # the logit of the target
+    target_z: Array  # the logits of the targets, (k, C)
     below: Array  # the sum of z - maximum over tokens; for `mean_log_prob`
     weighted: Array  # the sum of exp(z - maximum) * (z - maximum); for `entropy`
     top: Array  # the first row of the maximum; for `is_top`
@@ -61,40 +65,49 @@ def find_statistics(
     options: Options,
     used: Used,
     head: Head,
-    targets: Int[Array, " C"],
+    targets: Targets,
     logits: Callable[[Any, int], Array],
 ) -> Statistics:
     """`logits(start, size)` are those of the `size` rows from `start` on, (size, C)."""
 
     def add(start: Any, size: int, statistics: Statistics) -> Statistics:
         z = logits(start, size)
-        return _add_tile(options, used, head, targets - head.start, z, start, statistics)
+        return _add_tile(options, used, head, rows - head.start, z, start, statistics)
 
+    rows = targets_first(targets)
     zeros, tops = jnp.zeros(len(targets), options.wide), jnp.zeros(len(targets), "int32")
     lowest = jnp.full_like(zeros, jnp.finfo(options.wide).min)  # -inf - -inf would be NaN
-    start = Statistics(lowest, zeros, zeros, zeros, zeros, tops)
+    start = Statistics(lowest, zeros, jnp.zeros(rows.shape, options.wide), zeros, zeros, tops)
     tile_size = options.plan.tile_size
     statistics = over_tiles(len(head.rows), tile_size, add, start)
     return _merge_devices(options, used, head, statistics)
 
 
-def as_scores(options: Options, targets: Int[Array, " C"], statistics: Statistics) -> TokenScores:
+def targets_first(array: Array) -> Array:
+    """`(C,)`, or `(C, k)` with k targets for each token, as `(k, C)`, the order of the logits."""
+    return jnp.atleast_2d(array.T)
+
+
+def as_scores(options: Options, targets: Targets, statistics: Statistics) -> TokenScores:
     maximum, total, target_z, below, weighted, top = statistics
-    log_total = jnp.log(total)
+    rows, log_total = targets_first(targets), jnp.log(total)
     # Differences to the maximum come first, so that large logits keep their precision.
-    log_prob = nan_where(is_unknown(options, targets), (target_z - maximum) - log_total)
+    log_prob = (target_z - maximum[None]) - log_total[None]
+    log_prob = nan_where(is_unknown(options, rows), log_prob)
+    is_top = (top[None] == rows) & ~jnp.isnan(log_prob)
     return TokenScores(
-        log_prob=log_prob,
+        log_prob=log_prob.T.reshape(targets.shape),
         mean_log_prob=below / options.vocab_size - log_total,
         entropy=jnp.maximum(log_total - weighted / total, 0.0),
         logsumexp=maximum + log_total,
-        is_top=(top == targets) & ~jnp.isnan(log_prob),
+        is_top=is_top.T.reshape(targets.shape),
     )
 
 
 def nan_if_unknown(scores: TokenScores, array: Array) -> Array:
     """A target out of range makes the loss NaN, even if the function does not look at it."""
-    return nan_where(jnp.isnan(scores.log_prob), array)
+    is_unknown = jnp.isnan(scores.log_prob)
+    return nan_where(jnp.any(is_unknown, axis=range(array.ndim, is_unknown.ndim)), array)
 
 
 # e to the power of this is zero, in float64 as well. Instead of -inf: zero times that is NaN.
@@ -111,7 +124,7 @@ def _add_tile(
     statistics: Statistics,
 ) -> Statistics:
     """Adds the logits of the rows from `start` on (online softmax,
-    https://arxiv.org/abs/1805.02867). `targets` count from the first row of the device."""
+    https://arxiv.org/abs/1805.02867). `targets`, (k, C), count from the first row of the device."""
     # The scores do not depend on what is subtracted, so neither do their derivatives.
     largest = lax.stop_gradient(jnp.max(z, axis=0))
     higher = jnp.maximum(statistics.maximum, largest)
@@ -119,7 +132,7 @@ def _add_tile(
     shifted = z - higher[None]
     e = jnp.exp(shifted)
     here = (targets >= start) & (targets < start + len(z))
-    found = jnp.take_along_axis(z, jnp.where(here, targets - start, 0)[None], axis=0)[0]
+    found = jnp.take_along_axis(z, jnp.where(here, targets - start, 0), axis=0)
     new = new._replace(
         total=new.total + jnp.sum(e, axis=0), target_z=jnp.where(here, found, new.target_z)
     )
@@ -153,11 +166,13 @@ def _merge_devices(options: Options, used: Used, head: Head, statistics: Statist
         return statistics
     highest = max_over_devices(mesh, axes, lax.stop_gradient(statistics.maximum))
     local = _lower(statistics, highest, tokens_before(options, head, len(head.rows)))
-    names = ["total", "target_z"]
+    names = ["total"]
     names += ["below"] if used.mean_log_prob else []
     names += ["weighted"] if used.entropy else []
-    sums = sum_over_devices(mesh, axes, jnp.stack([getattr(local, name) for name in names]))
-    new = local._replace(**dict(zip(names, sums, strict=True)))
+    rows = [local.target_z, *(getattr(local, name)[None] for name in names)]
+    sums = sum_over_devices(mesh, axes, jnp.concatenate(rows))
+    k = len(local.target_z)
+    new = local._replace(target_z=sums[:k], **dict(zip(names, sums[k:], strict=True)))
     if used.is_top:
         top = jnp.where(statistics.maximum == highest, local.top, np.iinfo(np.int32).max)
         new = new._replace(top=min_over_devices(mesh, axes, top))
