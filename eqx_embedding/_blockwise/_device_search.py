@@ -29,8 +29,9 @@ def device_top_k(
 
 
 def _device_top_k_forward(options: Options, k: int, operands: Operands) -> Any:
-    found = device_top_k(options, k, operands)
-    return found, save_operands(options, operands._replace(targets=found[1]))
+    found: Any = device_top_k(options, k, operands)
+    _, tokens = found
+    return found, save_operands(options, operands._replace(targets=tokens))
 
 
 def _device_top_k_backward(

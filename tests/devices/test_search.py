@@ -123,3 +123,23 @@ def test_a_key_that_differs_along_the_vocabulary_is_refused():
         mapped = jax.shard_map(inside, in_specs=(P("model"), P("data")), out_specs=P("data"))
         with pytest.raises(ValueError, match=r"must be the same .* differ along \['model'\]"):
             jax.eval_shape(mapped, table, hidden)
+
+
+@settings
+def test_log_probabilities_have_the_gradients_of_one_device(setting):
+    table, hidden, _ = make_operands()
+    hidden = jnp.where(jnp.isnan(hidden), 1.0, hidden)
+
+    def gradients(function, *operands):
+        def total(*operands):
+            log_probs, _ = function(*operands)
+            return jnp.vdot(log_probs, random(log_probs.shape, seed=6))
+
+        return quick_jit(jax.grad(total, (0, 1)))(*operands)
+
+    def function(rules, table, hidden):
+        return EmbeddingDecode(table).top_k(hidden, 3, rules=rules)
+
+    expected = gradients(functools.partial(function, None), table, hidden)
+    with split(setting, table, hidden) as operands:
+        assert_equal(gradients(on_mesh(setting, function, ["data"]), *operands), expected)
