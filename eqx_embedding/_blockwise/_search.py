@@ -219,6 +219,7 @@ def _rows(blocks: Int[Array, "C k"]) -> Int[Array, "C rows"]:
 
 def _take(z: Float[Array, "V C"], rows: Int[Array, "C rows"]) -> Float[Array, "C rows"]:
     """The logits of some rows for each token; -inf for rows that this device does not have."""
+    # Single numbers: XLA for TPUs would take slices one after the other.
     found = z[jnp.clip(rows, 0, len(z) - 1), np.arange(len(rows))[:, None]]
     return jnp.where((rows >= 0) & (rows < len(z)), found, -jnp.inf)
 
