@@ -169,7 +169,7 @@ def _add_products(
     d_bias = d_head.bias
     if d_bias is not None:
         d_bias = add(d_bias, jnp.sum(d_z, axis=1))
-    d_z = d_z.astype(plan.dtype)
+    d_z = d_z.astype(plan.d_logits_dtype)
     rows = tile(head.rows, start, size).astype(plan.dtype)
     rows = without_padding(options, head, rows, start, 0.0)
     if plan.transpose:

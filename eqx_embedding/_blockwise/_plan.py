@@ -5,6 +5,8 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from .._inputs import at_least_float32
+
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
@@ -12,7 +14,8 @@ Platform = Literal["cpu", "gpu", "tpu"]
 class Plan(NamedTuple):
     chunk_size: int  # tokens
     tile_size: int  # rows of the table
-    dtype: DTypeLike  # of the factors of the two products for the gradients
+    dtype: DTypeLike  # of rows and vectors in the two products for the gradients
+    d_logits_dtype: DTypeLike  # of their other factor
     transpose: bool  # whether to transpose a tile before its product with the table
     round_early: bool  # whether a gradient of the table from one product is rounded at once
 
@@ -39,8 +42,10 @@ def make_plan(
     # float16 would lose the small probabilities.
     dtype = wide if dtype == jnp.float16 else dtype
     chunk_size = _accelerator_chunk(platform, N, D, gathered)
+    # A TPU rounds factors to bfloat16 in any case. Told to round one before, XLA can write a copy.
+    d_logits_dtype = at_least_float32(dtype) if platform == "tpu" else dtype
     round_early = dtype == jnp.bfloat16
-    return Plan(chunk_size, V, dtype, transpose=False, round_early=round_early)
+    return Plan(chunk_size, V, dtype, d_logits_dtype, transpose=False, round_early=round_early)
 
 
 def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool, masked: bool) -> Plan:
@@ -57,7 +62,7 @@ def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool, masked: bool) -> Pla
     largest = 128 if masked else 256
     chunk_size = max(min(max(D * 13 // 16, 128), largest), 2**20 // V)
     tile_size = min(V, max(min(2**18 // D, 1024), 256)) if tiles else V
-    return Plan(chunk_size, tile_size, wide, transpose=D < 256, round_early=False)
+    return Plan(chunk_size, tile_size, wide, wide, transpose=D < 256, round_early=False)
 
 
 SMALLEST = 1024  # tokens; smaller products starve an accelerator
