@@ -6,6 +6,7 @@ kernels in `_blockwise/`, which compute the logits of a chunk of tokens at a tim
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, final, NamedTuple
 
@@ -175,7 +176,8 @@ class EmbeddingDecode(eqx.Module):
         batch = explicit_axes(hidden)[:batch_axes]
         columns = remaining(explicit_axes(rows)[0], batch)
         sharding, vocab_size = split.sharding([*batch, columns]), split.vocab_size(self.table)
-        logits = _product(dtypes, split, vocab_size, sharding, hidden, rows)
+        layout = _Layout(self.table._vocabulary_position, sharding)
+        logits = _product(dtypes, split, vocab_size, layout, hidden, rows)
         if self.table.padding_rows > 0:  # before the bias, after which XLA would copy the table
             logits = _drop_padding(logits, split, [*batch, ()], vocab_size)
             bias = bias if bias is None else _drop_padding(bias, split, [()], vocab_size)
@@ -674,39 +676,72 @@ def _without_targets(arrays: _Arrays, split: Split, data: tuple[Array, ...]) -> 
     return Operands(*arrays, targets, mask=None, data=tuple(data))
 
 
+class _Layout(NamedTuple):
+    """What a product is told of its table and its result."""
+
+    position: int  # of the vocabulary among the axes of the table
+    out_sharding: Any
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _product(
     dtypes: tuple[np.dtype, np.dtype],
     split: Split,
     num_tokens: int,
-    out_sharding: Any,
+    layout: _Layout,
     hidden: Array,
     rows: Array,
 ) -> Array:
     """The matrix product of hidden vectors and all rows, padding included: `*batch rows`."""
     factors, wide = dtypes
-    return _contract(hidden.astype(factors), rows.astype(factors), wide, out_sharding)
+    is_one = split.mesh is None and hidden.size == math.prod(rows.shape[1:])
+    contract = _contract_one if is_one and jnp.finfo(factors).bits == 16 else _contract
+    return contract(layout, wide, hidden.astype(factors), rows.astype(factors))
 
 
 @_product.defjvp
-def _product_jvp(dtypes, split, num_tokens, out_sharding, primals, tangents):
+def _product_jvp(dtypes, split, num_tokens, layout, primals, tangents):
     (hidden, rows), (d_hidden, d_rows) = primals, tangents
     factors, wide = dtypes
     # A NaN in a padding row must not reach the gradient of `hidden`. Padding is removed here, and
     # not before the product, so that a decode without a gradient does not copy the table.
     tokens = zero_padding_rows(rows, split, num_tokens).astype(factors)
-    d_logits = _contract(widen(wide, d_hidden), tokens, wide, out_sharding) + _contract(
-        hidden.astype(factors), widen(wide, d_rows), wide, out_sharding
+    d_logits = _contract(layout, wide, widen(wide, d_hidden), tokens) + _contract(
+        layout, wide, hidden.astype(factors), widen(wide, d_rows)
     )
-    return _product(dtypes, split, num_tokens, out_sharding, hidden, rows), d_logits
+    return _product(dtypes, split, num_tokens, layout, hidden, rows), d_logits
 
 
-def _contract(hidden: Array, rows: Array, dtype: np.dtype, out_sharding: Any) -> Array:
-    batch_axes = hidden.ndim - (rows.ndim - 1)
-    axes = range(batch_axes, hidden.ndim), range(1, rows.ndim)
+def _contract(layout: _Layout, dtype: np.dtype, hidden: Array, rows: Array) -> Array:
+    position, out_sharding = layout
+    # As it is stored: XLA for CPUs copies a table in half precision to transpose it.
+    table = jnp.moveaxis(rows, 0, position)
+    batch_axes = hidden.ndim - (table.ndim - 1)
+    embedding = [axis for axis in range(table.ndim) if axis != position]
+    axes = range(batch_axes, hidden.ndim), embedding
     return lax.dot_general(
-        hidden, rows, (axes, ((), ())), preferred_element_type=dtype, out_sharding=out_sharding
+        hidden, table, (axes, ((), ())), preferred_element_type=dtype, out_sharding=out_sharding
     )
+
+
+def _contract_one(layout: _Layout, dtype: np.dtype, hidden: Array, rows: Array) -> Array:
+    """The same, of one hidden vector, and under `jax.vmap` of several.
+
+    For one, XLA for CPUs copies a table in half precision unless it is transposed.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def contract(hidden: Array, rows: Array) -> Array:
+        transposed = layout._replace(position=rows.ndim - 1 if layout.position == 0 else 0)
+        return _contract(transposed, dtype, hidden, rows)
+
+    @contract.def_vmap
+    def contract_several(size: int, mapped: list[bool], hidden: Array, rows: Array) -> Any:
+        axes = tuple(0 if is_mapped else None for is_mapped in mapped)
+        several = functools.partial(_contract, layout, dtype)
+        return jax.vmap(several, axes, axis_size=size)(hidden, rows), True
+
+    return contract(hidden, rows)
 
 
 def _drop_padding(array: Array, split: Split, axes: Any, vocab_size: int) -> Array:

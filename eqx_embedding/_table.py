@@ -246,8 +246,13 @@ class EmbeddingTable(eqx.Module):
         return self.embeddings.shape[len(self._stacked_shape) :]
 
     @property
+    def _vocabulary_position(self) -> int:
+        """That of the vocabulary axis among `axis_names`."""
+        return self.axis_names.index(self.vocabulary_axis)
+
+    @property
     def _num_rows(self) -> int:
-        return self._sizes[self.axis_names.index(self.vocabulary_axis)]
+        return self._sizes[self._vocabulary_position]
 
     def _count_tokens(self, num_rows: int) -> int:
         """The number of tokens if the table has `num_rows` rows, padding included."""
@@ -271,7 +276,7 @@ class EmbeddingTable(eqx.Module):
         For lookups: with `_rows_first`, their gradient could need a second buffer.
         """
         self._check_arrays()
-        return jnp.asarray(self.embeddings), self.axis_names.index(self.vocabulary_axis)
+        return jnp.asarray(self.embeddings), self._vocabulary_position
 
     def _check_arrays(
         self,

@@ -444,20 +444,78 @@ def test_not_even_a_nan_in_a_padding_row_reaches_logits_or_gradients(batch):
 # Memory
 
 
-@pytest.mark.parametrize("names", [("vocabulary", "d"), ("d", "vocabulary")], ids=str)
+def as_stored(names, rows, size):
+    return (rows, size) if names[0] == "vocabulary" else (size, rows)
+
+
+def decode_temporaries(decode, dtype, *shapes):
+    arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+    memory = jax.jit(decode).lower(*arrays).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+ORDERS = [("vocabulary", "d"), ("d", "vocabulary")]
+
+
+@pytest.mark.parametrize("names", ORDERS, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("batch", [(), (1,)], ids=str)
-def test_decoding_one_token_with_padding_copies_no_table(batch, with_bias, names):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_decoding_one_token_with_padding_copies_no_table(dtype, batch, with_bias, names):
     rows, size = 4096, 256
-    shape = (rows, size) if names[0] == "vocabulary" else (size, rows)
 
     def decode(embeddings, bias, hidden):
         bias = bias if with_bias else None
         table = EmbeddingTable(embeddings, names, padding_rows=60, bias=bias)
         return EmbeddingDecode(table)(hidden)
 
-    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (rows,), (*batch, size)))
-    memory = jax.jit(decode).lower(*shapes).compile().memory_analysis()
-    assert memory is not None
+    held = decode_temporaries(decode, dtype, as_stored(names, rows, size), (rows,), (*batch, size))
     # a few times the logits, where the table is 256 times as large
-    assert memory.temp_size_in_bytes < 4 * rows * 4
+    assert held < 4 * rows * 4
+
+
+@pytest.mark.parametrize("names", ORDERS, ids=str)
+@pytest.mark.parametrize("map_tokens", [lambda decode: decode, jax.vmap], ids=["batch", "vmap"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_several_tokens_copies_no_table(dtype, map_tokens, names):
+    rows, size, tokens = 4096, 256, 8
+
+    def decode(embeddings, hidden):
+        return map_tokens(EmbeddingDecode(EmbeddingTable(embeddings, names)))(hidden)
+
+    held = decode_temporaries(decode, dtype, as_stored(names, rows, size), (tokens, size))
+    assert held < 4 * tokens * rows * 2
+
+
+@pytest.mark.parametrize("names", ORDERS, ids=str)
+def test_one_token_decodes_alike_in_half_precision(names):
+    """With all that JAX can do to a product of one vector, which has a form of its own."""
+    array = make_array((7, 4)).astype("bfloat16")
+    embeddings = array if names[0] == "vocabulary" else array.T
+    hidden = make_array((3, 4), seed=1).astype("bfloat16")
+
+    def decode(hidden, embeddings):
+        table = EmbeddingTable(embeddings, names, padding_rows=1)
+        return EmbeddingDecode(table, logits_dtype=jnp.float32)(hidden)
+
+    def total(hidden, embeddings):
+        return jnp.sum(jnp.sin(decode(hidden, embeddings)))
+
+    def total_of_each(hidden, embeddings):
+        return jnp.sum(jax.vmap(lambda x: total(x, embeddings))(hidden))
+
+    expected = float64(hidden) @ float64(array)[:-1].T
+    for i in range(3):
+        assert_close(decode(hidden[i], embeddings), expected[i], rtol=1e-5)
+    assert_close(jax.vmap(decode, (0, None))(hidden, embeddings), expected, rtol=1e-5)
+    tables = jnp.stack([embeddings] * 3)
+    assert_close(jax.vmap(decode)(hidden, tables), expected, rtol=1e-5)
+    gradients = [jax.grad(f, (0, 1))(hidden, embeddings) for f in (total, total_of_each)]
+    for one, each in zip(*gradients, strict=True):
+        assert_close(one, each)
+
+    def second(f):
+        return jax.grad(lambda h: jnp.sum(jnp.cos(jax.grad(f)(h, embeddings))))(hidden)
+
+    assert_close(second(total_of_each), second(total))
