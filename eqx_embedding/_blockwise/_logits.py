@@ -47,10 +47,17 @@ class Options(NamedTuple):
         (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
         masked, devices = operands.mask is not None, self.count_devices(self.token_axes)
         plan = make_plan(
-            platform, N * devices, V, D, self.dtype, self.wide, self.tiles, masked, self.gathered
+            platform,
+            N * devices,
+            V,
+            D,
+            self.dtype,
+            self.wide,
+            self.tiles,
+            masked,
+            self.gathered,
+            self.chunk_size,
         )
-        if self.chunk_size is not None:
-            plan = plan._replace(chunk_size=self.chunk_size)
         return self._replace(plan=plan)
 
     def count_devices(self, axes: tuple[str, ...]) -> int:

@@ -30,45 +30,63 @@ def make_plan(
     tiles: bool,
     masked: bool,
     gathered: bool,
+    chunk_size: int | None,
 ) -> Plan:
     """What is fast for these sizes, and factors of `dtype` summed in `wide`.
 
     `tiles` says whether a device can cut its rows into tiles, `masked` whether some tokens may not
-    count, and `gathered` whether the rows are a copy of the parts of other devices. A symbolic N of
-    `jax.export` is an error of JAX.
+    count, and `gathered` whether the rows are a copy of the parts of other devices. A `chunk_size`
+    was asked for. A symbolic N of `jax.export` is an error of JAX.
     """
     if platform == "cpu":
-        return _cpu_plan(V, D, wide, tiles, masked)
+        return _cpu_plan(N, V, D, dtype, wide, tiles, masked, chunk_size)
     # float16 would lose the small probabilities.
     dtype = wide if dtype == jnp.float16 else dtype
-    chunk_size = _accelerator_chunk(platform, N, D, gathered)
+    chunk_size = chunk_size or _accelerator_chunk(platform, N, V, D, gathered)
     # A TPU rounds factors to bfloat16 in any case. Told to round one before, XLA can write a copy.
     d_logits_dtype = at_least_float32(dtype) if platform == "tpu" else dtype
     round_early = dtype == jnp.bfloat16
     return Plan(chunk_size, V, dtype, d_logits_dtype, transpose=False, round_early=round_early)
 
 
-def _cpu_plan(V: int, D: int, wide: DTypeLike, tiles: bool, masked: bool) -> Plan:
+def _cpu_plan(
+    N: Any,
+    V: int,
+    D: int,
+    dtype: DTypeLike,
+    wide: DTypeLike,
+    tiles: bool,
+    masked: bool,
+    chunk_size: int | None,
+) -> Plan:
     """Chosen on two cores of an AMD EPYC, by `benchmarks/cross_entropy.py`.
 
     Each chunk reads and writes the gradient of the table once, so larger chunks are faster, up to
     256; the logits of 13/16 D tokens and the rest take less memory than that gradient. A chunk of
-    2**20 logits is small in any case: a small problem is one chunk, the plain way. With a mask, the
-    last chunk is half empty on average, so that smaller chunks save more than they cost. Tiles of
-    2**18 numbers of the table fit the cache, and are work enough for a few threads. For the
-    gradients, products in float32 are faster than in anything narrower. With a short D, XLA's
-    product with a transposed left factor costs more than to transpose it first.
+    2**20 logits is small in any case. With a mask, the last chunk is half empty on average, so
+    that smaller chunks save more than they cost. Tiles of 2**18 numbers of the table fit the
+    cache, and are work enough for a few threads. For the gradients, products in float32 are faster
+    than in anything narrower. With a short D, XLA's product with a transposed left factor costs
+    more than to transpose it first.
+
+    A small problem is one chunk and one tile, the plain way: if all its logits are no more than
+    those, or than the vectors of a chunk and their gradient.
     """
     largest = 128 if masked else 256
-    chunk_size = max(min(max(D * 13 // 16, 128), largest), 2**20 // V)
+    C = max(min(max(D * 13 // 16, 128), largest), 2**20 // V)
+    is_small = N * V <= max(2**20, 2 * C * D)
+    if is_small and N <= (chunk_size or N):
+        narrow = dtype == jnp.bfloat16
+        factors = dtype if narrow else wide
+        return Plan(max(N, 1), V, factors, wide, D < 256 and not narrow, round_early=narrow)
     tile_size = min(V, max(min(2**18 // D, 1024), 256)) if tiles else V
-    return Plan(chunk_size, tile_size, wide, wide, transpose=D < 256, round_early=False)
+    return Plan(chunk_size or C, tile_size, wide, wide, transpose=D < 256, round_early=False)
 
 
 SMALLEST = 1024  # tokens; smaller products starve an accelerator
 
 
-def _accelerator_chunk(platform: Platform, N: Any, D: int, gathered: bool) -> int:
+def _accelerator_chunk(platform: Platform, N: Any, V: int, D: int, gathered: bool) -> int:
     """Chosen by the memory of programs compiled for them, by `benchmarks/accelerators.py`.
 
     Each chunk reads and writes the gradient of the table in float32, 8VD bytes, beside 6CVD
@@ -83,17 +101,20 @@ def _accelerator_chunk(platform: Platform, N: Any, D: int, gathered: bool) -> in
     result, a table of 16 bits, before that is written. A quarter of few tokens is enough.
 
     In bytes for each row of the table, the plain way holds 4N for logits on a TPU, and 2N more for
-    their gradient on a GPU. Chunks hold 4D for the sum of the table's gradient. On a GPU they hold
-    4C for logits, as far as these do not fit into the place of the result, and 2C for their
-    gradient; on a TPU 8C for both, unless one fits. A single chunk of all tokens, which is the
-    plain way, is best as long as it holds no more. Where the table is gathered, the result is only
-    the part of a device: no logits fit into its place, and chunks are as small as they may be.
+    their gradient on a GPU. Chunks hold 4D for the sum of the table's gradient, and 4ND/V for that
+    of all vectors before it is rounded. On a GPU they hold 4C for logits, as far as these do not
+    fit into the place of the result, and 2C for their gradient; on a TPU 8C for both, unless one
+    fits. A single chunk of all tokens, which is the plain way, is best as long as it holds no more.
+    Where the table is gathered, the result is only the part of a device: no logits fit into its
+    place, and chunks are as small as they may be.
     """
     if gathered:
         return SMALLEST
-    C = min(max(min(D // 2, N // 4) // 128 * 128, SMALLEST), 2048)
+    quarter = -(-N // 512) * 128  # rounded up: four chunks are enough
+    C = min(max(min(D // 256 * 128, quarter), SMALLEST), 2048)
+    sums = 4 * D + 4 * N * D // V
     if platform == "gpu":
-        is_plain = 6 * N <= 4 * D + max(4 * C - 2 * D, 0) + 2 * C
+        is_plain = 6 * N <= sums + max(4 * C - 2 * D, 0) + 2 * C
     else:
-        is_plain = 4 * N <= 4 * D + (8 * C if 4 * C > 2 * D else 0)
+        is_plain = 4 * N <= sums + (8 * C if 4 * C > 2 * D else 0)
     return max(N, 1) if is_plain else C

@@ -1,0 +1,51 @@
+"""The memory of compiled programs on a CPU. Nothing runs, so that shapes may be large."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.losses import LOSSES
+
+
+loss, plain_loss = LOSSES["cross_entropy"].here, LOSSES["cross_entropy"].plain
+
+
+def temporaries(function, shape, dtype):
+    """In MiB."""
+    N, D, V = shape
+    operands = (
+        jax.ShapeDtypeStruct((N, D), dtype),
+        jax.ShapeDtypeStruct((V, D), dtype),
+        jax.ShapeDtypeStruct((N,), jnp.int32),
+    )
+    memory = jax.jit(function).lower(*operands).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes / 2**20
+
+
+SHAPES = [
+    (1, 256, 4096),
+    (1, 512, 50257),
+    (16, 256, 4096),
+    (100, 128, 5000),
+    (128, 128, 4096),
+    (128, 256, 5000),
+    (129, 64, 50257),
+    (257, 64, 4000),
+    (333, 256, 32000),
+    (1024, 16, 1000),
+    (1024, 256, 300),
+    (2048, 128, 50257),
+    (4096, 64, 300),
+    (4096, 256, 300),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["loss", "gradients"])
+@pytest.mark.usefixtures("jax_defaults")
+def test_the_loss_takes_no_more_memory_than_the_plain_way(shape, dtype, gradients):
+    functions = [jax.value_and_grad(f, (0, 1)) if gradients else f for f in (loss, plain_loss)]
+    ours, plain = (temporaries(f, shape, dtype) for f in functions)
+    assert ours <= plain + 1
