@@ -20,11 +20,13 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Shap
 
 from ._blockwise import (
     close_over,
+    Comparison,
     gather_wide,
     Operands,
     Options,
     sample_tokens,
     score_tokens,
+    shapes_of_scores,
     TokenScores,
     top_k_tokens,
     total_loss,
@@ -49,6 +51,7 @@ from ._inputs import (
 from ._sharding import (
     explicit_axes,
     find_split,
+    manual_rules,
     remaining,
     Split,
     varying_axes,
@@ -61,6 +64,8 @@ from ._table import EmbeddingTable, Rules
 
 # With a larger soft cap or z-loss, float32 would round the logits away.
 LARGEST = 1e30
+
+KINDS = "forward", "reverse", "jensen_shannon"  # of divergences
 
 Hidden = Float[Array | np.ndarray, "..."]
 Targets = Integer[ArrayLike, "..."]
@@ -76,6 +81,7 @@ _suggest = suggest(
     ignore_index=suggest_number,
     label_smoothing=suggest_number,
     z_loss=suggest_number,
+    teacher_hidden=suggest_array,
     chunk_size=suggest_number,
     k=suggest_number,
     top_k=suggest_number,
@@ -167,7 +173,7 @@ class EmbeddingDecode(eqx.Module):
         stacked table or rules that do not fit the mesh.
         """
         del key
-        arrays, batch_axes = self._checked_arrays(hidden, rules)
+        arrays, batch_axes = self._checked_arrays("hidden", hidden, rules)
         hidden, rows, bias = arrays
         split = find_split(self.table, rows, hidden, 0, rules)
         dtypes = self._product_dtypes(arrays)
@@ -511,18 +517,95 @@ class EmbeddingDecode(eqx.Module):
         k = None if top_k is None else as_int(top_k)
         return sample_tokens(options, split, k, _without_targets(arrays, split, data))
 
-    def _checked_arrays(self, hidden: Hidden, rules: Rules | None) -> tuple[_Arrays, int]:
+    @_suggest
+    @jax.named_scope("EmbeddingDecode.divergence")
+    def divergence(
+        self,
+        hidden: Hidden,
+        teacher: "EmbeddingDecode",
+        teacher_hidden: Hidden,
+        *,
+        kind: str = "forward",
+        temperature: Real = 1.0,
+        weights: Weights | None = None,
+        reduction: str = "mean",
+        chunk_size: Whole | None = None,
+        rules: Rules | None = None,
+    ) -> Float[Array, "..."]:
+        """The divergence of the next-token distribution from that of a teacher, for distillation.
+
+        ```python
+        loss = student.divergence(hidden, teacher, teacher_hidden, temperature=2.0)
+        ```
+
+        The logits of all tokens never exist at once, neither those of the teacher. Gradients reach
+        `hidden`, the table, its bias and `weights`, as those of
+        [`eqx_embedding.EmbeddingDecode.cross_entropy`][] do. The teacher is constant.
+
+        **Arguments:**
+
+        - `hidden`: vectors of shape `*batch` followed by the embedding axes.
+        - `teacher`: another `EmbeddingDecode` of the same `vocab_size`, with embedding axes,
+            padding rows, bias, soft cap and dtypes of its own.
+        - `teacher_hidden`: vectors of shape `*batch` followed by the embedding axes of the teacher.
+        - `kind`: with the probabilities `p` of the student and `q` of the teacher, in nats:
+            - `"forward"`: `KL(q || p) = sum(q * log(q / p))`, as in
+                [Hinton et al.](https://arxiv.org/abs/1503.02531);
+            - `"reverse"`: `KL(p || q) = sum(p * log(p / q))`, as in
+                [MiniLLM](https://arxiv.org/abs/2306.08543);
+            - `"jensen_shannon"`: `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`.
+
+            Defaults to `"forward"`.
+        - `temperature`: divides the logits of both, after bias and soft cap. The loss is not
+            multiplied by its square. A positive Python number, not traced. Defaults to 1.
+        - `weights`, `reduction`, `chunk_size`, `rules`: as in
+            [`eqx_embedding.EmbeddingDecode.cross_entropy`][]. At weight zero the vector of the
+            teacher does not matter, either. `rules` also split the table of the teacher. If devices
+            split the vocabulary, both tables should have the same number of rows, padding
+            included: otherwise, the table of the teacher is copied.
+
+        **Returns:**
+
+        The loss: a scalar, or of shape `*batch` for `reduction="none"`. It is in float32, or in
+        float64 if an array is in float64.
+
+        **Raises:**
+
+        As [`eqx_embedding.EmbeddingDecode.cross_entropy`][]; and a `ValueError` for vocabularies of
+        different sizes, for another kind, and for a temperature that is not positive and finite.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
+        temperature = as_real(temperature)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}.")
+        prepared = self._prepare_comparison(
+            hidden,
+            teacher,
+            teacher_hidden,
+            kind,
+            float(temperature),
+            weights,
+            reduction,
+            chunk_size,
+            rules,
+        )
+        return prepared.loss(lambda scores: scores.divergence, (), reduction, False)
+
+    def _checked_arrays(
+        self, name: str, hidden: Hidden, rules: Rules | None
+    ) -> tuple[_Arrays, int]:
         """The arrays that logits are computed from, and the number of batch axes."""
-        hidden = jnp.asarray(as_array("hidden", hidden))
+        hidden = jnp.asarray(as_array(name, hidden))
         if not jnp.issubdtype(hidden.dtype, jnp.floating):
-            raise TypeError(f"hidden must be floating, got {hidden.dtype.name}.")
+            raise TypeError(f"{name} must be floating, got {hidden.dtype.name}.")
         rows, bias = self.table._rows_first()
         batch_axes = hidden.ndim - (rows.ndim - 1)
         axes = whole_axes(self.table, hidden, rules)
         if batch_axes < 0 or hidden.shape[batch_axes:] != tuple(axes.values()):
             expected = ", ".join(f"{name}={size}" for name, size in axes.items())
             raise ValueError(
-                f"hidden must end with the embedding axes ({expected}) of the table, got the "
+                f"{name} must end with the embedding axes ({expected}) of the table, got the "
                 f"shape {hidden.shape}."
             )
         return _Arrays(hidden, rows, bias), batch_axes
@@ -541,20 +624,11 @@ class EmbeddingDecode(eqx.Module):
         self, hidden: Hidden, chunk_size: Whole | None, rules: Rules | None
     ) -> tuple[_Arrays, Options, Split]:
         """Checks the arguments that most methods have, and finds how devices split the arrays."""
-        arrays, batch_axes = self._checked_arrays(hidden, rules)
+        arrays, batch_axes = self._checked_arrays("hidden", hidden, rules)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         split = find_split(self.table, arrays.rows, arrays.hidden, batch_axes, rules)
-        dtype, wide = self._product_dtypes(arrays)
-        options = Options(
-            vocab_size=split.vocab_size(self.table),
-            padded=self.table.padding_rows > 0,
-            soft_cap=None if self.soft_cap is None else float(self.soft_cap),
-            dtype=dtype,
-            wide=wide,
-            chunk_size=None if chunk_size is None else as_int(chunk_size),
-            tiles=split.known,
-        )
+        options = self._options(arrays, split, chunk_size)
         return arrays, options, split
 
     def _prepare(
@@ -572,10 +646,7 @@ class EmbeddingDecode(eqx.Module):
         arrays, options, split = self._plan(hidden, chunk_size, rules)
         batch, vocab_size, wide = arrays.batch, options.vocab_size, options.wide
         _check_targets(batch, targets, target_weights)
-        if weights is not None and np.shape(weights) != batch:
-            raise ValueError(_wrong_shape("weights", weights, batch))
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
+        _check_options(batch, weights, reduction)
 
         def place(array: Array) -> Array:
             return split.place(array, split.batch)
@@ -587,6 +658,83 @@ class EmbeddingDecode(eqx.Module):
         weights, mask = prepare_weights(weights, counts, batch, wide, normalize, mesh_axes, place)
         operands = Operands(*arrays, targets, mask)
         return _Prepared(options, split, operands, weights, target_weights)
+
+    def _prepare_comparison(
+        self,
+        hidden: Hidden,
+        teacher: "EmbeddingDecode",
+        teacher_hidden: Hidden,
+        kind: str,
+        temperature: float,
+        weights: Weights | None,
+        reduction: str,
+        chunk_size: Whole | None,
+        rules: Rules | None,
+    ) -> "_Prepared":
+        """Checks the arguments, finds how devices split them, and converts the weights."""
+        arrays, options, split = self._plan(hidden, chunk_size, rules)
+        batch = arrays.batch
+        _check_options(batch, weights, reduction)
+        of_teacher, theirs = teacher._as_teacher(teacher_hidden, split, batch, rules)
+        _check_tables(split, (options, arrays.rows), (theirs, of_teacher.rows))
+        padded = options.padded or theirs.padded
+        options = options._replace(
+            padded=padded,
+            wide=np.promote_types(options.wide, theirs.wide),
+            comparison=Comparison(kind, temperature, padded, theirs.soft_cap, theirs.dtype),
+        )
+        weights, mask = prepare_weights(
+            weights,
+            None,
+            batch,
+            options.wide,
+            reduction == "mean",
+            split.manual_batch,
+            lambda array: split.place(array, split.batch),
+        )
+        vectors, rows, bias = of_teacher
+        head = rows, bias if bias is None else bias.astype(options.wide)
+        operands = Operands(*arrays, vectors, mask, teacher=head)
+        return _Prepared(options, split, operands, weights)
+
+    def _as_teacher(
+        self, hidden: Hidden, split: Split, batch: tuple[Any, ...], rules: Rules | None
+    ) -> tuple[_Arrays, Options]:
+        """The arrays of a constant teacher in the dtype of its products, and its options.
+
+        `split` and `batch` are those of the student.
+        """
+        arrays, batch_axes = self._checked_arrays("teacher_hidden", hidden, rules)
+        if arrays.hidden.shape[:batch_axes] != batch:
+            raise ValueError(
+                f"teacher_hidden must begin with the shape {batch} of hidden without its embedding "
+                f"axes, got the shape {arrays.hidden.shape}."
+            )
+        hidden, rows, bias = arrays = lax.stop_gradient(arrays)
+        # All but manual axes split this table as that of the student, however it lies now
+        rules = manual_rules(rules, split.mesh)
+        own = find_split(self.table, rows, hidden, batch_axes, rules)
+        if own.manual_table[0] != split.manual_table[0]:
+            raise ValueError(
+                "inside this `jax.shard_map` the mesh axes that split the vocabulary must be those "
+                f"of the student, {split.manual_table[0]}, got {own.manual_table[0]}."
+            )
+        options = self._options(arrays, own, None)
+        embedding_axes = (), *own.manual_shared[1:]
+        rows = gather_wide(options.dtype, options.dtype, embedding_axes, rows)
+        return _Arrays(hidden.astype(options.dtype), rows.astype(options.dtype), bias), options
+
+    def _options(self, arrays: _Arrays, split: Split, chunk_size: Whole | None) -> Options:
+        dtype, wide = self._product_dtypes(arrays)
+        return Options(
+            vocab_size=split.vocab_size(self.table),
+            padded=self.table.padding_rows > 0,
+            soft_cap=None if self.soft_cap is None else float(self.soft_cap),
+            dtype=dtype,
+            wide=wide,
+            chunk_size=None if chunk_size is None else as_int(chunk_size),
+            tiles=split.known,
+        )
 
 
 def _check_targets(
@@ -608,6 +756,31 @@ def _check_targets(
         )
 
 
+def _check_options(batch: tuple[Any, ...], weights: Weights | None, reduction: str) -> None:
+    if weights is not None and np.shape(weights) != batch:
+        raise ValueError(_wrong_shape("weights", weights, batch))
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
+
+
+def _check_tables(
+    split: Split, student: tuple[Options, Array], teacher: tuple[Options, Array]
+) -> None:
+    """`split` is that of the student."""
+    (options, rows), (theirs, their_rows) = student, teacher
+    if options.vocab_size != theirs.vocab_size:
+        raise ValueError(
+            "student and teacher must have the same vocabulary, got a vocab_size of "
+            f"{options.vocab_size} and {theirs.vocab_size}."
+        )
+    if split.manual_table[0] and len(rows) != len(their_rows):
+        raise ValueError(
+            "inside this `jax.shard_map` each device must have the same number of rows of student "
+            f"and teacher, got {len(rows)} and {len(their_rows)}. Make the tables with the same "
+            "`pad_to_multiple_of`."
+        )
+
+
 def _wrong_shape(name: str, array: Any, batch: tuple[Any, ...]) -> str:
     return (
         f"{name} must have the shape {batch} of hidden without its embedding axes, got "
@@ -624,7 +797,7 @@ class _Prepared(NamedTuple):
     weights: Array
     target_weights: Array | None = None
 
-    def scores(self, used: Used) -> TokenScores:
+    def scores(self, used: Used) -> Any:
         return score_tokens(self.options, self.split, used, self.operands)
 
     def sum_targets(self, target_weights: Array, scores: TokenScores) -> TokenScores:
@@ -642,7 +815,8 @@ class _Prepared(NamedTuple):
         options, split, operands, weights, _ = self
         data = tuple(as_data(i, array, weights.shape) for i, array in enumerate(data))
         data_of_token = [jax.ShapeDtypeStruct(x.shape[weights.ndim :], x.dtype) for x in data]
-        of_token = operands.targets.shape[weights.ndim :]
+        of_token = None if operands.teacher else operands.targets.shape[weights.ndim :]
+        of_token = shapes_of_scores(options.wide, of_token)
         function, closure = close_over(fn, options.wide, of_token, tuple(data_of_token))
         if reduction == "none":
             scores = self.scores(function.used(return_scores))

@@ -217,6 +217,15 @@ def whole_axes(table: EmbeddingTable, hidden: Array, rules: Rules | None) -> dic
     return {name: size * parts(name) for name, size in table.embedding_axes.items()}
 
 
+def manual_rules(rules: Rules | None, mesh: AbstractMesh | None) -> Rules:
+    """The rules, as far as they are about manual axes, or axes that do not exist."""
+    types = axis_types(mesh)
+    return {
+        key: tuple(a for a in as_axes(axes) if types.get(a, AxisType.Manual) == AxisType.Manual)
+        for key, axes in (rules or {}).items()
+    }
+
+
 def axis_types(mesh: AbstractMesh | None) -> dict[str, AxisType]:
     return {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
 

@@ -10,7 +10,7 @@ From a call to the numbers, top down:
 - `_device_total.py`, `_device_scores.py`, `_device_losses.py`, `_device_search.py`: all tokens of a
   device, and what has derivatives of our own: sums of losses; scores and losses that stay apart;
   the likeliest tokens, and draws.
-- `_gradients.py`, `_scores.py`, `_search.py`, `_logits.py`: a chunk of tokens.
+- `_gradients.py`, `_scores.py`, `_divergence.py`, `_search.py`, `_logits.py`: a chunk of tokens.
 - `_gather.py`: a table that is split over the devices of the batch.
 - `_chunks.py`, `_plan.py`: loops over chunks and tiles, and how the work is cut.
 - `_function.py`: a loss function as a value.
@@ -25,8 +25,12 @@ from ._batch import (
     weighted_losses as weighted_losses,
 )
 from ._devices import widen as widen
-from ._function import close_over as close_over, TokenFunction as TokenFunction
+from ._function import (
+    close_over as close_over,
+    shapes_of_scores as shapes_of_scores,
+    TokenFunction as TokenFunction,
+)
 from ._gather import gather_wide as gather_wide
-from ._logits import Operands as Operands, Options as Options
+from ._logits import Comparison as Comparison, Operands as Operands, Options as Options
 from ._reference import TokenScores as TokenScores
 from ._scores import Used as Used

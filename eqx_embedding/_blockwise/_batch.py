@@ -22,15 +22,15 @@ from ._function import TokenFunction
 from ._gather import gather
 from ._logits import Operands, Options
 from ._primitive import call_as_one
-from ._reference import TokenScores
+from ._reference import Scores
 from ._scores import Used
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> TokenScores:
+def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> Scores:
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
 
-    def scores(options: Options, operands: Operands) -> TokenScores:
+    def scores(options: Options, operands: Operands) -> Scores:
         return device_scores(options, used, operands)
 
     return _of_each_token(options, split, scores, ("hidden", "targets", "mask"), operands)
@@ -74,10 +74,11 @@ def _of_each_token(
         return _unflatten(operands.batch, of_device(local, flat))
 
     def on_devices(operands: Operands) -> PyTree:
+        operands = _match_rows(split, layout, operands)
         return split.map(on_one_device, (_specs(split, layout),), P(*split.batch), (operands,))
 
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
-        if mapped.rows or mapped.bias:
+        if any(jax.tree.leaves((mapped.rows, mapped.bias, mapped.teacher))):
             return None  # each example has a table of its own
         each = _of_examples(size, mapped, operands, *names)
         return _of_each_token(options, split.with_examples(mesh_axes), of_device, names, each)
@@ -92,22 +93,22 @@ def total_loss(
     function: TokenFunction,
     return_scores: bool,
     operands: Operands,
-) -> tuple[Array, TokenScores | None]:
+) -> tuple[Array, Scores | None]:
     """The weighted sum of the losses, and the scores without gradient."""
     layout = split.arrange(math.prod(operands.batch), len(operands.rows))
 
-    def on_one_device(operands: Operands) -> tuple[Array, TokenScores | None]:
+    def on_one_device(operands: Operands) -> tuple[Array, Scores | None]:
         local, flat = _prepare(options, split, layout, operands)
         both: Any = device_total(local, function, return_scores, flat)
         total, scores = both
         return sum_over(split.all_batch, total), _unflatten(operands.batch, scores)
 
     def on_devices(operands: Operands) -> Any:
-        specs = _specs(split, layout)
+        specs, operands = _specs(split, layout), _match_rows(split, layout, operands)
         return split.map(on_one_device, (specs,), (P(), P(*split.batch)), (operands,))
 
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
-        if mapped.rows or mapped.bias:
+        if any(jax.tree.leaves((mapped.rows, mapped.bias, mapped.teacher))):
             return None
         wider = split.with_examples(mesh_axes)
         return _totals_of_examples(options, wider, function, return_scores, size, mapped, operands)
@@ -124,7 +125,7 @@ def _totals_of_examples(
     size: int,
     mapped: Operands,
     operands: Operands,
-) -> tuple[Array, TokenScores | None]:
+) -> tuple[Array, Scores | None]:
     """`total_loss` of each example. Their cotangents differ, so scores of tokens stay apart.
 
     `split` is that of the batch with the axis of examples in front.
@@ -137,7 +138,7 @@ def _totals_of_examples(
     else:  # the scores are those of all examples alike
         some = of_scores._replace(mask=jnp.any(mask, axis=0) if mapped.mask else mask)
         scores = score_tokens(options, split._replace(batch=split.batch[1:]), used, some)
-        scores = TokenScores(*(_repeat(size, False, score) for score in scores))
+        scores = jax.tree.map(functools.partial(_repeat, size, False), scores)
     each = _of_examples(size, mapped, operands, "weights", "data", "mask")
     of_tokens = scores, each.weights, each.data, operands.closure, each.mask
     of_example = mapped.closure if any(mapped.closure) else None
@@ -153,7 +154,7 @@ def weighted_losses(
     split: Split,
     function: TokenFunction,
     of_example: tuple[bool, ...] | None,
-    scores: TokenScores,
+    scores: Scores,
     weights: Array,
     data: tuple[Array, ...],
     closure: tuple[Array, ...],
@@ -195,9 +196,24 @@ def weighted_losses(
 
 
 def _specs(split: Split, layout: Layout) -> Operands:
-    """How each operand is split over the devices."""
-    batch, rows, bias = P(*split.batch), layout.spec, P(*layout.spec[:1])
-    return Operands(batch, rows, bias, batch, batch, batch, batch, P())
+    """How each operand is split over the devices. The teacher has the rows of the student."""
+    batch, rows, row = P(*split.batch), layout.spec, P(*layout.spec[:1])
+    return Operands(batch, rows, row, batch, batch, batch, batch, P(), row)
+
+
+def _match_rows(split: Split, layout: Layout, operands: Operands) -> Operands:
+    """Gives a table of a teacher the padding rows of the student, if rows are split."""
+    V = len(operands.rows)
+    if operands.teacher is None or not (layout.vocabulary or layout.table[0]):
+        return operands
+
+    def match(array: Array) -> Array:
+        if len(array) == V:
+            return array
+        array = split.place(array, [()])[:V]
+        return jnp.pad(array, [(0, V - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+    return operands._replace(teacher=jax.tree.map(match, operands.teacher))
 
 
 def _prepare(
@@ -205,11 +221,14 @@ def _prepare(
 ) -> tuple[Options, Operands]:
     """Of one device: what it knows, and its operands, of N tokens, in a wide dtype."""
     head = jax.tree.map(functools.partial(widen, options.wide), operands[:3])
-    tokens = *operands[3:-1], _widen_closure(operands.closure)
+    _, _, _, *of_tokens, closure, teacher = operands
+    tokens = *of_tokens, _widen_closure(closure)
     same = remaining(layout.vocabulary, [layout.tokens])
     (hidden, rows, bias), tokens = _mark_shared(same, head, tokens)
     rows = gather(options.dtype, layout.gathered, rows)
     bias = bias if bias is None else gather(options.wide, layout.gathered[:1], bias)
+    teacher = jax.tree.map(lambda a: gather(a.dtype, layout.gathered[:1], a), teacher)
+    flat_operands = _flatten(Operands(hidden, rows, bias, *tokens, teacher=teacher))
     local = options._replace(
         mesh=jax.sharding.get_abstract_mesh() if layout.vocabulary else None,
         vocabulary_axes=layout.vocabulary,
@@ -218,7 +237,7 @@ def _prepare(
         gathered=bool(flat(layout.gathered)),
         outer_axes=_outer_axes(split, head),
     )
-    return local, _flatten(Operands(hidden, rows, bias, *tokens))
+    return local, flat_operands
 
 
 def _outer_axes(split: Split, operands: PyTree) -> frozenset[str]:
@@ -237,7 +256,12 @@ def _flatten(operands: Operands) -> Operands:
     tokens = operands.targets, operands.mask, operands.weights, operands.data
     targets, mask, weights, data = jax.tree.map(flatten, tokens)
     hidden, rows = operands.hidden.reshape(N, D), operands.rows.reshape(len(operands.rows), D)
-    return Operands(hidden, rows, operands.bias, targets, mask, weights, data, operands.closure)
+    teacher = operands.teacher
+    if teacher is not None:
+        E = math.prod(teacher[0].shape[1:])
+        targets, teacher = targets.reshape(N, E), (teacher[0].reshape(-1, E), teacher[1])
+    closure = operands.closure
+    return Operands(hidden, rows, operands.bias, targets, mask, weights, data, closure, teacher)
 
 
 def _unflatten(batch: tuple[Any, ...], tree: PyTree) -> PyTree:

@@ -20,6 +20,7 @@ def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
 
 def over_tiles(size: int, tile_size: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
     """`carry = body(start, length, carry)` for tiles of `size` rows; the last may be shorter."""
+    tile_size = min(tile_size, size)
     count, rest = divmod(size, tile_size)
     carry = loop(count, lambda i, carry: body(i * tile_size, tile_size, carry), carry)
     return body(size - rest, rest, carry) if rest > 0 else carry

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from ._chunks import only
 from ._devices import device_type, retype, Static, without_devices
 from ._function import TokenFunction
-from ._reference import TokenScores
+from ._reference import Scores
 from ._scores import nan_if_unknown
 
 
@@ -28,7 +28,7 @@ def device_losses(
     function: TokenFunction,
     of_example: tuple[bool, ...] | None,
     outer_axes: frozenset[str],
-    scores: TokenScores,
+    scores: Scores,
     weights: Array,
     data: tuple[Array, ...],
     closure: tuple[Array, ...],
@@ -81,7 +81,7 @@ device_losses.defvjp(_device_losses_forward, _device_losses_backward)
 def _losses(
     function: TokenFunction,
     of_example: tuple[bool, ...] | None,
-    scores: TokenScores,
+    scores: Scores,
     weights: Array,
     data: tuple[Array, ...],
     closure: tuple[Array, ...],
@@ -96,7 +96,7 @@ def _losses(
         of_tokens = jax.vmap(of_tokens, in_axes=(0, 0, None))
     # What the mask leaves out must not reach the gradient of `closure`: NaN times zero is NaN.
     counted = functools.partial(_repeat_counted, mask)
-    numbers = TokenScores(*map(counted, scores, PLAIN_SCORES))
+    numbers = type(scores)(*map(counted, scores, PLAIN_SCORES))
     data = tuple(counted(array, PLAIN_DATA) for array in data)
     losses = only(mask, of_tokens(numbers, data, _cut_if_none(mask, closure)))
     # The NaN must not hide the gradient: that of a vector which is not finite is NaN.

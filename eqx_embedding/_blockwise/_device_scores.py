@@ -14,24 +14,24 @@ from jaxtyping import Array
 from .._inputs import nan_where
 from ._chunks import only
 from ._devices import device_type, retype, Static
-from ._gradients import chunk_gradients, HeadGradient, zero_gradient
-from ._logits import chunks_of, is_unknown, make_head, on_device, Operands, Options
-from ._reference import TokenScores
-from ._scores import chunk_scores, Used
+from ._gradients import chunk_gradients, chunk_scores, HeadGradient, zero_gradient
+from ._logits import chunks_of, make_head, on_device, Operands, Options
+from ._reference import differentiable, Scores
+from ._scores import Used
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def device_scores(options: Options, used: Used, operands: Operands) -> TokenScores:
+def device_scores(options: Options, used: Used, operands: Operands) -> Scores:
     """The scores of N tokens; zeros for those that the mask leaves out."""
     return _all_scores(options, used, operands)
 
 
-def _all_scores(options: Options, used: Used, operands: Operands) -> TokenScores:
+def _all_scores(options: Options, used: Used, operands: Operands) -> Scores:
     scores = functools.partial(_scores, used)
     return on_device(scores, options, device_type(operands.targets), operands)
 
 
-def _scores(used: Used, options: Options, operands: Operands) -> TokenScores:
+def _scores(used: Used, options: Options, operands: Operands) -> Scores:
     head = make_head(options, operands)
 
     def chunk(sums: Any, is_token: Array | None, x: Array, y: Array) -> Any:
@@ -54,11 +54,11 @@ def _device_scores_forward(options: Options, used: Used, operands: Operands) -> 
 
 
 def device_scores_backward(
-    options: Options, used: Used, saved: tuple[Static, Operands], cotangents: TokenScores
+    options: Options, used: Used, saved: tuple[Static, Operands], cotangents: Scores
 ) -> tuple[Operands]:
     types, operands = saved
     gradients = functools.partial(_score_gradients, used)
-    return (on_device(gradients, options, types.value, operands, cotangents[:4]),)
+    return (on_device(gradients, options, types.value, operands, differentiable(cotangents)),)
 
 
 def _score_gradients(
@@ -67,23 +67,21 @@ def _score_gradients(
     # A token whose scores are not used must not poison the others, whatever its vector is.
     needed = functools.reduce(jnp.logical_or, map(_any_of_token, cotangents))
     mask = needed if operands.mask is None else needed & operands.mask
-    d_log_prob, *others = cotangents
-    unknown = is_unknown(options, operands.targets) & (d_log_prob != 0)
     head = make_head(options, operands)
 
     def chunk(
         d_head: HeadGradient, is_token: Array | None, x: Array, y: Array, given: tuple[Array, ...]
     ) -> Any:
-        log_prob, mean_log_prob, entropy, logsumexp = (only(is_token, c) for c in given)
+        first, *others = (only(is_token, cotangent) for cotangent in given)
 
-        def of_tokens(scores: TokenScores) -> Any:
-            new = TokenScores(log_prob, mean_log_prob, entropy, logsumexp, scores.is_top)
-            return new, None
+        def of_tokens(scores: Scores) -> Any:
+            # That of a target out of range
+            is_nan = jnp.isnan(scores[0]) & (first != 0)
+            return (nan_where(is_nan, first), *others), None
 
         d_x, d_head, _ = chunk_gradients(options, used, head, x, y, of_tokens, d_head)
         return d_head, d_x
 
-    cotangents = nan_where(unknown, d_log_prob), *others
     tokens = operands.hidden, operands.targets, cotangents
     chunks = chunks_of(options, operands._replace(mask=mask))
     d_head, d_hidden = chunks.run(chunk, tokens, zero_gradient(options, head, chunks.count))

@@ -17,16 +17,16 @@ from .._inputs import at_least_float32
 from ._chunks import only
 from ._devices import device_type, Static, without_devices
 from ._function import TokenFunction
-from ._gradients import chunk_gradients, zero_gradient
+from ._gradients import chunk_gradients, chunk_scores, zero_gradient
 from ._logits import chunks_of, make_head, on_device, Operands, Options
-from ._reference import TokenScores
-from ._scores import chunk_scores, nan_if_unknown
+from ._reference import differentiable, Scores
+from ._scores import nan_if_unknown
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def device_total(
     options: Options, function: TokenFunction, return_scores: bool, operands: Operands
-) -> tuple[Array, TokenScores | None]:
+) -> tuple[Array, Scores | None]:
     """The sum of the weighted losses of N tokens, and their scores."""
     total = functools.partial(_total, function, return_scores)
     return on_device(total, options, device_type(operands.targets), operands)
@@ -34,7 +34,7 @@ def device_total(
 
 def _total(
     function: TokenFunction, return_scores: bool, options: Options, operands: Operands
-) -> tuple[Array, TokenScores | None]:
+) -> tuple[Array, Scores | None]:
     head, used = make_head(options, operands), function.used(return_scores)
 
     def chunk(
@@ -63,7 +63,7 @@ def _device_total_forward(
 
 def _total_and_gradients(
     function: TokenFunction, return_scores: bool, options: Options, operands: Operands
-) -> tuple[tuple[Array, TokenScores | None], Operands]:
+) -> tuple[tuple[Array, Scores | None], Operands]:
     head, used = make_head(options, operands), function.used(return_scores)
 
     def chunk(
@@ -71,13 +71,13 @@ def _total_and_gradients(
     ) -> Any:
         total, d_closure, d_head = sums
 
-        def of_tokens(scores: TokenScores) -> Any:
+        def of_tokens(scores: Scores) -> Any:
             losses, pullback = eqx.filter_vjp(function.of_tokens, scores, data, operands.closure)
             d_scores, d_data, new = pullback(only(is_token, nan_if_unknown(scores, w)))
             # In a chunk of several devices, one may have no token, but data that it must not use.
             some = None if is_token is None else jnp.any(is_token)
             d_scores, new = jax.tree.map(functools.partial(only, some), (d_scores, new))
-            return d_scores, (scores, losses, d_data, new)
+            return differentiable(d_scores), (scores, losses, d_data, new)
 
         d_x, d_head, (scores, losses, d_data, new) = chunk_gradients(
             options, used, head, x, y, of_tokens, d_head
@@ -103,7 +103,7 @@ def _device_total_backward(
     function: TokenFunction,
     return_scores: bool,
     saved: tuple[Static, Operands],
-    cotangents: tuple[Array, TokenScores | None],
+    cotangents: tuple[Array, Scores | None],
 ) -> tuple[Operands]:
     cotangent, _ = cotangents  # the scores have no gradient
 

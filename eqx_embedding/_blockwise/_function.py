@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from .._sharding import varying_axes
 from ._devices import no_mesh
-from ._reference import TokenScores
+from ._reference import Divergence, Scores, TokenScores
 from ._scores import Used
 
 
@@ -25,14 +25,14 @@ class TokenFunction:
     defined again for each call is compiled once, unless it has a custom derivative.
     """
 
-    def __init__(self, jaxpr: Jaxpr):
+    def __init__(self, jaxpr: Jaxpr, scores: tuple[str, ...]):
         self.jaxpr = jaxpr
         _, used = partial_eval.dce_jaxpr(jaxpr, [True])
-        self._uses = dict(zip(TokenScores._fields, used, strict=False))
+        self._uses = dict(zip(scores, used, strict=False))
         self._structure = _structure(jaxpr)
 
     def __call__(
-        self, scores: TokenScores, data: tuple[Array, ...], closure: tuple[Array, ...]
+        self, scores: Scores, data: tuple[Array, ...], closure: tuple[Array, ...]
     ) -> Array:
         types: Any = [variable.aval for variable in self.jaxpr.constvars]
         consts = [array.astype(of.dtype) for array, of in zip(closure, types, strict=True)]
@@ -40,14 +40,14 @@ class TokenFunction:
         return jnp.asarray(loss)  # a constant is a number of NumPy
 
     def of_tokens(
-        self, scores: TokenScores, data: tuple[Array, ...], closure: tuple[Array, ...]
+        self, scores: Scores, data: tuple[Array, ...], closure: tuple[Array, ...]
     ) -> Array:
         """The losses of tokens, whose scores and data have one more axis in front."""
         return jax.vmap(self, in_axes=(0, 0, None))(scores, data, closure)
 
     def used(self, return_scores: bool) -> Used:
         """Which scores to compute."""
-        return Used(*(return_scores or self._uses[name] for name in Used._fields))
+        return Used(*(return_scores or self._uses.get(name, False) for name in Used._fields))
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, TokenFunction) and self._structure == other._structure
@@ -59,23 +59,17 @@ class TokenFunction:
 def close_over(
     fn: Callable[..., Any],
     dtype: DTypeLike,
-    targets: tuple[int, ...],
+    scores: Any,
     data: tuple[jax.ShapeDtypeStruct, ...],
 ) -> tuple[TokenFunction, tuple[Array, ...]]:
-    """`fn` as a value, and the arrays that it closes over.
-
-    `targets` is the shape of the targets of one token, and `data` are its data.
+    """`fn` as a value, and the arrays that it closes over. `scores` and `data` are those of one
+    token.
 
     **Raises:**
 
     A `TypeError` if `fn` returns something other than a real scalar. A `ValueError` if it names an
     axis of `jax.vmap` or of a mesh, or closes over an array that differs from device to device.
     """
-    number: Any = jax.ShapeDtypeStruct((), dtype)
-    truth: Any = jax.ShapeDtypeStruct((), bool)
-    of_targets: Any = jax.ShapeDtypeStruct(targets, dtype)
-    scores = TokenScores(of_targets, number, number, number, truth)
-
     called = (
         "fn is called with the scores of one token, each of shape (), and data of the shapes "
         f"{[part.shape for part in data]}, and mapped over all tokens."
@@ -108,7 +102,17 @@ def close_over(
             f"fn closes over an array that differs along the mesh axes {sorted(differs)} of this "
             "`jax.shard_map`: hand it over as one of the data instead, with the shape of the batch."
         )
-    return TokenFunction(closed.jaxpr), closure
+    return TokenFunction(closed.jaxpr, scores._fields), closure
+
+
+def shapes_of_scores(dtype: DTypeLike, targets: tuple[int, ...] | None) -> Any:
+    """The scores of a token with targets of that shape, or, for `None`, with a teacher."""
+    number: Any = jax.ShapeDtypeStruct((), dtype)
+    if targets is None:
+        return Divergence(number)
+    of_targets: Any = jax.ShapeDtypeStruct(targets, dtype)
+    is_top: Any = jax.ShapeDtypeStruct(targets, bool)
+    return TokenScores(of_targets, number, number, number, is_top)
 
 
 def _is_explicit(aval: Any) -> bool:

@@ -1,6 +1,6 @@
-"""The gradients of a function of the scores of a chunk of tokens.
+"""The scores of a chunk of tokens, and the gradients of a function of them.
 
-By the formula of `_reference.py`, with z relative to the largest logit:
+For scores of targets by the formula of `_reference.py`, with z relative to the largest logit:
 
     d_logits[j] = exp(z[j]) * (scale + slope * z[j]) + at_target * (j is the target) + everywhere
 """
@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ._chunks import over_tiles, tile
+from ._divergence import compare, count_rows, PullBack
 from ._logits import (
     all_tokens,
     Head,
@@ -24,7 +25,7 @@ from ._logits import (
     tile_logits,
     without_padding,
 )
-from ._reference import TokenScores
+from ._reference import Scores, TokenScores
 from ._scores import (
     as_scores,
     find_statistics,
@@ -52,42 +53,77 @@ def zero_gradient(options: Options, head: Head, num_chunks: int) -> HeadGradient
     return HeadGradient(jnp.zeros(head.rows.shape, dtype), bias)
 
 
+def chunk_scores(
+    options: Options, used: Used, head: Head, x: Float[Array, "C D"], targets: Array
+) -> Scores:
+    """The scores of C tokens; those that are not used have no meaning."""
+    x, targets = all_tokens(options, (x, targets))
+
+    def logits(start: Any, size: int) -> Array:
+        return tile_logits(options, head, x, start, size)
+
+    if options.comparison is None:
+        statistics = find_statistics(options, used, head, targets, logits)
+        return own_tokens(options, as_scores(options, targets, statistics))
+    scores, _ = compare(options, head, targets, logits(0, len(head.rows)))
+    return own_tokens(options, scores)
+
+
 def chunk_gradients(
     options: Options,
     used: Used,
     head: Head,
     x: Float[Array, "C D"],
-    targets: Targets,
-    cotangents_of: Callable[[TokenScores], tuple[TokenScores, Any]],
+    targets: Array,
+    cotangents_of: Callable[[Any], tuple[tuple[Array, ...], Any]],
     d_head: HeadGradient,
 ) -> tuple[Float[Array, "C D"], HeadGradient, Any]:
     """The gradients with respect to C tokens and to the table.
 
-    `cotangents_of(scores)` returns the cotangents of the scores, and anything else, which is
-    handed on. Returns the gradient of `x`; `d_head`, with that of the table added; anything else.
+    `cotangents_of(scores)` returns the cotangents of the scores that are differentiable, and
+    anything else, which is handed on. Returns the gradient of `x`; `d_head`, with that of the table
+    added; anything else.
     """
     x, targets = all_tokens(options, (x, targets))
     (C, D), (V, _) = x.shape, head.rows.shape
     z = tile_logits(options, head, x, 0, V)
+    if options.comparison is None:
+        scores, pull_back = _score_targets(options, used, head, targets, z)
+    else:
+        scores, pull_back = compare(options, head, targets, z)
+    cotangents, other = cotangents_of(own_tokens(options, scores))
+    gradient = pull_back(all_tokens(options, cotangents))
+
+    def add(start: Any, size: int, carry: Any) -> Any:
+        z_tile = tile(z, start, size)
+        d_z = _before_cap(options, head, gradient(start, z_tile), z_tile, start)
+        return _add_products(options, head, x, d_z, start, *carry)
+
+    carry = jnp.zeros((C, D), options.wide), d_head
+    d_x, d_head = over_tiles(count_rows(head), options.plan.tile_size, add, carry)
+    return sum_own_tokens(options, d_x), d_head, other
+
+
+def _score_targets(
+    options: Options, used: Used, head: Head, targets: Targets, z: Float[Array, "V C"]
+) -> tuple[TokenScores, PullBack]:
+    """The scores of C tokens with the logits `z`, and how to pull back cotangents of them."""
 
     def logits(start: Any, size: int) -> Array:
         return tile(z, start, size)
 
     statistics = find_statistics(options, used, head, targets, logits)
     scores = as_scores(options, targets, statistics)
-    cotangents, other = cotangents_of(own_tokens(options, scores))
-    numbers: Any = (*all_tokens(options, cotangents[:4]), scores.is_top)
-    cotangents = TokenScores(*numbers)
-    coefficients = _find_coefficients(options, used, statistics, scores, cotangents)
 
-    def add(start: Any, size: int, carry: Any) -> Any:
-        target_rows = targets_first(targets) - head.start - start
-        d_z = _logit_gradient(options, head, coefficients, target_rows, logits(start, size), start)
-        return _add_products(options, head, x, d_z, start, *carry)
+    def pull_back(cotangents: tuple[Array, ...]) -> Callable[[Any, Array], Array]:
+        coefficients = _find_coefficients(options, used, statistics, scores, cotangents)
 
-    carry = jnp.zeros((C, D), options.wide), d_head
-    d_x, d_head = over_tiles(V, options.plan.tile_size, add, carry)
-    return sum_own_tokens(options, d_x), d_head, other
+        def gradient(start: Any, z: Array) -> Array:
+            return _logit_gradient(coefficients, targets_first(targets) - head.start - start, z)
+
+        return gradient
+
+    return scores, pull_back
 
 
 class _Coefficients(NamedTuple):
@@ -105,42 +141,30 @@ def _find_coefficients(
     used: Used,
     statistics: Statistics,
     scores: TokenScores,
-    cotangents: TokenScores,
+    cotangents: tuple[Array, ...],
 ) -> _Coefficients:
+    log_prob, mean_log_prob, entropy, logsumexp = cotangents
     total, slope, everywhere = statistics.total, None, None
-    at_target = targets_first(cotangents.log_prob)
-    scale = cotangents.logsumexp - jnp.sum(at_target, axis=0)
+    at_target = targets_first(log_prob)
+    scale = logsumexp - jnp.sum(at_target, axis=0)
     if used.mean_log_prob:
-        scale = scale - cotangents.mean_log_prob
-        everywhere = cotangents.mean_log_prob / options.vocab_size
+        scale = scale - mean_log_prob
+        everywhere = mean_log_prob / options.vocab_size
     if used.entropy:
-        scale = scale + cotangents.entropy * (jnp.log(total) - scores.entropy)
-        slope = -cotangents.entropy / total
+        scale = scale + entropy * (jnp.log(total) - scores.entropy)
+        slope = -entropy / total
     return _Coefficients(statistics.maximum, scale / total, slope, at_target, everywhere)
 
 
-def _logit_gradient(
-    options: Options,
-    head: Head,
-    coefficients: _Coefficients,
-    target_rows: Array,
-    z: Array,
-    start: Any,
-) -> Array:
-    """Of the logits `z` of the rows from `start` on. `target_rows`, (k, C), count from there."""
+def _logit_gradient(coefficients: _Coefficients, target_rows: Array, z: Array) -> Array:
+    """Of the logits `z` of some rows. `target_rows`, (k, C), count from the first of them."""
     maximum, scale, slope, at_target, everywhere = coefficients
     shifted = z - maximum[None]
     factor = scale[None]
     if slope is not None:
         factor = factor + slope[None] * jnp.maximum(shifted, LOWEST)
     d_z = _add_at(target_rows, at_target, factor * jnp.exp(shifted))
-    if everywhere is not None:
-        d_z = d_z + everywhere[None]
-    if options.soft_cap is not None:
-        # where the logit is -inf, the derivative of this would be NaN
-        capped = without_padding(options, head, z, start, 0.0) / options.soft_cap
-        d_z = d_z * (1 - capped**2)
-    return without_padding(options, head, d_z, start, 0.0)
+    return d_z if everywhere is None else d_z + everywhere[None]
 
 
 def _add_at(rows: Array, numbers: Array, array: Array) -> Array:
@@ -150,6 +174,15 @@ def _add_at(rows: Array, numbers: Array, array: Array) -> Array:
         return array + jnp.where(here, numbers, 0.0)
     columns = lax.broadcasted_iota(np.int32, rows.shape, 1)
     return array.at[rows, columns].add(numbers, mode="drop", wrap_negative_indices=False)
+
+
+def _before_cap(options: Options, head: Head, d_z: Array, z: Array, start: Any) -> Array:
+    """The gradient of the logits `z` of the rows from `start` on, before their soft cap."""
+    if options.soft_cap is not None:
+        # where the logit is -inf, the derivative of this would be NaN
+        capped = without_padding(options, head, z, start, 0.0) / options.soft_cap
+        d_z = d_z * (1 - capped**2)
+    return without_padding(options, head, d_z, start, 0.0)
 
 
 def _add_products(

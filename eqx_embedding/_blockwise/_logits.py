@@ -24,6 +24,17 @@ from ._devices import (
 from ._plan import make_plan, Platform
 
 
+class Comparison(NamedTuple):
+    """With what a divergence compares, as far as it is known when the program is compiled."""
+
+    kind: str  # "forward", "reverse" or "jensen_shannon"
+    temperature: float
+    # of the logits of the teacher
+    padded: bool
+    soft_cap: float | None
+    dtype: DTypeLike
+
+
 class Options(NamedTuple):
     """What is known when the program is compiled."""
 
@@ -34,6 +45,7 @@ class Options(NamedTuple):
     wide: DTypeLike  # of all else: float32 or float64
     chunk_size: int | None  # `None` leaves it to the plan
     tiles: bool  # whether a device can cut its rows into tiles
+    comparison: Comparison | None = None  # `None` for scores of targets
     rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
     gathered: bool = False  # whether the rows are a copy of the parts of other devices
     plan: Any = None  # a `Plan` for a platform
@@ -46,9 +58,10 @@ class Options(NamedTuple):
         """With a plan for the operands of a device."""
         (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
         masked, devices = operands.mask is not None, self.count_devices(self.token_axes)
+        heads = 1 if self.comparison is None else 2  # logits of a token for each row
         plan = make_plan(
             platform,
-            N * devices,
+            N * devices * heads,
             V,
             D,
             self.dtype,
@@ -58,7 +71,19 @@ class Options(NamedTuple):
             self.gathered,
             self.chunk_size,
         )
+        if self.chunk_size is None:
+            plan = plan._replace(chunk_size=max(plan.chunk_size // heads, 1))
         return self._replace(plan=plan)
+
+    @property
+    def temperature(self) -> float:
+        return 1.0 if self.comparison is None else self.comparison.temperature
+
+    def of_teacher(self) -> "Options":
+        """Those of the logits of the teacher."""
+        assert self.comparison is not None
+        _, _, padded, soft_cap, dtype = self.comparison
+        return self._replace(padded=padded, soft_cap=soft_cap, dtype=dtype)
 
     def count_devices(self, axes: tuple[str, ...]) -> int:
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
@@ -73,11 +98,12 @@ class Operands(NamedTuple):
     hidden: Any  # *batch *embedding
     rows: Any  # V *embedding
     bias: Any  # V, or `None`
-    targets: Any  # *batch, or *batch k for k targets of each token
+    targets: Any  # *batch; *batch k for k targets of a token; or hidden vectors of a teacher
     mask: Any  # *batch, which tokens count; `None` if all do
     weights: Any = None  # *batch; `None` where only scores are asked for
     data: Any = ()  # arrays *batch ..., of which a function gets one row for each token
     closure: Any = ()  # arrays, which a function gets as they are
+    teacher: Any = None  # rows and bias of a teacher, in the dtypes of its logits
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -90,6 +116,7 @@ class Head(NamedTuple):
     rows: Float[Array, "V D"]  # in `Options.dtype`
     bias: Float[Array, " V"] | None
     start: Any  # the token of the first row
+    teacher: Any = None  # the head of a teacher
 
 
 def on_device(
@@ -118,7 +145,10 @@ def on_device(
 def make_head(options: Options, operands: Operands) -> Head:
     rows = operands.rows
     start = index_of_device(options.mesh, options.vocabulary_axes) * np.int32(len(rows))
-    return Head(rows.astype(options.dtype), operands.bias, start)
+    teacher = None
+    if operands.teacher is not None:
+        teacher = Head(operands.teacher[0], operands.teacher[1], start)
+    return Head(rows.astype(options.dtype), operands.bias, start, teacher)
 
 
 def chunks_of(options: Options, operands: Operands) -> Chunks:

@@ -15,10 +15,19 @@ So the gradient of any function of the scores is, with z = logits - max(logits),
     d_logits[j] = p[j] * (a + b * z[j]) + c * (j is the target) + d
 
 with four numbers a, b, c, d for each token.
+
+A divergence compares p with the probabilities q of a teacher, at a temperature T. With
+m = (p + q) / 2:
+
+| divergence     | meaning                   | its derivative by logit j                 |
+| -------------- | ------------------------- | ----------------------------------------- |
+| forward        | KL(q, p)                  | (p[j] - q[j]) / T                         |
+| reverse        | KL(p, q)                  | p[j] * (log(p[j] / q[j]) - KL(p, q)) / T  |
+| jensen_shannon | (KL(p, m) + KL(q, m)) / 2 | p[j] * (log(p[j] / m[j]) - KL(p, m)) / 2T |
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +50,20 @@ class TokenScores(NamedTuple):
     entropy: Float[Array, "*batch"]
     logsumexp: Float[Array, "*batch"]
     is_top: Bool[Array, "*batch"]
+
+
+class Divergence(NamedTuple):
+    """What a loss of a student and a teacher is a function of."""
+
+    divergence: Float[Array, "*batch"]
+
+
+Scores = TokenScores | Divergence
+
+
+def differentiable(scores: Any) -> tuple[Any, ...]:
+    """Those of the scores that have a derivative."""
+    return tuple(scores[:4])
 
 
 def reference_loss(
@@ -77,3 +100,20 @@ def reference_scores(
         logsumexp=jax.nn.logsumexp(logits, axis=1),
         is_top=jnp.argmax(logits, axis=1) == targets,
     )
+
+
+def reference_divergence(
+    kind: str, temperature: float, logits: Float[Array, "N V"], teacher_logits: Float[Array, "N V"]
+) -> Float[Array, " N"]:
+    """The divergence of each token from a teacher."""
+    log_p, log_q = (jax.nn.log_softmax(z / temperature) for z in (logits, teacher_logits))
+    log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+
+    def kl(log_a: Array, log_b: Array) -> Array:
+        return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=1)
+
+    if kind == "forward":
+        return kl(log_q, log_p)
+    if kind == "reverse":
+        return kl(log_p, log_q)
+    return (kl(log_p, log_m) + kl(log_q, log_m)) / 2

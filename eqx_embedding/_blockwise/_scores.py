@@ -1,4 +1,4 @@
-"""The scores of a chunk of tokens, from its logits, a tile of the vocabulary after the other."""
+"""The scores of the targets of a chunk of tokens, from its logits, tile after tile."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,22 +6,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from .._inputs import nan_where
 from ._chunks import over_tiles
 from ._devices import max_over_devices, min_over_devices, sum_over_devices
 from ._logits import (
-    all_tokens,
     Head,
     is_unknown,
     Options,
-    own_tokens,
-    tile_logits,
     tokens_before,
     without_padding,
 )
-from ._reference import TokenScores
+from ._reference import Scores, TokenScores
 
 
 Targets = Int[Array, " C"] | Int[Array, "C k"]  # of each token one, or k
@@ -33,20 +30,6 @@ class Used(NamedTuple):
     mean_log_prob: bool
     entropy: bool
     is_top: bool
-
-
-def chunk_scores(
-    options: Options, used: Used, head: Head, x: Float[Array, "C D"], targets: Targets
-) -> TokenScores:
-    """The scores of C tokens; those that are not used have no meaning."""
-
-    x, targets = all_tokens(options, (x, targets))
-
-    def logits(start: Any, size: int) -> Array:
-        return tile_logits(options, head, x, start, size)
-
-    scores = as_scores(options, targets, find_statistics(options, used, head, targets, logits))
-    return own_tokens(options, scores)
 
 
 class Statistics(NamedTuple):
@@ -104,9 +87,9 @@ def as_scores(options: Options, targets: Targets, statistics: Statistics) -> Tok
     )
 
 
-def nan_if_unknown(scores: TokenScores, array: Array) -> Array:
+def nan_if_unknown(scores: Scores, array: Array) -> Array:
     """A target out of range makes the loss NaN, even if the function does not look at it."""
-    is_unknown = jnp.isnan(scores.log_prob)
+    is_unknown = jnp.isnan(scores[0])
     return nan_where(jnp.any(is_unknown, axis=range(array.ndim, is_unknown.ndim)), array)
 
 
