@@ -21,6 +21,7 @@ from benchmarks import (
     peers,
     plays,
     quality,
+    search,
     train_step,
 )
 from eqx_embedding import EmbeddingDecode, EmbeddingTable
@@ -340,3 +341,16 @@ def test_an_error_of_numerics_is_that_of_the_way(monkeypatch, capsys):
     figures = {line[:28].strip(): line[28:].split() for line in lines}
     assert figures["loss"] == figures["loss, gradient of hidden"] == ["1.0e+00"]
     assert float(figures["decode"][0]) < 1e-3
+
+
+@pytest.mark.parametrize("task", search.TASKS)
+def test_a_task_of_search_is_measured_beside_plain_jax(task, capsys):
+    arguments = ["--shape", "32", "8", "50", "--rounds", "1", "--tasks", task]
+    search.main([*arguments, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    plain, *others = report["results"]
+    assert plain["time"] == plain["memory"] == 1 and plain["error"] == 0
+    for row in others:
+        assert row["error"] < 1e-4 and row["time"] > 0 and len(row["times"]) == 2
+    search.show(report)
+    assert search.TASKS[task].title in capsys.readouterr().out
