@@ -280,7 +280,7 @@ def test_the_second_derivative_is_that_from_logits(kind):
     assert_close(squared(ours), squared(plain))
 
 
-def test_a_large_student_may_have_a_small_teacher_in_bfloat16():
+def test_a_teacher_may_be_in_bfloat16():
     """Each computes in its own dtype, and the divergence in float32."""
     student, hidden, teacher, theirs = make_problem(soft_cap=None)
     half = jax.tree.map(lambda array: array.astype("bfloat16"), (teacher, theirs))

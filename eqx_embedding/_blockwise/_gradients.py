@@ -146,7 +146,7 @@ def _find_coefficients(
     log_prob, mean_log_prob, entropy, logsumexp = cotangents
     total, slope, everywhere = statistics.total, None, None
     at_target = targets_first(log_prob)
-    scale = logsumexp - jnp.sum(at_target, axis=0)
+    scale = logsumexp - (log_prob if log_prob.ndim == 1 else jnp.sum(log_prob, axis=1))
     if used.mean_log_prob:
         scale = scale - mean_log_prob
         everywhere = mean_log_prob / options.vocab_size

@@ -106,7 +106,7 @@ class Operands(NamedTuple):
     teacher: Any = None  # rows and bias of a teacher, in the dtypes of its logits
 
     @property
-    def batch(self) -> tuple[int, ...]:
+    def batch(self) -> tuple[Any, ...]:
         return self.hidden.shape[: self.hidden.ndim - (self.rows.ndim - 1)]
 
 

@@ -132,7 +132,7 @@ def test_no_table_and_no_logits_are_gathered(setting):
     assert max(np.prod(sizes) for _, sizes in found["all-reduce"]) <= 40 * D
 
 
-def test_a_teacher_split_otherwise_is_an_error_in_shard_map():
+def test_a_shard_map_wants_tables_split_alike():
     arguments = make_arguments(their_rows=104, their_padding_rows=11)
     mesh = make_mesh("manual")
     with jax.set_mesh(mesh):
