@@ -90,7 +90,7 @@ def _score_gradients(
 
 
 def _any_of_token(array: Array) -> Array:
-    return jnp.any(array != 0, axis=range(1, array.ndim))
+    return array != 0 if array.ndim == 1 else jnp.any(array != 0, axis=1)
 
 
 device_scores.defvjp(_device_scores_forward, device_scores_backward)
