@@ -1,11 +1,17 @@
 import contextlib
+import os
 
-import hypothesis
-import jax
-import jax.numpy as jnp
-import pytest
+from .flags import xla_flags
 
-from .helpers import Keys
+
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+
+from .helpers import Keys  # noqa: E402
 
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,6 +29,15 @@ for name, examples in {"quick": 16, "full": 230}.items():
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
 hypothesis.settings.load_profile("quick")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device_count(request):
+    """One, but for the tests in `devices`. JAX has eight, of which only this number tells."""
+    with pytest.MonkeyPatch.context() as context:
+        if "devices" not in request.path.parts:
+            context.setattr(jax, "device_count", lambda: 1)
+        yield
 
 
 @pytest.fixture

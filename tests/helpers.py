@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_embedding import EmbeddingTable, TokenScores
+from eqx_embedding import EmbeddingDecode, EmbeddingTable, TokenScores
+
+from .flags import COMPILER
 
 
 class Keys:
@@ -33,6 +35,13 @@ class Keys:
 VOCAB_SIZE = 7
 PADDING_ROWS = 2
 
+NAMES = ("vocabulary", "embedding")
+
+# A batch of four tokens, one of which is masked.
+FOUR_TOKENS = np.asarray([0, 6, 3, 3], np.int32)
+FOUR_TARGETS = np.asarray([1, 2, 6, 0], np.int32)
+FOUR_WEIGHTS = np.asarray([1, 0, 2, 1], np.float32)
+
 # The axis names and sizes of a table of 7 tokens and 2 padding rows, with the vocabulary anywhere.
 LAYOUTS = {
     "first": {"vocabulary": 9, "embedding": 4},
@@ -42,23 +51,61 @@ LAYOUTS = {
 }
 
 
-def make_array(shape: tuple[int, ...], dtype="float32", seed: int = 0) -> jax.Array:
+def draw(shape: tuple[int, ...], dtype="float32", seed: int = 0) -> np.ndarray:
     """Normal numbers, drawn by numpy, which has nothing to compile."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def make_table(layout: str, dtype="float32", seed: int = 0, with_bias=False) -> EmbeddingTable:
-    """A table of one of the `LAYOUTS`; its padding rows are not zero, so that a leak shows."""
+def make_array(shape: tuple[int, ...], dtype="float32", seed: int = 0) -> jax.Array:
+    return jnp.asarray(draw(shape, dtype, seed))
+
+
+def make_table(
+    layout: str, dtype="float32", seed: int = 0, with_bias=False, padding: float | None = None
+) -> EmbeddingTable:
+    """A table of one of the `LAYOUTS`. Its padding rows are random numbers or `padding`, so that a
+    leak shows."""
     axes = LAYOUTS[layout]
-    embeddings = make_array(tuple(axes.values()), dtype, seed)
-    bias = make_array((VOCAB_SIZE + PADDING_ROWS,), dtype, seed + 1) if with_bias else None
-    return EmbeddingTable(embeddings, tuple(axes), padding_rows=PADDING_ROWS, bias=bias)
+    embeddings = draw(tuple(axes.values()), dtype, seed)
+    bias = draw((VOCAB_SIZE + PADDING_ROWS,), dtype, seed + 1)
+    if padding is not None:
+        np.moveaxis(embeddings, list(axes).index("vocabulary"), 0)[VOCAB_SIZE:] = padding
+        bias[VOCAB_SIZE:] = padding
+    return EmbeddingTable(
+        jnp.asarray(embeddings),
+        tuple(axes),
+        padding_rows=PADDING_ROWS,
+        bias=jnp.asarray(bias) if with_bias else None,
+    )
+
+
+def make_layer(
+    layout="first", dtype="float32", with_bias=False, soft_cap=None, padding=None, seed=0
+) -> EmbeddingDecode:
+    return EmbeddingDecode(make_table(layout, dtype, seed, with_bias, padding), soft_cap)
+
+
+def make_hidden(layer: EmbeddingDecode, batch: tuple[int, ...], dtype="float32") -> jax.Array:
+    return make_array((*batch, *layer.table.embedding_axes.values()), dtype, seed=2)
 
 
 def quick_jit(function) -> Any:
     """`eqx.filter_jit` for a program that runs once: compiled in half the time, slower to run."""
     options: Any = {"compiler_options": {"xla_backend_optimization_level": 0}}
     return eqx.filter_jit(function, **options)
+
+
+# As XLA compiles by default, whatever flags the tests have.
+DEFAULT_COMPILER: dict[str, Any] = {
+    "xla_backend_optimization_level": 3,
+    "xla_cpu_use_fusion_emitters": True,
+}
+
+
+def compile_by_default(lowered):
+    """For tests of memory and communication: the program that users get."""
+    lowered = getattr(lowered, "lowered", lowered)  # which Equinox wraps
+    return lowered.compile(compiler_options=DEFAULT_COMPILER)
 
 
 def float64(array) -> np.ndarray:
@@ -225,15 +272,37 @@ def assert_close(actual, expected, rtol: float = 1e-5, atol: float = 1e-6):
     np.testing.assert_allclose(float64(actual), float64(expected), rtol, atol)
 
 
+def assert_trees_close(actual, expected, rtol: float = 1e-5, atol: float = 1e-5):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        assert_close(a, e, rtol, atol)
+
+
+def assert_trees_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def compiled_memory(compiled):
+    """The sizes in bytes of what a compiled program holds on each device."""
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis
+
+
+def temporaries(compiled) -> int:
+    return compiled_memory(compiled).temp_size_in_bytes
+
+
 def rounding(dtype) -> float:
     """The distance between 1 and the next number of this dtype."""
     return float(jnp.finfo(dtype).eps)
 
 
 def python_environment(**environment: str) -> dict[str, str]:
-    """The environment of a fresh process, without the settings of this one."""
-    settings = ("EQX_ON_ERROR", "JAXTYPING_DISABLE", "XLA_FLAGS")
-    return {k: v for k, v in os.environ.items() if k not in settings} | environment
+    """The environment of a fresh process, without the settings and devices of this one."""
+    settings = ("EQX_ON_ERROR", "JAXTYPING_DISABLE")
+    kept = {k: v for k, v in os.environ.items() if k not in settings}
+    return kept | {"XLA_FLAGS": COMPILER} | environment
 
 
 def run_python(code: str, **environment: str):

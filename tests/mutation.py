@@ -1,7 +1,7 @@
 """Which changes to the package no test notices. What survives is listed in MUTATION.md.
 
     pip install -e ".[tests]" cosmic-ray
-    python -m tests.mutation _rows [_lookup ...] [--out mutants.jsonl] [--devices]
+    python -m tests.mutation _rows [_lookup ...] [--out mutants.jsonl]
 
 The changes are those of cosmic-ray. Each is made in a copy of the last commit, where the tests of
 its module run until one of them fails. Python and JAX start once: a mutant is a fork. A mutant that
@@ -25,39 +25,39 @@ from tqdm import tqdm
 
 
 # The tests of each module, those that fail first first.
-SINGLE = {
-    "_inputs": "lookup cross_entropy types faults",
-    "_lookup": "lookup tying faults",
-    "_raise": "lookup faults",
-    "_table": "table lookup decode",
-    "_decode": "decode cross_entropy faults",
-    "_blockwise/_batch": "vmap token_loss cross_entropy faults",
-    "_blockwise/_chunks": "cross_entropy token_loss faults",
-    "_blockwise/_devices": "token_loss cross_entropy",
-    "_blockwise/_divergence": "divergence",
-    "_blockwise/_function": "token_loss",
-    "_blockwise/_gather": "accelerators",
-    "_blockwise/_gradients": "score cross_entropy soft_targets divergence faults",
-    "_blockwise/_logits": "score cross_entropy faults",
-    "_blockwise/_device_losses": "token_loss faults",
-    "_blockwise/_device_scores": "score token_loss faults",
-    "_blockwise/_device_total": "token_loss cross_entropy faults",
-    "_blockwise/_plan": "accelerators cross_entropy",
-    "_blockwise/_primitive": "vmap token_loss cross_entropy",
-    "_blockwise/_reference": "score token_loss divergence",
-    "_blockwise/_scores": "score cross_entropy soft_targets faults",
-    "_tree": "resize rows",
-    "_resize": "resize",
+TESTS = {
+    "__init__": "types",
+    "_beartype": "types",
+    "_decode": "decode cross_entropy inputs table",
+    "_inputs": "inputs lookup cross_entropy types",
+    "_lookup": "lookup tying inputs devices/split",
+    "_raise": "lookup modes devices/raise",
+    "_resize": "resize devices/resize",
     "_rows": "rows types",
     "_safetensors": "safetensors",
-    "_beartype": "types",
+    "_sharding": "decode devices/split devices/fully_sharded devices/losses",
     "_suggest": "types",
-    "__init__": "types",
-    "_sharding": "decode faults",
+    "_table": "table lookup decode",
+    "_tree": "resize rows",
+    "_blockwise/__init__": "types",
+    "_blockwise/_batch": "vmap token_loss cross_entropy",
+    "_blockwise/_chunks": "cross_entropy token_loss devices/losses",
+    "_blockwise/_device_losses": "token_loss cross_entropy devices/losses devices/fully_sharded",
+    "_blockwise/_device_scores": "score token_loss devices/losses devices/fully_sharded",
+    "_blockwise/_device_total": "token_loss cross_entropy devices/losses devices/fully_sharded",
+    "_blockwise/_device_search": "search devices/search",
+    "_blockwise/_devices": "token_loss cross_entropy devices/losses devices/fully_sharded",
+    "_blockwise/_divergence": "divergence devices/divergence",
+    "_blockwise/_function": "token_loss devices/losses",
+    "_blockwise/_gather": "devices/fully_sharded devices/split",
+    "_blockwise/_gradients": "score cross_entropy soft_targets divergence devices/fully_sharded",
+    "_blockwise/_logits": "score cross_entropy devices/fully_sharded",
+    "_blockwise/_plan": "cross_entropy accelerators",
+    "_blockwise/_primitive": "vmap token_loss cross_entropy",
+    "_blockwise/_reference": "score token_loss",
+    "_blockwise/_search": "search devices/search",
+    "_blockwise/_scores": "score soft_targets cross_entropy devices/fully_sharded",
 }
-# With --devices, these are also held against the tests on eight devices, which take minutes.
-BLOCKWISE = tuple(module for module in SINGLE if module.startswith("_blockwise"))
-SPLIT = ("_sharding", "_lookup", "_raise", "_decode", *BLOCKWISE)
 
 # One replacement for each operator, the nearest one; every keyword, decorator and number.
 OPERATORS = """
@@ -111,7 +111,7 @@ def mutants_of(module: str, source: str) -> dict[Mutant, str]:
     return found
 
 
-def run_in_fork(folder: Path, arguments: list[str], devices: int, seconds: float) -> str:
+def run_in_fork(folder: Path, arguments: list[str], seconds: float) -> str:
     """How pytest ends: `passed`, `failed` or `timeout`."""
     child = os.fork()
     if child == 0:
@@ -120,8 +120,6 @@ def run_in_fork(folder: Path, arguments: list[str], devices: int, seconds: float
         output = os.open(folder / ".output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        if devices > 1:
-            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         sys.path.insert(0, str(folder))
         sys.modules.pop("tests", None)  # the one that we are in
         try:
@@ -141,22 +139,21 @@ def run_in_fork(folder: Path, arguments: list[str], devices: int, seconds: float
         time.sleep(0.02)
 
 
-def suites_of(module: str, devices: bool) -> list[tuple[list[str], int]]:
-    """The arguments of pytest and the number of devices, of each run for a module."""
+def files_of(module: str) -> list[str]:
+    paths = map(Path, TESTS[module].split())
+    return [f"tests/{path.parent / f'test_{path.name}.py'}" for path in paths]
+
+
+def arguments_of(module: str) -> list[str]:
+    """The arguments of pytest for a module."""
     imported = "ignore::pytest.PytestAssertRewriteWarning"  # modules from before the fork
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", imported]
-    files = [f"tests/test_{name}.py" for name in SINGLE[module].split()]
-    suites = [(options + files, 1)]
-    if devices and module in SPLIT:
-        suites.append((options + ["tests/devices"], 8))
-    return suites
+    return ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-W", imported, *files_of(module)]
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("modules", nargs="+", choices=list(SINGLE))
+    parser.add_argument("modules", nargs="+", choices=list(TESTS))
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
-    parser.add_argument("--devices", action="store_true", help="also run tests/devices")
     settings = parser.parse_args(arguments)
     os.environ |= {
         "PYTHONDONTWRITEBYTECODE": "1",  # a mutant of the same second and size would be taken for
@@ -178,13 +175,10 @@ def main(arguments=None):
         for name in "jax equinox jaxtyping beartype numpy hypothesis optax penzai.pz".split():
             importlib.import_module(name)  # a backend would not survive the fork, imports do
         for module in settings.modules:
-            suites = suites_of(module, settings.devices)
-            times = []
-            for suite in suites:
-                start = time.monotonic()
-                if run_in_fork(folder, *suite, 3600) != "passed":
-                    raise SystemExit((folder / ".output").read_text("utf-8"))
-                times.append(time.monotonic() - start)
+            command, start = arguments_of(module), time.monotonic()
+            if run_in_fork(folder, command, 3600) != "passed":
+                raise SystemExit((folder / ".output").read_text("utf-8"))
+            limit = 60 + 3 * (time.monotonic() - start)
             path = folder / "eqx_embedding" / f"{module}.py"
             source = path.read_text("utf-8")
             mutants, counts = mutants_of(module, source), Counter()
@@ -192,10 +186,7 @@ def main(arguments=None):
                 outcome = known.get(mutant.key)
                 if outcome is None:
                     path.write_text(mutated, "utf-8")
-                    for suite, seconds in zip(suites, times):
-                        outcome = run_in_fork(folder, *suite, 60 + 3 * seconds)
-                        if outcome != "passed":
-                            break
+                    outcome = run_in_fork(folder, command, limit)
                     line = {"mutant": dataclasses.asdict(mutant), "outcome": outcome}
                     print(json.dumps(line), file=out, flush=True)
                 counts[outcome] += 1

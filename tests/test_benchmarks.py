@@ -30,6 +30,7 @@ from eqx_embedding import EmbeddingDecode, EmbeddingTable
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_each_loss_equals_its_plain_version(name):
     N, D, V = 32, 8, 50
@@ -76,6 +77,7 @@ def by_loss_and_name(rows):
     return {(row["loss"], row["name"]): row for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_torch")
 def test_wrong_and_missing_programs_are_shown_as_such(monkeypatch, capsys):
     some = {
@@ -114,6 +116,7 @@ def test_wrong_and_missing_programs_are_shown_as_such(monkeypatch, capsys):
         assert any(line.startswith(f"{name} ") and "not run" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_torch")
 def test_each_row_has_times_memory_and_error(monkeypatch, capsys):
     monkeypatch.setattr(cross_entropy, "PEERS", {"optax": peers.with_optax})
@@ -243,6 +246,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 def test_all_train_the_same_model_in_the_same_way(capsys):
     train_step.main(["--rounds", "1", "--steps", "1", "--json"], SIZES)
     report = json.loads(capsys.readouterr().out)["report"]
@@ -269,6 +273,7 @@ def test_all_have_the_same_parameters():
         assert sum(p.numel() for p in runs["torch"].model.parameters()) == size
 
 
+@pytest.mark.slow
 def test_a_training_step_without_torch_says_so(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     sys.modules.pop("benchmarks.gpt_torch", None)
@@ -277,6 +282,7 @@ def test_a_training_step_without_torch_says_so(monkeypatch, capsys):
     assert any(line.startswith("torch") and "not run" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_quality_holds_both_against_the_same_held_out_text(tmp_path, capsys):
     path = tmp_path / "text"
     path.write_text("to be, or not to be\n" * 300)
@@ -314,6 +320,7 @@ def test_plays_are_speeches_alone(tmp_path, monkeypatch, capsys):
         plays.main([str(tmp_path / "out")])
 
 
+@pytest.mark.slow
 def test_numerics_tell_the_plain_way_from_ours(capsys):
     numerics.main(["--shape", "2048", "8", "50", "--dtype", "float32", "bfloat16", "--json"])
     reports = json.loads(capsys.readouterr().out)["reports"]

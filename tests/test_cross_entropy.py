@@ -16,14 +16,22 @@ from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
 from .helpers import (
     assert_close,
+    compile_by_default,
     cross_entropy_reference,
     decode_gradient_reference,
+    decode_reference,
     float64,
+    FOUR_TARGETS,
+    FOUR_WEIGHTS,
     LAYOUTS,
     lookup_reference,
     make_array,
+    make_hidden,
+    make_layer,
     make_table,
+    NAMES,
     rounding,
+    temporaries,
     token_losses_reference,
     VOCAB_SIZE,
 )
@@ -32,14 +40,6 @@ from .helpers import (
 BATCH = (2, 5)
 TARGETS = np.arange(10).reshape(BATCH) % VOCAB_SIZE
 WEIGHTS = np.asarray([[1, 0, 2, 0.5, 1], [3, 1, 0, 1, 0.25]], np.float32)
-
-
-def make_layer(layout="first", dtype="float32", with_bias=False, soft_cap=None):
-    return EmbeddingDecode(make_table(layout, dtype, with_bias=with_bias), soft_cap)
-
-
-def make_hidden(layer, batch=BATCH, dtype="float32"):
-    return make_array((*batch, *layer.table.embedding_axes.values()), dtype, seed=2)
 
 
 def flat_layer(vocab_size, size, dtype="float32"):
@@ -66,13 +66,14 @@ COMBINATIONS = list(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_and_gradients_are_those_of_float64(layout):
     # the layouts share the product of the options, each combination once
     mine = COMBINATIONS[list(LAYOUTS).index(layout) :: len(LAYOUTS)]
     for soft_cap, smoothing, z_loss, weighted, reduction in mine:
         layer = make_layer(layout, with_bias=weighted, soft_cap=soft_cap)
-        hidden = make_hidden(layer)
+        hidden = make_hidden(layer, BATCH)
         weights = jnp.asarray(WEIGHTS) if weighted else None
         cotangent = make_array(BATCH, seed=3) if reduction == "none" else None
         value, *gradients = value_and_gradients(
@@ -135,7 +136,7 @@ def test_finite_differences_agree_in_float64():
     with jax.enable_x64(True):
         layer = make_layer("middle", "float64", True, 2.0)
         assert layer.table.bias is not None
-        hidden = make_hidden(layer, dtype="float64")
+        hidden = make_hidden(layer, BATCH, dtype="float64")
         weights = jnp.asarray(WEIGHTS, jnp.float64)
 
         @jax.jit
@@ -161,7 +162,7 @@ def test_finite_differences_agree_in_float64():
 @pytest.mark.parametrize("weights_dtype", [bool, np.int32, np.uint8, np.float16, np.float32])
 def test_weights_may_be_of_any_real_dtype(weights_dtype):
     layer = make_layer()
-    hidden = make_hidden(layer)
+    hidden = make_hidden(layer, BATCH)
     weights = np.asarray([[1, 0, 1, 1, 0], [0, 1, 1, 1, 1]], weights_dtype)
     loss = layer.cross_entropy(hidden=hidden, targets=TARGETS, weights=weights)
     losses, _ = token_losses_reference(layer, hidden, TARGETS)
@@ -171,7 +172,7 @@ def test_weights_may_be_of_any_real_dtype(weights_dtype):
 @pytest.mark.parametrize("weight", [2.5, -2.5])
 def test_the_mean_of_a_single_token_is_its_loss_whatever_its_weight(weight):
     layer = make_layer()
-    hidden, weights = make_hidden(layer), np.zeros(BATCH, np.float32)
+    hidden, weights = make_hidden(layer, BATCH), np.zeros(BATCH, np.float32)
     weights[1, 2] = weight
     losses, _ = token_losses_reference(layer, hidden, TARGETS)
     assert_close(layer.cross_entropy(hidden, TARGETS, weights=weights), losses[1, 2])
@@ -182,7 +183,7 @@ def test_a_single_row_of_padding_has_no_part_beside_a_bias_and_a_cap_below_one()
     bias = make_array((VOCAB_SIZE + 1,), seed=1).at[-1].set(jnp.nan)
     table = EmbeddingTable(embeddings, ("vocabulary", "embedding"), padding_rows=1, bias=bias)
     layer = EmbeddingDecode(table, soft_cap=0.5)
-    hidden = make_hidden(layer)
+    hidden = make_hidden(layer, BATCH)
     losses, _ = token_losses_reference(layer, hidden, TARGETS)
     value, *gradients = value_and_gradients(layer, hidden, TARGETS, jnp.ones(BATCH))
     assert_close(value, losses.mean())
@@ -193,7 +194,7 @@ def test_a_single_row_of_padding_has_no_part_beside_a_bias_and_a_cap_below_one()
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_token_of_weight_zero_poisons_nothing(reduction, poison):
     layer = make_layer(with_bias=True)
-    hidden = make_hidden(layer)
+    hidden = make_hidden(layer, BATCH)
     targets = np.where(WEIGHTS == 0, -100, TARGETS)
     poisoned = jnp.where((WEIGHTS == 0)[..., None], poison, hidden)
     run = functools.partial(
@@ -209,7 +210,7 @@ def test_a_token_of_weight_zero_poisons_nothing(reduction, poison):
 
 def test_without_any_weight_the_mean_and_its_gradients_are_zero():
     layer = make_layer(with_bias=True)
-    hidden = jnp.full_like(make_hidden(layer), jnp.nan)
+    hidden = jnp.full_like(make_hidden(layer, BATCH), jnp.nan)
     for array in value_and_gradients(layer, hidden, TARGETS - 100, jnp.zeros(BATCH)):
         assert not np.any(array)
 
@@ -220,7 +221,7 @@ def test_a_target_out_of_range_gives_nan(target, reduction):
     layer = make_layer()
     targets = TARGETS.astype(np.int64)
     targets[0, 2] = target
-    loss = layer.cross_entropy(make_hidden(layer), targets, reduction=reduction)
+    loss = layer.cross_entropy(make_hidden(layer, BATCH), targets, reduction=reduction)
     expected = np.zeros(BATCH, bool)
     expected[0, 2] = True
     np.testing.assert_array_equal(np.isnan(loss), expected if reduction == "none" else True)
@@ -229,7 +230,7 @@ def test_a_target_out_of_range_gives_nan(target, reduction):
 def test_gradients_of_a_target_out_of_range_are_nan():
     layer = make_layer()
     targets = np.where(TARGETS == 2, -1, TARGETS)
-    _, hidden, embeddings, *_ = value_and_gradients(layer, make_hidden(layer), targets)
+    _, hidden, embeddings, *_ = value_and_gradients(layer, make_hidden(layer, BATCH), targets)
     np.testing.assert_array_equal(np.isnan(hidden[..., 0]), TARGETS == 2)
     assert np.all(np.isnan(embeddings[:VOCAB_SIZE]))
 
@@ -344,7 +345,7 @@ def test_the_loss_has_float32_at_least_and_gradients_the_dtypes_of_their_operand
 ):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         layer = EmbeddingDecode(make_table("last", table_dtype), logits_dtype=jnp.float16)
-        hidden = make_hidden(layer, dtype=hidden_dtype)
+        hidden = make_hidden(layer, BATCH, dtype=hidden_dtype)
         value, for_hidden, embeddings, *_ = value_and_gradients(layer, hidden, TARGETS)
     assert value.dtype == expected
     assert (for_hidden.dtype, embeddings.dtype) == (hidden_dtype, table_dtype)
@@ -446,6 +447,7 @@ def test_it_works_under_vmap_of_grad(case):
     jax.tree.map(assert_close, gradients, expected)
 
 
+@pytest.mark.slow
 def test_it_works_under_grad_of_vmap(case):
     layer, hidden, targets, loss, expected = case
 
@@ -478,11 +480,9 @@ def test_jax_refuses_forward_mode(case):
 # Memory
 
 
-def temporaries(function, *operands):
+def temporaries_of(function, *operands):
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), operands)
-    memory = jax.jit(function).lower(*shapes).compile().memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes
+    return temporaries(compile_by_default(jax.jit(function).lower(*shapes)))
 
 
 def sizes(N, D, V):
@@ -501,19 +501,19 @@ def cross_entropy(embeddings, hidden, targets, **options):
 @pytest.mark.parametrize("N, D, V", [(2048, 256, 50257), (1024, 512, 16384)])
 def test_temporaries_are_smaller_than_the_gradient_of_the_table(N, D, V):
     operands = sizes(N, D, V)
-    assert temporaries(jax.value_and_grad(cross_entropy, (0, 1)), *operands) < V * D * 4
-    assert temporaries(cross_entropy, *operands) < N * V * 4 / 20
+    assert temporaries_of(jax.value_and_grad(cross_entropy, (0, 1)), *operands) < V * D * 4
+    assert temporaries_of(cross_entropy, *operands) < N * V * 4 / 20
 
     def apart(*operands):
         return jnp.sum(cross_entropy(*operands, reduction="none") ** 2)
 
     # its gradient scales that of the table in place
-    assert temporaries(jax.grad(apart, (0, 1)), *operands) < V * D * 4
+    assert temporaries_of(jax.grad(apart, (0, 1)), *operands) < V * D * 4
 
 
 def test_a_smaller_chunk_takes_less_memory():
     memory = [
-        temporaries(
+        temporaries_of(
             jax.grad(functools.partial(cross_entropy, chunk_size=chunk_size)),
             *sizes(2048, 256, 50257),
         )
@@ -525,7 +525,7 @@ def test_a_smaller_chunk_takes_less_memory():
 def test_chunks_of_one_token_take_the_memory_of_no_more_tokens_than_there_are():
     N, D = 1000, 64
     one = jax.grad(functools.partial(cross_entropy, chunk_size=1), 1)
-    assert temporaries(one, *sizes(N, D, 32)) < 4 * N * D * 4
+    assert temporaries_of(one, *sizes(N, D, 32)) < 4 * N * D * 4
 
 
 def test_a_tied_step_allocates_one_gradient_of_the_table():
@@ -542,7 +542,7 @@ def test_a_tied_step_allocates_one_gradient_of_the_table():
         jax.ShapeDtypeStruct((N + 1,), jnp.int32),
     )
     # The output holds one gradient; a second would have to be among the temporaries.
-    assert temporaries(jax.value_and_grad(step, (0, 1)), *shapes) < V * D * 4
+    assert temporaries_of(jax.value_and_grad(step, (0, 1)), *shapes) < V * D * 4
 
 
 # Errors
@@ -565,20 +565,257 @@ def test_a_tied_step_allocates_one_gradient_of_the_table():
 def test_bad_options_are_refused(options, message):
     layer = make_layer()
     with pytest.raises(ValueError, match=message):
-        layer.cross_entropy(make_hidden(layer), TARGETS, **options)
+        layer.cross_entropy(make_hidden(layer, BATCH), TARGETS, **options)
 
 
 def test_a_chunk_may_be_a_single_token():
     layer = make_layer()
-    hidden = make_hidden(layer)
+    hidden = make_hidden(layer, BATCH)
     loss = layer.cross_entropy(hidden, TARGETS, chunk_size=1)
     assert_close(loss, token_losses_reference(layer, hidden, TARGETS)[0].mean())
 
 
 def test_shapes_that_do_not_fit_are_refused():
     layer = make_layer()
-    hidden = make_hidden(layer)
+    hidden = make_hidden(layer, BATCH)
     with pytest.raises(ValueError, match=r"targets must have the shape \(2, 5\)"):
         layer.cross_entropy(hidden, TARGETS.ravel())
     with pytest.raises(ValueError, match=r"embedding=4"):
         layer.cross_entropy(hidden[..., :3], TARGETS)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_nan_in_a_hidden_vector_spoils_only_its_loss(poison):
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    broken = hidden.at[2, 0].set(poison)
+
+    def total(hidden):
+        losses = layer.cross_entropy(hidden, FOUR_TARGETS, reduction="none", chunk_size=2)
+        return jnp.sum(losses), losses
+
+    (value, losses), gradient = jax.value_and_grad(total, has_aux=True)(broken)
+    expected, for_hidden, *_ = cross_entropy_reference(
+        layer, hidden, FOUR_TARGETS, reduction="none"
+    )
+    others = np.arange(4) != 2
+    assert np.isnan(value) and np.isnan(losses[2]) and np.isnan(gradient[2]).all()
+    assert_close(losses[others], expected[others])
+    assert_close(gradient[others], for_hidden[others])
+    assert_close(layer(broken)[others], decode_reference(layer.table, hidden)[others])
+
+
+def test_logits_of_1e30_give_a_finite_loss():
+    table = EmbeddingTable(jnp.asarray([[1e18], [1e30], [-1e30]]), NAMES)
+    losses = EmbeddingDecode(table).cross_entropy(jnp.ones((3, 1)), np.arange(3), reduction="none")
+    assert_close(losses, [1e30, 0, 2e30])
+    capped = EmbeddingDecode(table, soft_cap=5.0)
+    assert_close(capped.cross_entropy(jnp.full((1, 1), 1e8), np.asarray([2])), 10 + np.log(2))
+
+
+@pytest.mark.parametrize("vocab_size, offset", [(2600, 1e4), (2600, -1e5), (64, 1e30), (64, 1e37)])
+def test_label_smoothing_is_exact_for_large_logits(vocab_size, offset):
+    noise = make_array((vocab_size, 1), seed=1)
+    rows = jnp.asarray(offset + float64(noise), jnp.float32)
+    layer, hidden = EmbeddingDecode(EmbeddingTable(rows, NAMES)), jnp.ones((2, 1))
+    targets = np.asarray([0, vocab_size - 1])
+    expected, *_ = cross_entropy_reference(layer, hidden, targets, label_smoothing=0.1)
+    if offset >= 1e30:
+        expected = np.log(vocab_size)  # the logits are equal, which float64 loses in their sum
+
+    def loss(hidden):
+        return layer.cross_entropy(hidden, targets, label_smoothing=0.1)
+
+    assert_close(loss(hidden), expected)
+    assert_close(jax.value_and_grad(loss)(hidden)[0], expected)
+
+
+def test_soft_caps_and_z_losses_above_1e30_are_refused():
+    table, hidden = make_table("first"), make_array((4, 4), seed=1)
+    expected = EmbeddingDecode(table)(hidden)
+    assert_close(EmbeddingDecode(table, soft_cap=1e30)(hidden), expected)
+    loss = EmbeddingDecode(table).cross_entropy(hidden, FOUR_TARGETS, z_loss=1e30)
+    assert_close(
+        loss / 1e30,
+        cross_entropy_reference(EmbeddingDecode(table), hidden, FOUR_TARGETS, z_loss=1e30)[0]
+        / 1e30,
+    )
+    for number in (1e31, 10**400):
+        with pytest.raises(ValueError, match="soft_cap must be positive and at most 1e.30"):
+            EmbeddingDecode(table, soft_cap=number)
+        with pytest.raises(ValueError, match="z_loss must be at least 0 and at most 1e.30"):
+            EmbeddingDecode(table).cross_entropy(hidden, FOUR_TARGETS, z_loss=number)
+
+
+def banned(bias, **options):
+    bias = jnp.pad(jnp.asarray(bias, jnp.float32), (0, 2), constant_values=jnp.nan)
+    return EmbeddingDecode(dataclasses.replace(make_table("first"), bias=bias), **options)
+
+
+def test_a_bias_of_minus_infinity_bans_a_token():
+    hidden = make_array((4, 4), seed=1)
+    layer = banned([0, 0, 0, 0, 0, -np.inf, 0])
+    for z_loss in (0.0, 0.1):
+
+        def loss(layer_and_hidden):
+            layer, hidden = layer_and_hidden
+            return layer.cross_entropy(hidden, FOUR_TARGETS, z_loss=z_loss)
+
+        value, (for_layer, for_hidden) = eqx.filter_value_and_grad(loss)((layer, hidden))
+        expected, *wanted = cross_entropy_reference(layer, hidden, FOUR_TARGETS, z_loss=z_loss)
+        actual = value, for_hidden, for_layer.table.embeddings, for_layer.table.bias
+        for one, other in zip(actual, (expected, *wanted), strict=False):
+            assert_close(one, other)
+        assert for_layer.table.bias[5] == 0 and not np.any(for_layer.table.embeddings[5])
+    assert layer.cross_entropy(hidden[0], 5) == np.inf  # it has no probability
+    assert (
+        layer.cross_entropy(hidden, FOUR_TARGETS, label_smoothing=0.1) == np.inf
+    )  # wanted a little
+    assert np.isnan(banned(np.full(7, -np.inf)).cross_entropy(hidden, FOUR_TARGETS))
+
+
+def test_a_soft_cap_lifts_a_ban():
+    layer = banned([0, 0, 0, 0, 0, -np.inf, 0], soft_cap=2.0)
+    hidden = make_array((4, 4), seed=1)
+    np.testing.assert_array_equal(layer(hidden)[:, 5], -2)
+    expected, *_ = cross_entropy_reference(layer, hidden, FOUR_TARGETS)
+    assert_close(layer.cross_entropy(hidden, FOUR_TARGETS), expected)
+
+
+def test_a_nan_weight_spoils_its_loss_and_the_mean():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    expected, *_ = cross_entropy_reference(layer, hidden, FOUR_TARGETS, reduction="none")
+    for weight in (np.nan, np.inf):
+        weights = np.asarray([1, weight, 1, 1], np.float32)
+        losses = layer.cross_entropy(hidden, FOUR_TARGETS, weights=weights, reduction="none")
+        np.testing.assert_allclose(losses, expected * weights, rtol=1e-5)
+        assert np.isnan(layer.cross_entropy(hidden, FOUR_TARGETS, weights=weights))
+
+
+def test_weights_that_cancel_have_no_mean():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    weights = np.asarray([1, -1, 1, -1])
+    assert not np.isfinite(layer.cross_entropy(hidden, FOUR_TARGETS, weights=weights))
+    expected, *_ = cross_entropy_reference(layer, hidden, FOUR_TARGETS, weights, reduction="sum")
+    assert_close(
+        layer.cross_entropy(hidden, FOUR_TARGETS, weights=weights, reduction="sum"), expected
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-40, 1e-30, 1e-20, 1e19, 1e38])
+def test_weights_of_any_magnitude_have_the_same_mean(scale):
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    expected, for_hidden, _, _, for_weights = cross_entropy_reference(
+        layer, hidden, FOUR_TARGETS, FOUR_WEIGHTS
+    )
+    of_host = float64(FOUR_WEIGHTS) * scale
+    assert_close(layer.cross_entropy(hidden, FOUR_TARGETS, weights=of_host), expected)
+    if 1e-38 < scale:  # else zero to JAX on a device
+
+        def loss(hidden, weights):
+            return layer.cross_entropy(hidden, FOUR_TARGETS, weights=weights)
+
+        weights = jnp.asarray(of_host, "float32")
+        value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, weights)
+        assert_close(value, expected)
+        assert_close(gradients[0], for_hidden)
+        if scale < 1e38:  # else zero to JAX on a device, too
+            assert_close(float64(gradients[1]) * scale, for_weights)
+
+
+@pytest.mark.parametrize("small", [1e-30, 1e-60])
+def test_a_tiny_weight_hides_no_target_out_of_range(small):
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    targets, weights = (
+        np.where(FOUR_TARGETS == 2, -1, FOUR_TARGETS),
+        np.asarray([1, small, 1e30, 1]),
+    )
+    assert np.isnan(layer.cross_entropy(hidden, targets, weights=weights))
+    losses = layer.cross_entropy(hidden, targets, weights=weights, reduction="none")
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False, False])
+
+
+def test_weight_zero_absorbs_an_infinite_cotangent():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+
+    def total(layer, weights, root):
+        losses = layer.cross_entropy(hidden, FOUR_TARGETS, weights=weights, reduction="none")
+        return jnp.sum(root(losses))  # the slope of a root at 0 is infinite
+
+    weights = jnp.asarray(FOUR_WEIGHTS)
+    gradient = eqx.filter_grad(total)(layer, weights, jnp.sqrt)
+    expected = eqx.filter_grad(total)(layer, weights, lambda x: jnp.where(x > 0, x, 1.0) ** 0.5)
+    assert np.isfinite(gradient.table.embeddings).all()
+    assert_close(gradient.table.embeddings, expected.table.embeddings)
+    for_weights = jax.grad(lambda w: total(layer, w, jnp.sqrt))(weights)
+    assert np.isfinite(for_weights).all() and for_weights[1] == 0
+
+
+def test_an_unused_loss_spoils_no_gradient():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    broken, targets = hidden.at[1].set(jnp.nan), np.where(FOUR_TARGETS == 2, -1, FOUR_TARGETS)
+    keep = np.arange(4) != 1
+
+    def total(layer, hidden):
+        losses = layer.cross_entropy(hidden, targets, reduction="none")
+        return jnp.sum(jnp.where(keep, losses, 0.0))
+
+    gradient = eqx.filter_grad(total)(layer, broken)
+    _, _, expected, *_ = cross_entropy_reference(
+        layer, hidden, FOUR_TARGETS, keep.astype(float), reduction="sum"
+    )
+    assert_close(gradient.table.embeddings, expected)
+
+
+def test_weights_of_small_dtypes_are_summed_in_float32():
+    layer = EmbeddingDecode(make_table("first"))
+    hidden, targets = jnp.ones((70_000, 4)), np.zeros(70_000, int)
+    expected, *_ = cross_entropy_reference(layer, hidden[:1], targets[:1])
+    for dtype in ("float16", "uint8"):
+        weights = np.full(70_000, 200, dtype)
+        assert_close(layer.cross_entropy(hidden, targets, weights=weights), expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size, second", [(None, jax.jacfwd), (2, jax.jacrev)])
+def test_the_second_derivative_is_that_from_logits(chunk_size, second):
+    with jax.enable_x64(True):
+        table = make_table("first", "float64")
+        hidden = make_array((4, 4), "float64", seed=1)
+        weights = jnp.asarray(FOUR_WEIGHTS, "float64")
+
+        def ours(embeddings, hidden):
+            layer = EmbeddingDecode(EmbeddingTable(embeddings, NAMES, padding_rows=2), 2.0)
+            return layer.cross_entropy(
+                hidden,
+                FOUR_TARGETS,
+                weights=weights,
+                label_smoothing=0.1,
+                z_loss=0.1,
+                chunk_size=chunk_size,
+            )
+
+        def plain(embeddings, hidden):
+            z = 2 * jnp.tanh(hidden @ embeddings[:VOCAB_SIZE].T / 2)
+            lse = jax.nn.logsumexp(z, -1)
+            wanted = 0.9 * jax.nn.one_hot(FOUR_TARGETS, VOCAB_SIZE) + 0.1 / VOCAB_SIZE
+            losses = lse - jnp.sum(wanted * z, -1) + 0.1 * lse**2
+            return jnp.sum(weights * losses) / jnp.sum(weights)
+
+        args = table.embeddings, hidden
+        actual = second(jax.jacrev(ours, (0, 1)), (0, 1))(*args)
+        expected = jax.hessian(plain, (0, 1))(*args)
+        for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_the_jacobian_has_one_gradient_for_each_loss():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+
+    def losses(embeddings):
+        changed = eqx.tree_at(lambda layer: layer.table.embeddings, layer, embeddings)
+        return changed.cross_entropy(hidden, FOUR_TARGETS, reduction="none")
+
+    jacobian = jax.jacrev(losses)(layer.table.embeddings)
+    for i in range(4):
+        _, _, expected, *_ = cross_entropy_reference(layer, hidden[i], FOUR_TARGETS[i])
+        assert_close(jacobian[i], expected)

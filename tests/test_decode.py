@@ -14,16 +14,20 @@ from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
 from .helpers import (
     assert_close,
+    compile_by_default,
     cross_entropy_reference,
     decode_gradient_reference,
     decode_reference,
     float64,
     LAYOUTS,
     make_array,
+    make_hidden,
+    make_layer,
     make_table,
     PADDING_ROWS,
     rounding,
     scores_reference,
+    temporaries,
     VOCAB_SIZE,
 )
 
@@ -34,14 +38,6 @@ OPTIONS = {
     "capped": (False, 2.0),
     "capped-bias": (True, 3),
 }
-
-
-def make_layer(layout, dtype="float32", with_bias=False, soft_cap=None):
-    return EmbeddingDecode(make_table(layout, dtype, with_bias=with_bias), soft_cap)
-
-
-def make_hidden(layer, batch, dtype="float32"):
-    return make_array((*batch, *layer.table.embedding_axes.values()), dtype, seed=2)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -450,9 +446,7 @@ def as_stored(names, rows, size):
 
 def decode_temporaries(decode, dtype, *shapes):
     arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-    memory = jax.jit(decode).lower(*arrays).compile().memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes
+    return temporaries(compile_by_default(jax.jit(decode).lower(*arrays)))
 
 
 ORDERS = [("vocabulary", "d"), ("d", "vocabulary")]

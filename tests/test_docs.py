@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from support.terminal import from_command_line
 
+from . import mutation
 from .pages import blocks, MANUAL, PAGES, read_page, ROOT, run_block
 
 
 PYTHON = [(page, number) for page in MANUAL for number in range(len(blocks(page)))]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("jax_defaults")
 # treescope 0.1.10 reads every public name in NumPy, and NumPy 2.5 has deprecated one
 @pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")
@@ -86,6 +88,7 @@ class Parsed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page, command", COMMANDS)
 def test_each_command_has_what_it_names(page, command, monkeypatch):
     words = [word for word in shlex.split(command) if "=" not in word or word.startswith("-")]
@@ -152,3 +155,20 @@ def test_each_link_leads_somewhere(page):
 def test_each_page_of_the_docs_is_in_the_index():
     pages = {page.removeprefix("docs/") for page in MANUAL if page.startswith("docs/")}
     assert pages - {"index.md"} == {link for link in links("docs/index.md") if "/" not in link}
+
+
+def test_mutants_are_made_of_each_module():
+    package = ROOT / "eqx_embedding"
+    modules = {str(path.relative_to(package).with_suffix("")) for path in package.rglob("*.py")}
+    assert set(mutation.TESTS) == modules
+    assert all((ROOT / file).exists() for module in modules for file in mutation.files_of(module))
+    named = re.findall(r"`(_[\w/]+)`", read_page("tests/MUTATION.md"))
+    assert set(named) <= modules | {"_blockwise"}
+
+
+def test_each_test_in_the_fault_table_exists():
+    folder = Path(__file__).parent
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (folder / "README.md").read_text())
+    assert len(named) > 60
+    for file, test in named:
+        assert f"def {test}(" in (folder / file).read_text(), f"{file}::{test}"

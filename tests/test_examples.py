@@ -29,6 +29,8 @@ from support.terminal import from_command_line
 from support.tokenizer import add_tokens, read_tokenizer, Tokenizer, train_bpe
 from toy_transformer import ModelConfig, Transformer
 
+from .helpers import python_environment
+
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPT = EXAMPLES / "train_lm.py"
@@ -124,11 +126,15 @@ def test_a_run_learns_and_leaves_metrics_picture_sample_and_checkpoints(finished
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(finished, tmp_path):
     config, metrics = finished
     config = changed(config, out=tmp_path / "killed")
     process = subprocess.Popen(
-        command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(config),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=python_environment(),
     )
     wait_for(config.run.out / "checkpoints" / "100", process)
     os.kill(process.pid, signal.SIGKILL)
@@ -139,6 +145,7 @@ def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(finished, tm
     np.testing.assert_allclose(losses(resumed), losses(metrics), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, options, line",
     [
@@ -152,7 +159,9 @@ def test_ctrl_c_ends_a_script_with_one_line(script, options, line, seconds, tmp_
     out = [] if script is generate else [f"--out={tmp_path / 'out'}"]
     command = [sys.executable, "-X", "importtime", script.__file__, *options, *out]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=python_environment()
+    ) as process:
         assert process.stderr is not None
         for shown in process.stderr:  # until Ctrl-C is expected, before the slow imports
             if shown.split("|")[-1].strip() == "support.terminal":
@@ -218,6 +227,7 @@ def flipped(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [broken_in_half, flipped])
 @pytest.mark.parametrize("item", ["about", "model", "optimizer"])
 def test_resuming_goes_on_from_the_checkpoint_before_a_broken_one(
@@ -305,10 +315,14 @@ def test_an_out_that_cannot_be_a_folder_is_refused_in_one_line(text, tmp_path, m
     refused(tiny(text, tmp_path / "run"), "cannot .*run: Read-only file system")
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_to_one_folder(finished, text, tmp_path):
     config = tiny(text, tmp_path / "out", steps=10**6)
     process = subprocess.Popen(
-        command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(config),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=python_environment(),
     )
     wait_for(config.run.out / "metrics.jsonl", process)
     try:
@@ -376,6 +390,7 @@ def test_a_setting_out_of_range_is_refused(text, tmp_path, changes, message):
         tiny(text, tmp_path, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_lm, generate, grow_vocabulary])
 def test_help_explains_each_option_and_shows_the_command(script):
     env = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
@@ -392,9 +407,12 @@ def test_help_explains_each_option_and_shows_the_command(script):
                 assert f"--{inner.name.replace('_', '-')} " in shown.stdout.replace(",", " ")
 
 
+@pytest.mark.slow
 def test_scripts_run_from_any_folder_and_fail_in_one_line(finished_bpe, tmp_path):
     def run(command):
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=python_environment()
+        )
 
     script, folder = str(EXAMPLES / "generate.py"), str(finished_bpe[0].run.out)
     written = run([sys.executable, script, "--run", folder, "--prompt", "3 times", "--length=5"])
@@ -426,6 +444,7 @@ def test_a_mistyped_command_is_refused_by_tyro(script, options, message, monkeyp
     assert message in err and "Traceback" not in err and out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}],
@@ -434,7 +453,7 @@ def test_a_mistyped_command_is_refused_by_tyro(script, options, message, monkeyp
 def test_a_terminal_shows_what_it_can_show(finished_bpe, tmp_path, environment):
     def run(*command):
         done = subprocess.run(
-            [sys.executable, *command], capture_output=True, env=os.environ | environment
+            [sys.executable, *command], capture_output=True, env=python_environment(**environment)
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.decode("ascii")
@@ -449,6 +468,7 @@ def test_a_terminal_shows_what_it_can_show(finished_bpe, tmp_path, environment):
     assert "held out: " in run(script, *options)
 
 
+@pytest.mark.slow
 def test_the_model_looks_back_only_and_its_loss_is_that_of_its_logits(getkey):
     model = Transformer(256, ModelConfig(16, 1, 2, 8), key=getkey())
     tokens = jax.random.randint(getkey(), (3, 17), 0, 256)
@@ -464,6 +484,7 @@ def test_the_model_looks_back_only_and_its_loss_is_that_of_its_logits(getkey):
     np.testing.assert_allclose(model.loss(tokens[:, :-1], tokens[:, 1:]), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("temperature, top_k", [(0.0, None), (0.8, None), (1.5, 3), (1.0, 999)])
 @pytest.mark.parametrize("size, prompt", [(8, range(5)), (7, range(20)), (1, [3])])

@@ -1,7 +1,6 @@
 """`examples/grow_vocabulary.py` from end to end, on texts and a model that are small."""
 
 import dataclasses
-import os
 import re
 import subprocess
 import sys
@@ -17,10 +16,8 @@ from grow_vocabulary import Config, frequent_strings
 from support.text_data import read_text
 from support.tokenizer import add_tokens, train_bpe
 
-from .test_examples import tiny
-
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from .helpers import python_environment
+from .test_examples import EXAMPLES, tiny
 
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -48,6 +45,7 @@ def grown(run):
         return run, grow_vocabulary.main(run)
 
 
+@pytest.mark.slow
 def test_new_tokens_are_learned_and_nothing_but_their_rows_changes(grown):
     config, reports = grown
     assert [step for step, _ in reports] == [-1, 0, 20, 40, 60]
@@ -124,8 +122,9 @@ def test_training_does_not_go_on_from_a_grown_model(grown):
         train_lm.main(training)
 
 
+@pytest.mark.slow
 def test_it_runs_from_any_folder_and_help_explains_each_option(run, tmp_path):
-    environment = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
+    environment = python_environment(COLUMNS="200", TERM="dumb")
 
     def call(*options):
         command = [sys.executable, str(EXAMPLES / "grow_vocabulary.py"), *options]

@@ -89,6 +89,7 @@ def as_numpy(tensor):
     return tensor.detach().float().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_input_embeddings_of_an_architecture_are_found(kind, make):
     saved = make(kind)

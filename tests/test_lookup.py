@@ -12,11 +12,13 @@ from eqx_embedding import EmbeddingLookup, EmbeddingTable
 
 from .helpers import (
     assert_close,
+    float64,
     LAYOUTS,
     lookup_gradient_reference,
     lookup_reference,
     make_array,
     make_table,
+    NAMES,
     rounding,
     VOCAB_SIZE,
 )
@@ -309,3 +311,47 @@ def test_vmap_over_one_table_adds_the_gradients_of_the_batch():
 
     expected = lookup_gradient_reference(table, IN_RANGE, cotangent)
     assert_close(eqx.filter_grad(loss)(table).embeddings, expected)
+
+
+def test_a_float4_table_has_no_nan_to_return():
+    table = EmbeddingTable(jnp.asarray([[0.5], [1], [3]], "float4_e2m1fn"), NAMES)
+    with pytest.raises(ValueError, match='float4_e2m1fn has no NaN.*"raise" or "clip"'):
+        EmbeddingLookup(table)(np.asarray([1]))
+    clipped = EmbeddingLookup(table, "clip")(np.asarray([1, 9, -9]))
+    assert float64(clipped).tolist() == [[1], [3], [0.5]]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_scan_adds_gradients_in_the_dtype_of_the_table(wide):
+    # JAX adds the gradients of the steps of a scan in the dtype of what it closes over: a table of
+    # bfloat16 counts to 256 there, and one that was cast before the scan does not stop.
+    tokens = jnp.full(1000, 2)
+
+    @jax.grad
+    def gradient(table):
+        if wide:
+            table = jax.tree.map(lambda x: x.astype(jnp.float32), table)
+        one = jnp.zeros((), table.embeddings.dtype) + 1
+
+        def step(total, token):
+            return total + jnp.sum(EmbeddingLookup(table)(token) * one), None
+
+        return jax.lax.scan(step, one, tokens)[0].astype(jnp.float32)
+
+    table = EmbeddingTable(jnp.ones((5, 1), jnp.bfloat16), NAMES)
+    assert gradient(table).embeddings.ravel().tolist() == [0, 0, 1000 if wide else 256, 0, 0]
+
+
+def test_raise_also_checks_if_only_the_gradient_is_used():
+    # the gradient of a sum needs no vector, and XLA computes none
+    table = make_table("first")
+
+    def total(table, tokens):
+        return jnp.sum(EmbeddingLookup(table, "raise")(tokens))
+
+    gradient = eqx.filter_jit(eqx.filter_grad(total))
+    tokens = jnp.asarray([3, 3])
+    expected = lookup_gradient_reference(table, tokens, np.ones((2, 4)))
+    np.testing.assert_array_equal(gradient(table, tokens).embeddings, expected)
+    with pytest.raises(RuntimeError, match="7 tokens"):
+        gradient(table, jnp.asarray([3, 9]))

@@ -164,6 +164,7 @@ HOST_IDS = (
 )
 
 
+@pytest.mark.slow
 @given(
     tables(["first", "middle"]),
     hnp.arrays(np.int64, hnp.array_shapes(min_dims=0, max_dims=2, max_side=2), elements=HOST_IDS),
@@ -349,6 +350,7 @@ def test_the_loss_and_its_gradients_are_those_of_numpy(drawn, wrap, options, red
     )
 
 
+@pytest.mark.slow
 @given(
     tables(["first", "last"]),
     hnp.arrays(np.int64, 6, elements=HOST_IDS),
@@ -386,6 +388,7 @@ def tied(wrap):
     return run
 
 
+@pytest.mark.slow
 @given(
     tables(),
     st.sampled_from(list(WRAPS)),
@@ -412,6 +415,7 @@ def test_the_gradient_of_a_tied_table_is_the_sum_of_both_uses(drawn, wrap, token
 # Vocabularies and rows
 
 
+@pytest.mark.slow
 @given(
     tables(),
     st.lists(st.tuples(st.sampled_from([1, 3, 7, 8, 12]), st.sampled_from([1, 4])), max_size=3),
@@ -461,6 +465,7 @@ def gradient_of_rows():
     return eqx.filter_jit(eqx.filter_value_and_grad(total))
 
 
+@pytest.mark.slow
 @given(
     tables(),
     st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=3, max_size=3, unique=True),

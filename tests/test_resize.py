@@ -13,10 +13,16 @@ import pytest
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable, resize_vocabulary
 
-from .helpers import assert_close, float64, LAYOUTS, make_array, make_table, rows_first, VOCAB_SIZE
-
-
-NAMES = ("vocabulary", "embedding")
+from .helpers import (
+    assert_close,
+    float64,
+    LAYOUTS,
+    make_array,
+    make_table,
+    NAMES,
+    rows_first,
+    VOCAB_SIZE,
+)
 
 
 def raw_rows(table):
@@ -231,6 +237,7 @@ def decays(params):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("jax_defaults")
 def test_training_goes_on_after_a_resize_with_the_loss_that_the_new_tokens_leave():
     optimizer = optax.adamw(1e-2, weight_decay=0.1, mask=decays)
@@ -498,3 +505,15 @@ def test_padding_must_be_asked_for_where_there_is_some():
     )
     positions = EmbeddingTable(make_array((8, 4)), ("position", "d"), "position", padding_rows=1)
     resize_vocabulary([plain, positions], 9)  # the padding of another vocabulary is left alone
+
+
+def test_a_resize_with_a_key_draws_moments_as_well():
+    table: Any = EmbeddingTable(make_array((9, 4)), NAMES)
+    optimizer = optax.adam(1e-3)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.update(table, optimizer.init(table))[1]
+    key = jax.random.key(0)
+    _, together = resize_vocabulary((table, state), 40, key=key)
+    assert np.any(together[0].nu.embeddings[9:] < 0)
+    apart = resize_vocabulary(state, 40)
+    assert not np.any(apart[0].nu.embeddings[9:])

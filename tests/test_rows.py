@@ -19,7 +19,18 @@ from eqx_embedding import (
     resize_vocabulary,
 )
 
-from .helpers import assert_close, LAYOUTS, make_array, make_table, VOCAB_SIZE
+from .helpers import (
+    assert_close,
+    compile_by_default,
+    FOUR_TARGETS,
+    FOUR_TOKENS,
+    LAYOUTS,
+    make_array,
+    make_table,
+    NAMES,
+    temporaries,
+    VOCAB_SIZE,
+)
 
 
 class Model(eqx.Module):
@@ -159,11 +170,11 @@ def test_the_logits_of_a_loss_never_exist():
         return EmbeddingDecode(table).cross_entropy(EmbeddingLookup(table)(tokens), tokens)
 
     gradient = eqx.filter_jit(eqx.filter_grad(loss))
-    compiled = gradient.lower(trained, frozen, jnp.zeros(N, "int32")).compile()
-    temporaries = compiled.compiled.memory_analysis().temp_size_in_bytes
-    assert temporaries < 4 * N * V / 4
+    compiled = compile_by_default(gradient.lower(trained, frozen, jnp.zeros(N, "int32")))
+    assert temporaries(compiled) < 4 * N * V / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "rows, expected",
@@ -331,3 +342,33 @@ def test_a_skeleton_is_split_by_filter_eval_shape():
     parts = eqx.filter_eval_shape(lambda model: partition_rows(model, [1, 5]), skeleton)
     assert parts[0].embeddings.shape == (2, 2, 3)
     assert eqx.tree_equal(eqx.filter_eval_shape(combine_rows, *parts), skeleton)
+
+
+def test_the_trained_part_is_refused_as_a_model():
+    table = EmbeddingTable(make_array((12, 4)), NAMES, padding_rows=4)
+    trained, _ = partition_rows(table, [0, 1, 2])
+    for use in (
+        lambda: EmbeddingLookup(trained)(FOUR_TOKENS),
+        lambda: EmbeddingDecode(trained)(jnp.ones((4, 4))),
+        lambda: EmbeddingDecode(trained).cross_entropy(jnp.ones((4, 4)), FOUR_TARGETS),
+    ):
+        with pytest.raises(ValueError, match="3 rows, 4 of them padding.*`combine_rows` first"):
+            use()
+    # without padding nothing shows that its tables are a part: they count from their first row
+    trained, _ = partition_rows(make_table("first"), [4, 6, 1])
+    rows = EmbeddingLookup(trained, "clip")(np.asarray([0]))
+    np.testing.assert_array_equal(rows, make_table("first").embeddings[4][None])
+
+
+def test_resized_frozen_rows_are_refused():
+    for size in (3, 6, 12):
+        trained, frozen = partition_rows(EmbeddingTable(make_array((9, 4)), NAMES), [4, 6])
+        with pytest.raises(ValueError, match=f"{size} tokens, but had 9.*before you resize"):
+            combine_rows(trained, resize_vocabulary(frozen, size))
+
+
+def test_of_two_partitions_the_frozen_rows_hold():
+    table = make_table("first")
+    (trained, _), (_, frozen) = partition_rows(table, [1, 2]), partition_rows(table, [3, 4])
+    combined = combine_rows(trained, frozen).embeddings
+    np.testing.assert_array_equal(combined[3:5], table.embeddings[1:3])

@@ -21,10 +21,7 @@ from safetensors import numpy as reference, safe_open
 
 from eqx_embedding import EmbeddingTable, load_safetensors, save_safetensors
 
-from .helpers import LAYOUTS, make_array, make_table, run_python
-
-
-NAMES = ("vocabulary", "embedding")
+from .helpers import LAYOUTS, make_array, make_table, NAMES, run_python
 
 
 @pytest.fixture
@@ -461,6 +458,7 @@ save_safetensors(table, {str(path)!r})
     assert eqx.tree_equal(load_safetensors(path), make_table("last"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
 def test_a_save_that_is_killed_when_all_is_written_leaves_the_old_file_whole(moment, path):
     save_safetensors(make_table("first"), path)

@@ -1,7 +1,10 @@
 """`EmbeddingTable`: how it is made, what it knows of itself, and what it refuses."""
 
+import copy
 import dataclasses
 import functools
+import pickle
+import re
 from typing import Any
 
 import equinox as eqx
@@ -11,10 +14,11 @@ import numpy as np
 import pytest
 from jax.nn import initializers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import TypeCheckError
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
-from .helpers import LAYOUTS, make_array, make_table, VOCAB_SIZE
+from .helpers import FOUR_TARGETS, FOUR_TOKENS, LAYOUTS, make_array, make_table, VOCAB_SIZE
 
 
 def test_a_new_table_is_variance_scaling_over_the_embedding_axes_bit_for_bit(dtype, getkey):
@@ -369,3 +373,103 @@ def test_a_configuration_that_makes_no_table_is_an_error(
 def test_there_is_no_default_key():
     with pytest.raises(TypeError, match="key"):
         EmbeddingTable.from_config(5, {"embedding": 2})  # pyright: ignore[reportCallIssue]
+
+
+def test_replaced_embeddings_are_checked_on_use():
+    table, hidden = make_table("middle"), make_array((4, 2, 3), seed=1)
+    uses = (
+        lambda table: EmbeddingLookup(table)(FOUR_TOKENS),
+        lambda table: EmbeddingDecode(table)(hidden),
+        lambda table: EmbeddingDecode(table).cross_entropy(hidden, FOUR_TARGETS),
+    )
+
+    def replaced(array):
+        return eqx.tree_at(lambda t: t.embeddings, table, array)
+
+    restored = replaced(np.asarray(table.embeddings))  # as many checkpoints give it back
+    masked = replaced(np.ma.masked_array(np.asarray(table.embeddings), False))
+    skeleton = eqx.filter_eval_shape(lambda: table)
+    for use in uses:
+        np.testing.assert_array_equal(use(restored), use(table))
+        for other, name in (
+            (skeleton, "ShapeDtypeStruct"),
+            (replaced(None), "NoneType"),
+            (masked, "MaskedArray"),  # whose mask would be lost
+        ):
+            with pytest.raises(ValueError, match=f"has {name} in place of its embeddings.*combine"):
+                use(other)
+
+
+def test_embeddings_of_a_wrong_rank_or_dtype_are_refused():
+    table, hidden = make_table("first"), make_array((4, 4), seed=1)
+    for array, error, message in (
+        (jnp.ones(9), ValueError, r"shape \(9,\) have 1 axes, but 2 are named"),
+        (np.ones((9, 4), np.int8), TypeError, "embeddings must be floating, got int8"),
+        (jnp.ones((9, 4), jnp.complex64), TypeError, "embeddings must be floating, got complex64"),
+    ):
+        broken = eqx.tree_at(lambda t: t.embeddings, table, array)
+        for use in (
+            lambda table: EmbeddingLookup(table)(FOUR_TOKENS),
+            lambda table: EmbeddingDecode(table)(hidden),
+            lambda table: EmbeddingDecode(table).cross_entropy(hidden, FOUR_TARGETS),
+        ):
+            with pytest.raises(error, match=message):
+                use(broken)
+
+
+def test_a_replaced_bias_is_checked_on_use():
+    layer = EmbeddingDecode(make_table("first", with_bias=True))
+    hidden = make_array((4, 4), seed=2)
+
+    def replaced(bias):
+        return eqx.tree_at(lambda d: d.table.bias, layer, bias)
+
+    restored = replaced(np.asarray(layer.table.bias))
+    np.testing.assert_array_equal(restored(hidden), layer(hidden))
+    assert restored.cross_entropy(hidden, FOUR_TARGETS) == layer.cross_entropy(hidden, FOUR_TARGETS)
+    skeleton = replaced(jax.ShapeDtypeStruct((9,), jnp.float32))
+    masked = replaced(np.ma.masked_array(np.ones(9, np.float32), True))
+    for broken, name in (skeleton, "ShapeDtypeStruct"), (masked, "MaskedArray"):
+        for use in broken, lambda hidden: broken.cross_entropy(hidden, FOUR_TARGETS):
+            with pytest.raises(ValueError, match=f"has {name} in place of its bias.*combine"):
+                use(hidden)
+    integers = replaced(np.ones(9, np.int32))
+    for use in integers, lambda hidden: integers.cross_entropy(hidden, FOUR_TARGETS):
+        with pytest.raises(TypeError, match="bias must be floating, got int32"):
+            use(hidden)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (10,), (9, 1)], ids=str)
+def test_a_bias_of_a_wrong_shape_is_refused_on_use(shape):
+    layer = EmbeddingDecode(make_table("first", with_bias=True))
+    layer, hidden = eqx.tree_at(lambda d: d.table.bias, layer, jnp.ones(shape)), make_array((4, 4))
+    for use in layer, lambda hidden: layer.cross_entropy(hidden, FOUR_TARGETS):
+        message = rf"bias must have shape \(9,\).*got {re.escape(str(shape))}"
+        with pytest.raises(ValueError, match=message):
+            use(hidden)
+
+
+def test_each_axis_name_must_be_a_string():
+    for names in (1, "vocabulary"), ("vocabulary", 1):
+        for _ in range(20):  # the type checks look at one name, at random
+            with pytest.raises((ValueError, TypeCheckError)):
+                EmbeddingTable(jnp.ones((3, 3)), names)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, copy.copy],
+    ids=["pickle", "deepcopy", "copy"],
+)
+def test_tables_and_layers_can_be_copied_and_pickled(copied):
+    table = make_table("middle", "bfloat16", with_bias=True)
+    layer = EmbeddingDecode(table, 3.0, "float32")
+    lookup = EmbeddingLookup(table, "clip")
+    for original in (table, layer, lookup):
+        again = copied(original)
+        assert type(again) is type(original) and eqx.tree_equal(again, original)
+        assert jax.tree.structure(again) == jax.tree.structure(original)
+    np.testing.assert_array_equal(copied(lookup)(9), lookup(9))
+    np.testing.assert_array_equal(
+        copied(layer)(jnp.ones((2, 3), "bfloat16")), layer(jnp.ones((2, 3), "bfloat16"))
+    )

@@ -16,8 +16,11 @@ from eqx_embedding._blockwise._reference import reference_loss
 
 from .helpers import (
     assert_close,
+    assert_trees_close,
+    assert_trees_equal,
     cross_entropy_reference,
     make_array,
+    make_layer as make_any_layer,
     make_table,
     plain_loss,
     quick_jit,
@@ -138,15 +141,7 @@ def all_losses(c, factors):
 
 def make_layer(dtype="float32", padding=np.nan, with_bias=True):
     """The padding rows are NaN, and so are their biases, so that a leak shows."""
-    table = make_table("middle", dtype, with_bias=with_bias)
-    embeddings = np.array(table.embeddings)
-    embeddings[:, VOCAB_SIZE:] = padding
-    bias = np.array(table.bias) if with_bias else None
-    if bias is not None:
-        bias[VOCAB_SIZE:] = padding
-        bias = jnp.asarray(bias)
-    table = dataclasses.replace(table, embeddings=jnp.asarray(embeddings), bias=bias)
-    return EmbeddingDecode(table, soft_cap=4.0)
+    return make_any_layer("middle", dtype, with_bias, soft_cap=4.0, padding=padding)
 
 
 def make_operands(dtype="float32", padding=np.nan):
@@ -185,16 +180,6 @@ def make_cotangent(reduction, dtype="float32"):
     return make_array(BATCH, dtype, seed=5) if reduction == "none" else None
 
 
-def assert_trees_close(actual, expected, rtol=1e-10, atol=1e-12):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == e.dtype
-        assert_close(a, e, rtol, atol)
-
-
-def assert_trees_equal(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
 # Values and gradients
 
 
@@ -214,7 +199,7 @@ def test_values_and_gradients_are_those_of_plain_logits(reduction):
             )
             for token_loss, padding in ((ours, np.nan), (plain_loss, 0.0))
         )
-        assert_trees_close(actual, expected)
+        assert_trees_close(actual, expected, 1e-10, 1e-12)
 
 
 def test_the_mean_of_is_top_is_the_accuracy():
@@ -522,6 +507,7 @@ def test_what_is_masked_reaches_nothing(reduction, poison):
         assert not any(np.any(np.asarray(g)[~MASK]) for g in (for_hidden, for_a, for_b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_masked_data_may_be_outside_of_a_domain(reduction):
     """The logarithm below is NaN for all but numbers above 1, whatever stands for masked data."""
@@ -542,6 +528,7 @@ def test_masked_data_may_be_outside_of_a_domain(reduction):
     assert np.all(np.isfinite(clean[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("mapped", ["batch", "examples", "examples and closure"])
 def test_examples_without_tokens_may_be_outside_of_a_domain(mapped, reduction):
@@ -824,6 +811,7 @@ def second_derivative(mode, token_loss, make, reduction, operands, direction):
     return jax.grad(slope)(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, reduction", [(clipped_policy_gradient, "mean"), (smoothed_with_z_loss, "none")]
 )

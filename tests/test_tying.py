@@ -15,13 +15,19 @@ from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
 from .helpers import (
     assert_close,
+    compile_by_default,
+    compiled_memory,
+    cross_entropy_reference,
     decode_gradient_reference,
     decode_reference,
     float64,
+    FOUR_TARGETS,
+    FOUR_TOKENS,
     lookup_gradient_reference,
     lookup_reference,
     make_array,
     make_table,
+    NAMES,
     VOCAB_SIZE,
 )
 
@@ -170,8 +176,7 @@ def test_the_tied_gradient_takes_one_buffer_of_the_size_of_the_table(names):
     model = Model(EmbeddingTable(jnp.zeros(shape), names))
     tokens = jnp.zeros(4, "int32")
     gradient = jax.jit(jax.grad(lambda model: loss(model, tokens, tokens)))
-    memory = gradient.lower(model).compile().memory_analysis()
-    assert memory is not None
+    memory = compiled_memory(compile_by_default(gradient.lower(model)))
     assert memory.output_size_in_bytes == pytest.approx(size, rel=0.01)
     assert memory.temp_size_in_bytes < size / 2
 
@@ -277,3 +282,88 @@ def test_a_table_is_saved_and_loaded_into_a_skeleton(tmp_path, dtype, getkey):
     assert eqx.tree_equal(loaded, model)
     assert loaded.table.axis_names == ("bytes", "embedding")
     assert loaded.table.vocab_size == 5
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_spoils_only_its_token(poison):
+    table = make_table("first")
+    rows = jnp.asarray(table.embeddings).at[5].set(poison)
+    broken = eqx.tree_at(lambda t: t.embeddings, table, rows)
+    np.testing.assert_array_equal(
+        EmbeddingLookup(broken)(FOUR_TOKENS), lookup_reference(table, FOUR_TOKENS)
+    )
+    assert np.array_equal(EmbeddingLookup(broken)(5), np.full(4, poison), equal_nan=True)
+    gradient = eqx.filter_grad(lambda t: jnp.sum(EmbeddingLookup(t)(FOUR_TOKENS)))(broken)
+    expected = lookup_gradient_reference(table, FOUR_TOKENS, np.ones((4, 4)))
+    np.testing.assert_array_equal(gradient.embeddings, expected)
+    # Every token competes with it, but where it is banned: a product with infinity may be -inf.
+    hidden = make_array((4, 4), seed=1)
+    losses = EmbeddingDecode(broken).cross_entropy(hidden, FOUR_TARGETS, reduction="none")
+    logits = float64(EmbeddingDecode(broken)(hidden))[:, 5]
+    np.testing.assert_array_equal(np.isfinite(losses), logits == -np.inf)
+    assert not np.isnan(poison) or np.isnan(losses).all()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_a_float8_table_is_summed_in_float32(dtype):
+    table = EmbeddingTable(jnp.asarray([[0.5, 1.5], [1, 2], [-1, 3]], dtype), NAMES)
+    vectors = EmbeddingLookup(table)(np.asarray([1, 2, 3]))
+    assert vectors.dtype == dtype
+    np.testing.assert_array_equal(float64(vectors), [[1, 2], [-1, 3], [np.nan, np.nan]])
+    tokens, eighth = np.full(256, 1), jnp.full((256, 2), 0.125)
+    gradient = eqx.filter_grad(
+        lambda t: jnp.sum(EmbeddingLookup(t)(tokens).astype(jnp.float32) * eighth)
+    )(table)
+    np.testing.assert_array_equal(float64(gradient.embeddings), [[0, 0], [32, 32], [0, 0]])
+    hidden = jnp.asarray([[1, 2], [0.5, -1]], dtype)
+    layer = EmbeddingDecode(table)
+    expected, *_ = cross_entropy_reference(layer, hidden, np.asarray([0, 1]))
+    assert_close(layer.cross_entropy(hidden, np.asarray([0, 1])), expected)
+
+
+def test_a_vocabulary_of_one_token_has_no_loss():
+    table = EmbeddingTable(make_array((3, 4)), NAMES, padding_rows=2)
+    hidden, zeros = make_array((5, 4), seed=1), np.zeros(5, int)
+    np.testing.assert_array_equal(EmbeddingLookup(table)([0, 0][0]), table.embeddings[0])
+    assert np.isnan(EmbeddingLookup(table)(1)).all()
+    np.testing.assert_array_equal(EmbeddingLookup(table, "clip")(9), table.embeddings[0])
+    assert_close(EmbeddingDecode(table)(hidden), decode_reference(table, hidden))
+
+    def loss(table, **options):
+        return EmbeddingDecode(table).cross_entropy(hidden, zeros, **options)
+
+    value, gradient = eqx.filter_value_and_grad(loss)(table, label_smoothing=0.5)
+    assert value == 0 and not np.any(gradient.embeddings)
+    expected, *_ = cross_entropy_reference(EmbeddingDecode(table), hidden, zeros, z_loss=0.1)
+    assert_close(loss(table, z_loss=0.1), expected)
+
+
+def test_two_copies_of_a_table_diverge():
+    table = make_table("first")
+    model = {"lookup": EmbeddingLookup(table), "decode": EmbeddingDecode(table)}
+
+    def loss(model):
+        return model["decode"].cross_entropy(model["lookup"](FOUR_TOKENS), FOUR_TARGETS)
+
+    gradient = eqx.filter_grad(loss)(model)
+    hidden = lookup_reference(table, FOUR_TOKENS)
+    _, for_hidden, for_decode, *_ = cross_entropy_reference(model["decode"], hidden, FOUR_TARGETS)
+    for_lookup = lookup_gradient_reference(table, FOUR_TOKENS, for_hidden)
+    assert_close(gradient["lookup"].table.embeddings, for_lookup)
+    assert_close(gradient["decode"].table.embeddings, for_decode)
+    after = eqx.apply_updates(model, gradient)
+    one, other = after["lookup"].table.embeddings, after["decode"].table.embeddings
+    assert np.any(np.asarray(one) != np.asarray(other)), "they part ways at the first update"
+
+
+def test_a_donated_table_cannot_be_used():
+    table = make_table("first")
+    lookup = EmbeddingLookup(table)
+    doubled = jax.jit(lambda table: jax.tree.map(lambda x: 2 * x, table), donate_argnums=0)(table)
+    for use in (lambda: lookup(FOUR_TOKENS), lambda: EmbeddingDecode(table)(jnp.ones(4))):
+        with pytest.raises((RuntimeError, ValueError), match="deleted|donated"):
+            use()
+    np.testing.assert_array_equal(
+        EmbeddingLookup(doubled)(FOUR_TOKENS),
+        2 * lookup_reference(make_table("first"), FOUR_TOKENS),
+    )

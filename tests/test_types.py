@@ -272,6 +272,7 @@ def test_checks_are_on_by_default_and_name_the_parameter_and_what_was_given(
     assert re.match(pattern, checked[call])
 
 
+@pytest.mark.slow
 def test_errors_of_our_own_are_the_same_with_and_without_checks(checked, unchecked):
     for call in ("python bool", "hidden size", "bias", "bias of two axes"):
         assert checked[call] == unchecked[call]
@@ -402,6 +403,7 @@ def test_checks_are_off_with_jaxtyping_disable(unchecked):
     assert unchecked["hidden as a list"] is None
 
 
+@pytest.mark.slow
 def test_code_that_its_user_type_checks_works_under_every_transformation():
     assert run_python(USER)
 

@@ -14,7 +14,18 @@ from jax import lax
 
 from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
-from .helpers import assert_close, make_array, make_table, plain_loss, quick_jit, VOCAB_SIZE
+from .helpers import (
+    assert_close,
+    assert_trees_close,
+    compile_by_default,
+    make_array,
+    make_layer as make_any_layer,
+    NAMES,
+    plain_loss,
+    quick_jit,
+    temporaries,
+    VOCAB_SIZE,
+)
 
 
 EXAMPLES, TOKENS = 4, 10
@@ -26,11 +37,7 @@ CHUNK_SIZE = 16  # more than one example, less than two
 
 def make_layer(padding=np.nan, seed=0):
     """The padding rows are NaN, and so are their biases, so that a leak shows."""
-    table = make_table("last", seed=seed, with_bias=True)
-    embeddings, bias = np.array(table.embeddings), np.array(table.bias)
-    embeddings[..., VOCAB_SIZE:] = bias[VOCAB_SIZE:] = padding
-    arrays = dict(embeddings=jnp.asarray(embeddings), bias=jnp.asarray(bias))
-    return EmbeddingDecode(dataclasses.replace(table, **arrays), soft_cap=4.0)
+    return make_any_layer("last", with_bias=True, soft_cap=4.0, padding=padding, seed=seed)
 
 
 def make_examples(mapped: str, axis=0):
@@ -111,15 +118,10 @@ def expected_of(reduction, mapped="htwdc"):
     return values, (for_layer, *summed)
 
 
-def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-5):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == e.dtype
-        assert_close(a, e, rtol, atol)
-
-
 # The gradient of mapped losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mapped, reduction",
     [
@@ -234,6 +236,7 @@ STRUCTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_vmap_may_stand_anywhere(structure):
     loss = functools.partial(loss_of_example, ours, reduction="sum")
@@ -261,6 +264,7 @@ def test_second_derivatives_of_a_vmap_are_those_of_plain_logits():
 # Scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped", ["htw", "w"])
 def test_scores_of_examples_are_those_of_the_batch(mapped):
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples(mapped)
@@ -285,6 +289,7 @@ def test_scores_of_examples_are_those_of_the_batch(mapped):
     assert_trees_close(actual, run(hidden, loop))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped, reduction", [("htw", "none"), ("w", "mean")])
 def test_scores_come_with_the_losses_of_examples(mapped, reduction):
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples(mapped)
@@ -395,13 +400,7 @@ def compile_gradient(mean, batch):
         jax.ShapeDtypeStruct((*batch, D), jnp.float32),
         jax.ShapeDtypeStruct(batch, jnp.int32),
     )
-    return jax.jit(function).lower(*shapes).compile()
-
-
-def temporaries(compiled):
-    analysis = compiled.memory_analysis()
-    assert analysis is not None
-    return analysis.temp_size_in_bytes
+    return compile_by_default(jax.jit(function).lower(*shapes))
 
 
 @pytest.mark.parametrize(
@@ -476,6 +475,7 @@ def test_chunks_are_skipped_under_vmap_too():
         assert "stablehlo.case" in jax.jit(function).lower(hidden, weights).as_text()
 
 
+@pytest.mark.slow
 def test_masked_places_repeat_tokens_of_their_own_example():
     """Each example closes over another number, and no token of the other one is in its domain."""
     layer, hidden = make_layer(), make_array((2, 3, 2, 3), seed=2)
@@ -496,3 +496,17 @@ def test_masked_places_repeat_tokens_of_their_own_example():
     together = jax.grad(lambda s: jnp.sum(jax.vmap(loss)(s, *broken)))(smallest)
     assert np.isnan(together[0])
     assert_close(together[1], alone[1])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_under_vmap_counts_past_256(reduction):
+    table = EmbeddingTable(jnp.zeros((2, 1), jnp.bfloat16), NAMES)
+    hidden, targets = jnp.ones((4096, 1), jnp.bfloat16), jnp.zeros(4096, "int32")
+
+    def total(table):
+        layer = EmbeddingDecode(table)
+        return jnp.sum(
+            jax.vmap(lambda h, y: layer.cross_entropy(h, y, reduction=reduction))(hidden, targets)
+        )
+
+    assert eqx.filter_grad(total)(table).embeddings.tolist() == [[-2048], [2048]]

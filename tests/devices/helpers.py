@@ -102,13 +102,6 @@ def collectives(compiled) -> dict[str, collections.Counter]:
     return found
 
 
-def memory(compiled):
-    """What a compiled program holds on each device, in bytes."""
-    analysis = compiled.memory_analysis()
-    assert analysis is not None
-    return analysis
-
-
 def assert_trees_close(actual, expected):
     tolerance = 1e-12 if jnp.result_type(float) == "float64" else 1e-5
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode
 
-from ..helpers import quick_jit
+from ..helpers import compile_by_default, quick_jit
 from .helpers import (
     assert_trees_close,
     collectives,
@@ -125,7 +125,7 @@ def test_no_table_and_no_logits_are_gathered(setting):
     mesh = make_mesh(setting)
     with jax.set_mesh(mesh):
         function = jax.jit(jax.grad(make_loss(RULES, "reverse"), (0, 1)))
-        compiled = function.lower(*place_all(mesh, arguments)).compile()
+        compiled = compile_by_default(function.lower(*place_all(mesh, arguments)))
     found = collectives(compiled)
     assert not found["all-gather"] and not found["all-to-all"]
     # Not the 24 x 16 logits of a chunk: nothing is larger than the gradient of 40 vectors

@@ -119,12 +119,14 @@ def with_rules(function, rules, closed, *operands):
     return function(closed, rules, *operands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [FEW, MANY])
 @pytest.mark.parametrize("setting, layout", SETTINGS)
 def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, length):
     assert_equals_one_device(mean_and_scores, setting, layout, length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [losses_alone, logits_and_vectors])
 @pytest.mark.parametrize("setting", ["explicit", "rules", "manual"])
 @pytest.mark.parametrize("layout", ["rows over model, then data", "columns"])
@@ -151,6 +153,7 @@ def assert_equals_one_device(function, setting, layout, length):
         assert_trees_close(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["rows over all", "rows over data, columns over model"])
 @pytest.mark.parametrize("length", [FEW, MANY])
 def test_a_shard_map_may_take_one_of_the_axes_that_split_a_table(layout, length):
@@ -178,6 +181,7 @@ def test_a_shard_map_may_take_one_of_the_axes_that_split_a_table(layout, length)
         assert_trees_close(quick_jit(jax.value_and_grad(mapped, (0, 1)))(*operands), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [FEW, MANY])
 @pytest.mark.parametrize(
     "setting, layout",

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
-from ..helpers import quick_jit
+from ..helpers import compile_by_default, quick_jit
 from .helpers import (
     assert_trees_close,
     collectives,
@@ -129,16 +129,19 @@ def losses_and_scores(rules, table, closed, hidden, targets, weights, data):
     )
 
 
+@pytest.mark.slow
 @settings
 def test_a_loss_and_its_scores_equal_those_of_one_device(setting):
     assert_equals_one_device(setting, mean_and_scores, (P(), P("data")))
 
 
+@pytest.mark.slow
 @settings
 def test_losses_that_stay_apart_equal_those_of_one_device(setting):
     assert_equals_one_device(setting, losses_and_scores, P("data"))
 
 
+@pytest.mark.slow
 @settings
 def test_scores_equal_those_of_one_device(setting):
     def scores(rules, table, hidden, targets):
@@ -162,6 +165,7 @@ def test_scores_equal_those_of_one_device(setting):
         assert_trees_close(quick_jit(function)(table, jnp.zeros(()), *batched), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting, spmd_axis_name, reduction",
     [
@@ -204,6 +208,7 @@ def mapped_on_one_device(reduction):
     return differentiate(lambda *operands: (mapped(*operands),), make_operands())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_each_example_of_an_explicit_mesh_has_its_own_gradients(reduction):
     def gradients(*operands):
@@ -235,6 +240,7 @@ def test_a_target_out_of_range_is_nan_whatever_the_loss(setting):
     assert np.argwhere(np.isnan(np.asarray(losses))).tolist() == [[0, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data", "model"])
 def test_a_loss_may_close_over_an_array_that_a_mesh_splits(axis):
     table, _, *batched = make_operands()
@@ -282,6 +288,7 @@ def test_a_loss_may_hand_what_it_closes_over_to_a_function_with_its_own_derivati
 # Arrays of a mesh that nothing splits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", ["token_loss", "cross_entropy", "vmap", "decode", "lookup"])
 def test_arrays_on_a_mesh_that_is_not_set_need_no_split(use):
     """Such as the last batch of an epoch, which the mesh does not divide."""
@@ -366,6 +373,7 @@ def test_the_gradient_of_a_closure_is_summed_in_float32(setting):
     assert "bf16" not in types
 
 
+@pytest.mark.slow
 @three_settings
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_the_gradient_of_hidden_is_summed_in_float32(setting, reduction):
@@ -390,6 +398,7 @@ def test_the_gradient_of_hidden_is_summed_in_float32(setting, reduction):
 # What is moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting, mapped",
     [("rules", False), ("manual", False), ("explicit", False), ("explicit", True)],
@@ -423,7 +432,7 @@ def test_any_loss_moves_a_few_numbers_a_token_and_gradients_once(setting, mapped
         shardings = jax.tree.map(lambda a: a.sharding, (table, batched[0]))
         run = jax.value_and_grad(on_mesh(setting, loss), (0, 2))
         jitted = jax.jit(run, out_shardings=(None, shardings))
-        found = collectives(jitted.lower(*arguments).compile())
+        found = collectives(compile_by_default(jitted.lower(*arguments)))
     assert set(found) == {"all-reduce"}
     # a maximum and a few sums for each token of a chunk are small
     large = {shape: n for (_, shape), n in found["all-reduce"].items() if np.prod(shape) > 8 * 16}
@@ -447,7 +456,7 @@ def test_examples_split_over_an_explicit_mesh_share_the_table():
 
     with split("explicit", table, *batched) as (table, *batched):
         run = jax.jit(jax.grad(loss, (0, 2)))
-        compiled = run.lower(table, closed, *batched).compile()
+        compiled = compile_by_default(run.lower(table, closed, *batched))
         for_table, for_hidden = run(table, closed, *batched)
     assert for_table.embeddings.sharding.spec == P("model", None)
     assert for_hidden.sharding.spec == P("data", None, None)

@@ -9,6 +9,7 @@ MANY = mesh_cost.Sizes(N=2048, D=16, V=1024, C=32)
 FEW = mesh_cost.Sizes(N=512, D=16, V=1024, C=32)  # fewer tokens than rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d, m", [(1, 1), (1, 2), (2, 2), (2, 4)])
 @pytest.mark.parametrize(
     "layout, sizes",
@@ -29,6 +30,7 @@ def test_sizes_that_eight_devices_cannot_share_are_refused(options, capsys):
     assert "--tokens and --vocab-size multiples of 8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_table_of_predictions_is_printed(capsys):
     mesh_cost.main(["--tokens", "512", "--embedding", "16", "--vocab-size", "1024"])
     lines = capsys.readouterr().out.splitlines()

@@ -17,6 +17,7 @@ from eqx_embedding import (
     save_safetensors,
 )
 
+from ..helpers import compile_by_default
 from .helpers import assert_trees_close, collectives, make_mesh, make_table, place, random
 
 
@@ -72,6 +73,7 @@ def test_a_table_that_each_device_has_whole_stays_so(setting):
     assert is_split(combine_rows(trained, frozen).embeddings, P())
 
 
+@pytest.mark.slow
 @settings
 def test_a_bias_and_stacked_tables_stay_split(setting):
     names, rules = ("vocabulary", "embedding"), {"vocabulary": "model"}
@@ -97,7 +99,7 @@ def test_under_jit_a_split_table_is_not_gathered():
     new = grow(here, key)
     assert is_split(new.embeddings, SPECS["vocabulary"])
     assert_trees_close(new, resize_vocabulary(table, 4500, key=key, pad_to_multiple_of=4))
-    moved = collectives(grow.lower(here, None).compile().compiled)
+    moved = collectives(compile_by_default(grow.lower(here, None)))
     assert "all-gather" not in moved and "all-reduce" not in moved
 
 
@@ -125,6 +127,7 @@ def rows_loss(trained, frozen, hidden, targets, rules=None):
     )
 
 
+@pytest.mark.slow
 @settings
 @specs
 def test_rows_of_a_split_table_are_trained_as_on_one_device(setting, spec):
@@ -155,13 +158,13 @@ def test_to_combine_rows_moves_nothing_and_their_gradient_is_summed_once():
     trained, frozen = partition_rows(
         split("explicit", table, SPECS["vocabulary"]), range(4088, 4096)
     )
-    combine = jax.jit(combine_rows).lower(trained, frozen).compile()
+    combine = compile_by_default(jax.jit(combine_rows).lower(trained, frozen))
     assert collectives(combine) == {}
 
     def square(trained, frozen):
         return jnp.sum(combine_rows(trained, frozen).embeddings ** 2)
 
-    moved = collectives(jax.jit(jax.grad(square)).lower(trained, frozen).compile())
+    moved = collectives(compile_by_default(jax.jit(jax.grad(square)).lower(trained, frozen)))
     assert moved == {"all-reduce": {("f32", (8, 8)): 1}}
 
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode
 
-from ..helpers import quick_jit
+from ..helpers import compile_by_default, quick_jit
 from .helpers import collectives, make_table, on_mesh, place, random, SETTINGS, split, with_bias
 
 
@@ -106,7 +106,7 @@ def test_no_logits_move_between_devices():
             decode = EmbeddingDecode(table)
             return decode.top_k(hidden, 7), decode.sample(hidden, key=jax.random.key(0))
 
-        compiled = jax.jit(function).lower(table, hidden).compile()
+        compiled = compile_by_default(jax.jit(function).lower(table, hidden))
     moved = [shape for shapes in collectives(compiled).values() for _, shape in shapes]
     tokens = B * T // 2
     assert moved

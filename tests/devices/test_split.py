@@ -12,12 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
+from ..helpers import compile_by_default, compiled_memory
 from .helpers import (
     assert_trees_close,
     collectives,
     make_mesh,
     make_table,
-    memory,
     on_mesh,
     place,
     random,
@@ -36,7 +36,11 @@ padded = pytest.mark.parametrize("padding_rows", [0, 3])
 @pytest.fixture(params=["float32", "float64"])
 def precision(request):
     with jax.enable_x64(True) if request.param == "float64" else contextlib.nullcontext():
-        yield
+        yield request.param
+
+
+# What one device computes is the same for each setting: `precision` is a part of the key.
+on_one_device = functools.cache
 
 
 def draw_tokens(vocab_size, seed=0):
@@ -86,70 +90,93 @@ def test_a_lookup_equals_that_of_one_device(setting, padding_rows, precision):
         assert_trees_close(function(*arguments), expected)
 
 
+def decode(rules, table, hidden):
+    return EmbeddingDecode(table, soft_cap=3.0)(hidden, rules=rules)
+
+
+def gradient_of_logits(decode):
+    def loss(table, hidden, factors):
+        logits = decode(table, hidden)
+        return jnp.sum(logits * factors), logits
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+
+def arguments_of_a_decode(padding_rows, biased):
+    table = make_table(V, padding_rows)
+    factors = random((B, T, table.vocab_size), seed=3)
+    return with_bias(table) if biased else table, random((B, T, D), seed=1), factors
+
+
+@on_one_device
+def decode_on_one_device(padding_rows, biased, precision):
+    arguments = arguments_of_a_decode(padding_rows, biased)
+    return gradient_of_logits(functools.partial(decode, None))(*arguments)
+
+
+@pytest.mark.slow
 @settings
 @pytest.mark.parametrize("padding_rows", [0, 1, 3])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_decode_equals_that_of_one_device(setting, padding_rows, biased, precision):
-    table, hidden = make_table(V, padding_rows), random((B, T, D), seed=1)
-    table = with_bias(table) if biased else table
-    factors = random((B, T, table.vocab_size), seed=3)
-
-    def decode(rules, table, hidden):
-        return EmbeddingDecode(table, soft_cap=3.0)(hidden, rules=rules)
-
-    def loss(decode, table, hidden, factors):
-        logits = decode(table, hidden)
-        return jnp.sum(logits * factors), logits
-
-    def differentiate(function):
-        return jax.jit(lambda *a: jax.value_and_grad(loss, (1, 2), has_aux=True)(function, *a))
-
-    expected = differentiate(lambda *a: decode(None, *a))(table, hidden, factors)
     columns = None if padding_rows else "model"
-    with split(setting, table, hidden, factors) as (table, hidden, factors):
+    with split(setting, *arguments_of_a_decode(padding_rows, biased)) as (table, hidden, factors):
         factors = place(make_mesh(setting), factors, "data", None, columns)
-        function = differentiate(on_mesh(setting, decode, ["data", None, columns]))
+        function = gradient_of_logits(on_mesh(setting, decode, ["data", None, columns]))
+        expected = decode_on_one_device(padding_rows, biased, precision)
         assert_trees_close(function(table, hidden, factors), expected)
 
 
+def gradient_of_losses(function):
+    def loss(*arguments):
+        losses = function(*arguments)
+        return jnp.sum(losses**2), losses
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 3), has_aux=True))
+
+
+@on_one_device
+def loss_on_one_device(padding_rows, reduction, precision):
+    function = functools.partial(cross_entropy, None, reduction=reduction)
+    return gradient_of_losses(function)(*arguments_of_a_loss(padding_rows))
+
+
+@pytest.mark.slow
 @settings
 @padded
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_loss_equals_that_of_one_device(setting, padding_rows, reduction, precision):
-    arguments = arguments_of_a_loss(padding_rows)
-
-    def loss(function, *arguments):
-        losses = function(*arguments)
-        return jnp.sum(losses**2), losses
-
-    def differentiate(function):
-        gradient = jax.value_and_grad(loss, (1, 2, 4), has_aux=True)
-        return jax.jit(lambda *a: gradient(function, *a))
-
-    def function(rules, *arguments):
-        return cross_entropy(rules, *arguments, reduction=reduction)
-
-    expected = differentiate(lambda *a: function(None, *a))(*arguments)
+    expected = loss_on_one_device(padding_rows, reduction, precision)
+    function = functools.partial(cross_entropy, reduction=reduction)
     out_axes = [] if reduction == "mean" else ["data"]
-    with split(setting, *arguments) as arguments:
-        actual = differentiate(on_mesh(setting, function, out_axes))(*arguments)
+    with split(setting, *arguments_of_a_loss(padding_rows)) as arguments:
+        actual = gradient_of_losses(on_mesh(setting, function, out_axes))(*arguments)
         assert_trees_close(actual, expected)
 
 
+def arguments_with_a_bias(padding_rows):
+    table, *others = arguments_of_a_loss(padding_rows)
+    return with_bias(table), *others
+
+
+capped_cross_entropy = functools.partial(cross_entropy, soft_cap=5.0)
+
+
+@on_one_device
+def biased_loss_on_one_device(padding_rows):
+    function = functools.partial(capped_cross_entropy, None)
+    return jax.jit(jax.value_and_grad(function, (0, 1)))(*arguments_with_a_bias(padding_rows))
+
+
+@pytest.mark.slow
 @settings
 @pytest.mark.parametrize("padding_rows", [0, 1, 3])
 def test_a_loss_with_a_bias_equals_that_of_one_device(setting, padding_rows):
-    table, hidden, targets, weights = arguments_of_a_loss(padding_rows)
-    table = with_bias(table)
-    loss = functools.partial(cross_entropy, soft_cap=5.0)
-    arguments = table, hidden, targets, weights
-
-    def differentiate(function):
-        return jax.jit(jax.value_and_grad(function, (0, 1)))
-
-    expected = differentiate(functools.partial(loss, None))(*arguments)
-    with split(setting, *arguments) as arguments:
-        assert_trees_close(differentiate(on_mesh(setting, loss, []))(*arguments), expected)
+    expected = biased_loss_on_one_device(padding_rows)
+    with split(setting, *arguments_with_a_bias(padding_rows)) as arguments:
+        function = on_mesh(setting, capped_cross_entropy, [])
+        actual = jax.jit(jax.value_and_grad(function, (0, 1)))(*arguments)
+        assert_trees_close(actual, expected)
 
 
 def test_the_gradient_may_be_taken_inside_a_shard_map():
@@ -171,6 +198,7 @@ def test_the_gradient_may_be_taken_inside_a_shard_map():
         assert_trees_close(jax.jit(inside)(*arguments), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", [{"batch": "data"}, RULES])
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 def test_a_shard_map_may_take_some_of_the_axes(setting, rules):
@@ -209,6 +237,7 @@ def test_a_mean_inside_a_shard_map_is_of_the_devices_tokens_unless_rules_say_mor
         assert_trees_close(jax.jit(jax.value_and_grad(mapped, (0, 1)))(*arguments), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 def test_layers_work_under_vmap_over_split_sequences(setting):
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
@@ -228,22 +257,29 @@ def test_layers_work_under_vmap_over_split_sequences(setting):
         assert_trees_close(jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments), expected)
 
 
+def tied_loss(table, hidden, targets):
+    hidden = hidden + EmbeddingLookup(table)(targets)
+    logits = EmbeddingDecode(table)(hidden)
+    return cross_entropy(None, table, hidden, targets) + jnp.mean(jnp.square(logits))
+
+
+@on_one_device
+def tied_loss_on_one_device(padding_rows):
+    *arguments, _ = arguments_of_a_loss(padding_rows)
+    return jax.jit(jax.value_and_grad(tied_loss, (0, 1)))(*arguments)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(None, "model"), ("data",), (("data", "model"),)])
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 @padded
 def test_a_table_may_be_split_in_any_way(padding_rows, setting, axes):
     """Over its embedding; over the same mesh axis as the batch; over two mesh axes."""
     *arguments, _ = arguments_of_a_loss(padding_rows)
-
-    def loss(table, hidden, targets):
-        hidden = hidden + EmbeddingLookup(table)(targets)
-        logits = EmbeddingDecode(table)(hidden)
-        return cross_entropy(None, table, hidden, targets) + jnp.mean(jnp.square(logits))
-
-    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
+    expected = tied_loss_on_one_device(padding_rows)
     with split(setting, *arguments) as (table, hidden, targets):
         table = place(make_mesh(setting), table, *axes)
-        function = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        function = jax.jit(jax.value_and_grad(tied_loss, (0, 1)))
         assert_trees_close(function(table, hidden, targets), expected)
 
 
@@ -255,6 +291,7 @@ def test_vectors_are_split_as_their_tokens_and_the_embedding_are():
     assert jax.typeof(vectors).sharding.spec == P("data", None, "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, padding_rows", [(4, 0), (8, 3)])
 @pytest.mark.parametrize("setting", ["explicit", "manual"])
 def test_a_device_may_have_a_single_token_or_nothing_but_padding(setting, rows, padding_rows):
@@ -320,6 +357,7 @@ def test_a_target_out_of_range_is_nan_on_every_device(setting):
     assert np.isnan(losses[0, 0]) and np.isnan(losses).sum() == 1
 
 
+@pytest.mark.slow
 def test_layers_work_without_jit():
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
 
@@ -337,6 +375,7 @@ def test_layers_work_without_jit():
             assert_trees_close(use(*split_arguments), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 @pytest.mark.parametrize("padding_rows", [0, 3])
 def test_a_table_is_made_in_parts(setting, padding_rows):
@@ -351,7 +390,9 @@ def test_a_table_is_made_in_parts(setting, padding_rows):
         mesh = make_mesh(setting, data=1, model=devices)
         spec = eqx.filter_eval_shape(make, key).partition_spec({"vocabulary": "model"})
         create = jax.jit(make, out_shardings=NamedSharding(mesh, spec))
-        temporaries.append(memory(create.lower(key).compile()).temp_size_in_bytes)
+        temporaries.append(
+            compiled_memory(compile_by_default(create.lower(key))).temp_size_in_bytes
+        )
         table = create(key)
         assert {s.data.shape for s in table.embeddings.addressable_shards} == {(4096 // devices, D)}
         assert_trees_close(table, expected)
@@ -369,9 +410,10 @@ def compiled_loss(setting, data, model, rows=2048, padding_rows=0):
         function = jax.value_and_grad(on_mesh(setting, loss, []), (0, 1))
         shardings = jax.tree.map(lambda a: a.sharding, arguments[:2])
         jitted = jax.jit(function, out_shardings=(None, shardings))
-        return jitted.lower(*arguments).compile()
+        return compile_by_default(jitted.lower(*arguments))
 
 
+@pytest.mark.slow
 @padded
 @pytest.mark.parametrize("setting", ["rules", "explicit", "manual"])
 def test_a_loss_moves_a_few_numbers_a_chunk_and_each_gradient_once(setting, padding_rows):
@@ -401,7 +443,7 @@ def test_a_lookup_costs_one_all_reduce(setting, padding_rows):
         return EmbeddingLookup(table)(tokens, rules=rules)
 
     with split(setting, table, draw_tokens(table.vocab_size)) as arguments:
-        compiled = jax.jit(on_mesh(setting, lookup, ["data"])).lower(*arguments).compile()
+        compiled = compile_by_default(jax.jit(on_mesh(setting, lookup, ["data"])).lower(*arguments))
     found = collectives(compiled)
     assert {kind: dict(shapes) for kind, shapes in found.items()} == {
         "all-reduce": {("f32", (B // 2, T, D)): 1}
@@ -415,15 +457,16 @@ def test_a_decode_moves_nothing(setting):
 
     with split(setting, make_table(V), random((B, T, D))) as arguments:
         function = on_mesh(setting, decode, ["data", None, "model"])
-        compiled = jax.jit(function).lower(*arguments).compile()
+        compiled = compile_by_default(jax.jit(function).lower(*arguments))
         assert compiled.output_shardings.spec == P("data", None, "model")
     assert not collectives(compiled)
 
 
+@pytest.mark.slow
 @settings
 def test_memory_per_device_falls_as_the_mesh_grows(setting):
     def size(data, model):
-        analysis = memory(compiled_loss(setting, data, model, rows=8192))
+        analysis = compiled_memory(compiled_loss(setting, data, model, rows=8192))
         return (
             analysis.argument_size_in_bytes
             + analysis.output_size_in_bytes

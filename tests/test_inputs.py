@@ -1,0 +1,172 @@
+"""What callers may pass: host arrays, 64-bit ids, weights of any dtype, numbers of NumPy."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqx_embedding import (
+    EmbeddingDecode,
+    EmbeddingLookup,
+    EmbeddingTable,
+    partition_rows,
+    resize_vocabulary,
+)
+
+from .helpers import (
+    assert_close,
+    cross_entropy_reference,
+    FOUR_TARGETS,
+    lookup_reference,
+    make_array,
+    make_table,
+    NAMES,
+)
+
+
+@pytest.mark.parametrize(
+    "weights", [np.asarray([2**40, 0, 0, 0]), np.asarray([2**63, 0, 0, 0], np.uint64)], ids=str
+)
+def test_integer_weights_above_2_31_count_in_full(weights):
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    mean = layer.cross_entropy(hidden, FOUR_TARGETS, weights=weights)
+    expected, *_ = cross_entropy_reference(layer, hidden, FOUR_TARGETS, weights)
+    assert_close(mean, expected)
+    assert mean > 0
+
+
+def test_weights_from_the_64_bit_mode_are_not_narrowed():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    for weights in np.asarray([2**32, 1, 1, 1]), np.asarray([1e-300, 1, 1, 1]):
+        with jax.enable_x64(True):
+            given = jnp.asarray(weights)
+        for reduction in ("sum", "mean"):
+            expected, *_ = cross_entropy_reference(
+                layer, hidden, FOUR_TARGETS, weights, reduction=reduction
+            )
+            loss = layer.cross_entropy(hidden, FOUR_TARGETS, weights=given, reduction=reduction)
+            assert_close(loss, expected)
+        broken = np.where(np.arange(4) == 0, -5, FOUR_TARGETS)
+        assert np.isnan(layer.cross_entropy(hidden, broken, weights=given))
+        with pytest.raises(TypeError, match="weights of (int|float)64 are traced outside"):
+            jax.jit(lambda w: layer.cross_entropy(hidden, FOUR_TARGETS, weights=w))(given)
+
+
+def test_complex_weights_are_refused():
+    layer = EmbeddingDecode(make_table("first"))
+    with pytest.raises(TypeError, match="weights must be bool, integer or floating, got complex64"):
+        layer.cross_entropy(jnp.ones(4), 1, weights=np.complex64(1j))
+
+
+def test_ids_from_the_64_bit_mode_are_not_narrowed():
+    with jax.enable_x64(True):
+        tokens = jnp.asarray([3, 2**32 + 3, -(2**32) + 3])
+        unsigned = jnp.asarray([3, 2**32 + 3, 2**63 + 3], jnp.uint64)
+    table = make_table("first")
+    layer, hidden = EmbeddingDecode(table), make_array((3, 4), seed=1)
+    for given in (tokens, unsigned):
+        vectors = EmbeddingLookup(table)(given)
+        np.testing.assert_array_equal(vectors, lookup_reference(table, given.tolist()))
+        with pytest.raises(Exception, match="a token is out of range"):
+            EmbeddingLookup(table, "raise")(given)
+        losses = layer.cross_entropy(hidden, given, reduction="none")
+        np.testing.assert_array_equal(np.isnan(losses), [False, True, True])
+        for name, use in (
+            ("tokens", EmbeddingLookup(table)),
+            ("targets", lambda given: layer.cross_entropy(hidden, given)),
+        ):
+            with pytest.raises(TypeError, match=f"{name} of u?int64 are traced outside of JAX's"):
+                jax.jit(lambda given, use=use: use(given))(given)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_traced_targets_are_compared_at_64_bits(dtype):
+    with jax.enable_x64(True):
+        layer, hidden = EmbeddingDecode(make_table("first")), make_array((3, 4), seed=1)
+        targets = jnp.asarray([3, 2**32 + 3, 2**63 - 1], dtype)
+
+        @jax.jit
+        def loss(targets):
+            return layer.cross_entropy(hidden, targets, reduction="none")
+
+        np.testing.assert_array_equal(np.isnan(loss(targets)), [False, True, True])
+
+
+def test_the_error_for_float_targets_names_them():
+    layer = EmbeddingDecode(make_table("first"))
+    with pytest.raises(TypeError, match="targets must be integers, got float32"):
+        layer.cross_entropy(jnp.ones(4), np.float32(1))
+
+
+def test_masked_arrays_are_refused():
+    masked: np.ndarray = np.ma.masked_equal([1, 2, 3, 4], 2)
+    table, hidden = make_table("first"), make_array((4, 4), seed=1)
+    layer = EmbeddingDecode(table)
+    for name, call in {
+        "tokens": lambda: EmbeddingLookup(table)(masked),
+        "targets": lambda: layer.cross_entropy(hidden, masked),
+        "weights": lambda: layer.cross_entropy(hidden, FOUR_TARGETS, weights=masked),
+        "rows": lambda: partition_rows(table, masked),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} must not be a masked array"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        np.arange(6, dtype=np.int64)[::-1],
+        np.arange(12).reshape(6, 2)[::2, 1],
+        np.asfortranarray(np.arange(6).reshape(2, 3)),
+        np.arange(6, dtype=">i4"),
+        np.arange(6, dtype=">u8"),
+        np.broadcast_to(np.asarray(3), (2, 3)),
+    ],
+    ids=["reversed", "strided", "Fortran", "big-endian", "unsigned big-endian", "broadcast"],
+)
+def test_tokens_may_have_any_memory_layout(tokens):
+    table, layer = make_table("first"), EmbeddingDecode(make_table("first"))
+    tokens = np.minimum(tokens, 6, out=tokens.copy() if not tokens.flags.writeable else tokens)
+    np.testing.assert_array_equal(EmbeddingLookup(table)(tokens), lookup_reference(table, tokens))
+    hidden = make_array((*tokens.shape, 4), seed=1)
+    expected, *_ = cross_entropy_reference(layer, hidden, tokens)
+    assert_close(layer.cross_entropy(hidden, tokens), expected)
+
+
+def test_jax_narrows_ids_before_a_transformed_function():
+    # and with them the row of another token: what is here sees no difference
+    table = make_table("first")
+    lookup, far = EmbeddingLookup(table), np.asarray([2**32 + 3])
+    other = np.asarray(table.embeddings[3:4])
+    assert np.isnan(lookup(far)).all()
+    np.testing.assert_array_equal(jax.jit(lambda ids: lookup(ids))(far), other)
+    np.testing.assert_array_equal(jax.vmap(lookup)(far), other)
+    np.testing.assert_array_equal(jax.lax.map(lookup, far), other)
+    with jax.enable_x64(True):
+        assert np.isnan(jax.vmap(lookup)(far)).all()
+
+
+def test_numpy_numbers_serve_as_sizes_and_options(tmp_path):
+    key, hidden = jax.random.key(0), make_array((4, 4), seed=1)
+    table = EmbeddingTable.from_config(
+        np.int64(7), {"embedding": np.uint8(4)}, pad_to_multiple_of=np.int32(4), key=key
+    )
+    same = EmbeddingTable.from_config(7, {"embedding": 4}, pad_to_multiple_of=4, key=key)
+    assert eqx.tree_equal(table, same)
+    by_hand = EmbeddingTable(table.embeddings, NAMES, padding_rows=np.int64(1))
+    assert eqx.tree_equal(by_hand, same) and type(by_hand.padding_rows) is int
+    assert type(table.vocab_size) is int
+    layer = EmbeddingDecode(table, soft_cap=np.float32(0.5))
+    assert type(layer.soft_cap) is float
+    np.testing.assert_array_equal(layer(hidden), EmbeddingDecode(table, soft_cap=0.5)(hidden))
+
+    def loss(smoothing, z_loss, chunk_size):
+        return layer.cross_entropy(
+            hidden, FOUR_TARGETS, label_smoothing=smoothing, z_loss=z_loss, chunk_size=chunk_size
+        )
+
+    assert loss(np.float32(0.25), np.float16(0.5), np.int64(2)) == loss(0.25, 0.5, 2)
+    assert loss(np.int32(0), np.int8(1), None) == loss(0, 1, None)
+    grown = resize_vocabulary(table, np.int64(9), key=key, pad_to_multiple_of=np.int16(8))
+    assert eqx.tree_equal(grown, resize_vocabulary(table, 9, key=key, pad_to_multiple_of=8))
