@@ -5,11 +5,14 @@
 All programs run in one process, in the order A B .. B A in each round, so that other work on the
 machine slows all of them alike. Times are medians; compare the ratios. MB are the temporaries of
 the compiled program. `time` and `memory` are divided by those of the first program of a task. An
-error is the largest difference from its results, divided by the largest number.
+error is the largest difference from its results, divided by the largest number; of tokens, the
+share that differs; draws have none. PyTorch is measured where it is installed, on a CPU.
 """
 
 import argparse
 import functools
+import importlib
+import importlib.util
 import json
 import statistics
 import sys
@@ -22,11 +25,12 @@ import numpy as np
 
 from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
-from .cross_entropy import compile_gradient, Run, time_in_turn
+from .cross_entropy import compile_gradient, Compiled, Run, time_in_turn
 
 
 SHAPE = 4096, 256, 50257
-PLAIN = "plain JAX"
+K = 20
+PLAIN, OURS, TORCH = "plain JAX", "eqx_embedding", "torch"
 
 
 class Task(NamedTuple):
@@ -36,6 +40,22 @@ class Task(NamedTuple):
     draw: Callable[..., tuple[Any, ...]]  # (N, D, V) -> the operands
     compile: Callable[..., Any]  # (function, operands) -> a program
     functions: dict[str, Callable[..., Any]]
+    compare: Callable[..., float | None]  # (results, those of the first program)
+
+
+class Torch:
+    """A function of PyTorch and tensors, which does not report the size of its temporaries."""
+
+    temporaries = None
+
+    def __init__(self, function, operands):
+        self.torch = importlib.import_module("torch")
+        self.function = functools.partial(function, self.torch)
+        self.operands = [self.torch.from_numpy(np.array(array)) for array in operands]
+
+    def __call__(self):
+        with self.torch.inference_mode():
+            return jax.tree.map(np.asarray, self.function(*self.operands))
 
 
 def decode(rows):
@@ -68,16 +88,41 @@ def divergence_of_logits(kind, hidden, rows, teacher_hidden, teacher_rows):
 def task_of_divergence(kind):
     functions = {
         PLAIN: functools.partial(divergence_of_logits, kind),
-        "divergence": functools.partial(divergence, kind),
+        OURS: functools.partial(divergence, kind),
     }
     title = f"{kind} divergence, with gradients"
-    return Task(title, draw_student_and_teacher, compile_gradient, functions)
+    return Task(title, draw_student_and_teacher, compile_gradient, functions, largest_difference)
 
 
-TASKS = {
-    "divergence": task_of_divergence("forward"),
-    "reverse_divergence": task_of_divergence("reverse"),
-    "jensen_shannon": task_of_divergence("jensen_shannon"),
+def draw_hidden(N, D, V):
+    hidden, rows = jax.random.split(jax.random.key(0))
+    return jax.random.normal(hidden, (N, D)), jax.random.normal(rows, (V, D)) / D**0.5
+
+
+def draw_hidden_and_key(N, D, V):
+    return *draw_hidden(N, D, V), jax.random.key(1)
+
+
+TOP_K = {
+    PLAIN: lambda hidden, rows: jax.lax.top_k(jax.nn.log_softmax(hidden @ rows.T), K),
+    OURS: lambda hidden, rows: decode(rows).top_k(hidden, K),
+    TORCH: lambda torch, hidden, rows: tuple(
+        torch.topk(torch.log_softmax(hidden @ rows.T, dim=-1), K)
+    ),
+}
+LIKELIEST = {
+    PLAIN: lambda hidden, rows, key: jnp.argmax(hidden @ rows.T, axis=-1),
+    f"{OURS}, top_k(1)": lambda hidden, rows, key: decode(rows).top_k(hidden, 1)[1][:, 0],
+    f"{OURS}, sample": lambda hidden, rows, key: decode(rows).sample(
+        hidden, temperature=0, key=key
+    ),
+    "product alone": lambda hidden, rows, key: hidden @ rows.T,
+}
+SAMPLE = {
+    PLAIN: lambda hidden, rows, key: jax.random.categorical(key, hidden @ rows.T),
+    OURS: lambda hidden, rows, key: decode(rows).sample(hidden, key=key),
+    f"{OURS}, top_k={K}": lambda hidden, rows, key: decode(rows).sample(hidden, top_k=K, key=key),
+    "product alone": lambda hidden, rows, key: hidden @ rows.T,
 }
 
 
@@ -90,15 +135,46 @@ def largest_difference(actual, expected):
     )
 
 
+def share_of_others(actual, expected):
+    return float(np.mean(np.not_equal(actual, expected))) if actual.ndim == 1 else None
+
+
+def of_log_probs(actual, expected):
+    return largest_difference(actual[0], expected[0])
+
+
+def none(actual, expected):
+    return None
+
+
+TASKS = {
+    "top_k": Task(f"{K} most likely tokens", draw_hidden, Compiled, TOP_K, of_log_probs),
+    "likeliest": Task(
+        "most likely token", draw_hidden_and_key, Compiled, LIKELIEST, share_of_others
+    ),
+    "sample": Task("a token drawn", draw_hidden_and_key, Compiled, SAMPLE, none),
+    "divergence": task_of_divergence("forward"),
+    "reverse_divergence": task_of_divergence("reverse"),
+    "jensen_shannon": task_of_divergence("jensen_shannon"),
+}
+
+
+def programs_of(task, operands):
+    for name, function in task.functions.items():
+        if name != TORCH:
+            yield name, task.compile(function, operands)
+        elif jax.default_backend() == "cpu" and importlib.util.find_spec("torch"):
+            yield name, Torch(function, operands)
+
+
 def measure(shape, tasks, rounds):
     runs = {}
     for task in tasks:
         operands, expected = TASKS[task].draw(*shape), None
-        for name, function in TASKS[task].functions.items():
-            program = TASKS[task].compile(function, operands)
+        for name, program in programs_of(TASKS[task], operands):
             result = program()  # also warms up
             expected = result if expected is None else expected
-            runs[task, name] = Run(program, largest_difference(result, expected))
+            runs[task, name] = Run(program, TASKS[task].compare(result, expected))
     times = time_in_turn(runs, rounds)
     medians = {key: statistics.median(seconds) for key, seconds in times.items()}
     rows = []
@@ -135,7 +211,8 @@ def format_row(row):
     memory = "-" if row["temporaries"] is None else f"{row['temporaries'] / 1e6:.1f}"
     ratio = "-" if row["memory"] is None else f"{row['memory']:.3f}"
     cells = f"{1e3 * row['seconds']:10.1f}{row['time']:9.2f}{memory:>10}{ratio:>9}"
-    return f"  {row['name']:24}{cells}{row['error']:10.0e}"
+    error = "-" if row["error"] is None else f"{row['error']:.0e}"
+    return f"  {row['name']:24}{cells}{error:>10}"
 
 
 def parse(arguments):

@@ -518,6 +518,7 @@ class EmbeddingDecode(eqx.Module):
         return sample_tokens(options, split, k, _without_targets(arrays, split, data))
 
     @_suggest
+    @suggest(temperature=suggest_number)
     @jax.named_scope("EmbeddingDecode.divergence")
     def divergence(
         self,

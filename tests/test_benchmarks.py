@@ -356,8 +356,9 @@ def test_a_task_of_search_is_measured_beside_plain_jax(task, capsys):
     search.main([*arguments, "--json"])
     report = json.loads(capsys.readouterr().out)
     plain, *others = report["results"]
-    assert plain["time"] == plain["memory"] == 1 and plain["error"] == 0
+    assert plain["time"] == 1 and plain["error"] in (0, None)
     for row in others:
-        assert row["error"] < 1e-4 and row["time"] > 0 and len(row["times"]) == 2
+        assert row["error"] is None or row["error"] < 1e-4
+        assert row["time"] > 0 and len(row["times"]) == 2
     search.show(report)
     assert search.TASKS[task].title in capsys.readouterr().out
