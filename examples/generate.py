@@ -2,6 +2,7 @@
 
     python examples/generate.py --run runs/train_lm --prompt "The "
     python examples/generate.py --run runs/bpe --temperature 0.5 --top-k 10
+    python examples/generate.py --run runs/bpe --temperature 1 --top-p 0.9
 
 Prints the text as it is made.
 """
@@ -45,6 +46,9 @@ class Config:
     """0 for the likeliest token each time, 1 for the model's own probabilities."""
     top_k: int | None = None
     """Choose among this many of the likeliest tokens. None: among all."""
+    top_p: float | None = None
+    """Choose among the fewest tokens that together have this probability, of the 1024 likeliest or
+    of --top-k. 1: among all of these. None: no such choice."""
     cache: bool = True
     """Keep the keys and values of tokens seen. Without, the same text takes longer."""
     seed: int = 0
@@ -55,6 +59,8 @@ class Config:
         require(self, "seed", at_least=0, below=2**63)
         if self.top_k is not None:
             require(self, "top_k", above=0)
+        if self.top_p is not None:
+            require(self, "top_p", above=0, at_most=1)
 
 
 class Trained(NamedTuple):
@@ -92,6 +98,7 @@ def main(config: Config) -> None:
         config.length,
         config.temperature,
         top_k=config.top_k,
+        top_p=config.top_p,
         cache=config.cache,
         key=jax.random.key(config.seed),
     ):

@@ -41,6 +41,7 @@ with install_import_hook(("support", "generate", "toy_transformer"), "beartype.b
         cut_text,
         random_windows,
         read_text,
+        read_text_of,
         Text,
         tokenize,
         Tokens,
@@ -212,10 +213,8 @@ def main(config: Config) -> list[tuple[int, float]]:
     if tokenizer.json is None:
         raise SystemExit(f"the tokens of {config.run} are bytes. Take a run of --tokenizer bpe.")
     with Checkpoints(config.out, exists=False) as out:
-        text, old_text = read_new_text(config.text), read_text(config.old_text)
-        name, learned = old_text.name, identity["data"]["text"]
-        if old_text.sha256 != learned:
-            raise SystemExit(f"{name} is not what {config.run} learned from: give --old-text.")
+        text = read_new_text(config.text)
+        old_text = read_text_of(config.run, identity, config.old_text, "--old-text")
         length = model.positions.vocab_size
         parts, old_parts = (Parts(*tokenize(t, tokenizer, length)) for t in (text, old_text))
         before, old_before = (bits_per_byte(model, t.held_out) for t in (parts, old_parts))
@@ -238,7 +237,7 @@ def main(config: Config) -> list[tuple[int, float]]:
     print(f"{reports[0][1]:8.3f} with {len(new)} new ones, before they are trained")
     print(f"{reports[-1][1]:8.3f} after {config.steps} steps, {seconds:.0f} s, of their rows alone")
     old_after = bits_per_byte(model, old_parts.held_out)
-    print(f"of {name}: {old_before:.3f} before, {old_after:.3f} with the new tokens")
+    print(f"of {old_text.name}: {old_before:.3f} before, {old_after:.3f} with the new tokens")
     print(f"see {config.out}")
     return [(-1, before), *reports]
 

@@ -18,6 +18,8 @@ COLORS = {
     "white space": "tab:red",
     "others": "0.35",
 }
+Curves = dict[str, list[tuple[int, float]]]
+"""The points of each curve, by the name of the curve."""
 BEGINNING: dict[str, Any] = {"s": 14, "facecolors": "white", "edgecolors": "tab:orange"}
 
 
@@ -122,6 +124,19 @@ def growth_picture(
     right.autoscale(False)
     most_frequent = np.argsort(-counts[old:], kind="stable")
     _draw_moves(right, most_frequent, starts, ends, [readable(piece) for piece in pieces[old:]])
+    return _png(figure)
+
+
+def curves_picture(xlabel: str, panels: dict[str, Curves]) -> bytes:
+    """Curves side by side, by the names of what they show."""
+    figure = Figure(figsize=(5.5 * len(panels), 4.5))
+    figure.set_layout_engine("constrained", wspace=0.08)
+    for axes, (ylabel, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
+        _open(axes, "", xlabel, ylabel)
+        for name, points in curves.items():
+            label = f"{name} {points[-1][1]:.3f}"
+            axes.plot(*zip(*points), marker="o", markersize=3, label=label, clip_on=False)
+        axes.legend(frameon=False)
     return _png(figure)
 
 

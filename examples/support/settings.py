@@ -13,6 +13,7 @@ def require(
     above: Number = -math.inf,
     at_least: Number = -math.inf,
     below: Number = math.inf,
+    at_most: Number = math.inf,
 ) -> None:
     """Raises a `ValueError`, of which tyro makes a message, unless all fields are in a range.
 
@@ -20,8 +21,8 @@ def require(
     """
     for name in names:
         value = getattr(config, name)
-        if not (above < value and at_least <= value < below):
-            limits = {"above": above, "at least": at_least, "below": below}
+        if not (above < value < below and at_least <= value <= at_most):
+            limits = {"above": above, "at least": at_least, "below": below, "at most": at_most}
             limits = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
             limits += [] if math.isfinite(value) else ["finite"]
             option = name.replace("_", "-")

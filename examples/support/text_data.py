@@ -3,7 +3,7 @@
 import hashlib
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -44,6 +44,16 @@ def cut_text(name: str, data: bytes) -> Text:
     cut = len(data) * 9 // 10
     values = np.frombuffer(data, np.uint8)
     return Text(name, values[:cut], values[cut:], hashlib.sha256(data).hexdigest())
+
+
+def read_text_of(
+    run: Path, identity: dict[str, Any], path: Path | None, option: str = "--text"
+) -> Text:
+    """Reads a text, and stops the program with one line unless the run learned from it."""
+    text = read_text(path)
+    if text.sha256 != identity["data"]["text"]:
+        raise SystemExit(f"{text.name} is not what {run} learned from: give {option}.")
+    return text
 
 
 class Tokens(NamedTuple):
