@@ -96,8 +96,8 @@ class Batch(NamedTuple):
     """The tokens that have them."""
 
 
-def read_with(teacher: Transformer, values: Integer[np.ndarray, " tokens"], k: int) -> Batch:
-    """The training text in sequences, with what the teacher says of them. It reads them once."""
+def with_top_k(teacher: Transformer, values: Integer[np.ndarray, " tokens"], k: int) -> Batch:
+    """The text in sequences, with the largest log-probabilities of the teacher for each token."""
     length = teacher.positions.vocab_size
     count = (len(values) - 1) // length
     inputs, targets = (
@@ -246,7 +246,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         text = read_text_of(config.run, identity, config.text)
         train_text, held_out = tokenize(text, tokenizer, length)
         print("the teacher reads the text, and its largest probabilities are stored")
-        data = read_with(teacher, train_text.values, config.top_k)
+        data = with_top_k(teacher, train_text.values, config.top_k)
         share = float(jnp.exp(data.log_probs).sum(axis=-1).mean())
         print(f"{config.top_k} for each token, which add up to {share:.3f} on average")
         student_config = config.student(length)

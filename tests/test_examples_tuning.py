@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +23,10 @@ from toy_transformer import ModelConfig, Transformer
 
 from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
-from .helpers import float64, make_array, plain_logits, quick_jit
-from .test_examples import tiny
+from .helpers import float64, make_array, plain_logits, python_environment, quick_jit
+from .test_examples import EXAMPLES, tiny
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = [distill, policy_gradient]
 
 
@@ -129,6 +127,7 @@ def test_draws_are_those_of_the_nucleus(top_p, k, temperature):
     assert np.all(np.abs(counts / 20_000 - expected) <= 4.5 * deviation + 1e-12)
 
 
+@pytest.mark.slow
 def test_top_p_at_temperature_zero_is_the_likeliest():
     model = Transformer(32, ModelConfig(8, 1, 2, 8), key=jax.random.key(1))
 
@@ -144,6 +143,7 @@ def test_top_p_at_temperature_zero_is_the_likeliest():
 # Distillation
 
 
+@pytest.mark.slow
 def test_students_of_a_teacher_are_closer_to_it(distilled):
     _, reports = distilled
     last = {line["model"]: line for line in reports}
@@ -155,6 +155,7 @@ def test_students_of_a_teacher_are_closer_to_it(distilled):
     assert steps == [0, *[150, 300] * 3]
 
 
+@pytest.mark.slow
 def test_reports_are_those_of_the_logits(run, distilled):
     config, reports = distilled
     teacher, student = (generate.load(path).model for path in (run.run.out, config.out))
@@ -168,9 +169,10 @@ def test_reports_are_those_of_the_logits(run, distilled):
     assert reports[4]["divergence"] == pytest.approx(divergence, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_largest_probabilities_of_the_teacher_are_stored(run):
     teacher, values = generate.load(run.run.out).model, held_out(run)
-    data = distill.read_with(teacher, values, 3)
+    data = distill.with_top_k(teacher, values, 3)
     assert data.inputs.shape == ((len(values) - 1) // 16, 16)
     inputs, targets = np.ravel(data.inputs), np.ravel(data.targets)
     np.testing.assert_array_equal(inputs, values[: len(inputs)])
@@ -183,10 +185,11 @@ def test_the_largest_probabilities_of_the_teacher_are_stored(run):
     np.testing.assert_allclose(of_tokens, largest, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_was_not_stored_goes_to_the_token_in_the_text(run):
     teacher = generate.load(run.run.out).model
     student = Transformer(256, ModelConfig(16, 1, 2, 8), key=jax.random.key(0))
-    batch = distill.read_with(teacher, held_out(run)[:65], 2)
+    batch = distill.with_top_k(teacher, held_out(run)[:65], 2)
     log_p, log_q = (log_probs_of(m, np.ravel(batch.inputs)) for m in (student, teacher))
     stored = np.exp(log_q) * (log_q >= -np.sort(-log_q)[:, 1:2])
     rest = (1 - stored.sum(-1)) * log_p[np.arange(64), np.ravel(batch.targets)]
@@ -205,6 +208,7 @@ def test_the_reward_is_the_share_of_words_in_lower_case():
     assert policy_gradient.reward(b"") == policy_gradient.reward(b"  ") == 0
 
 
+@pytest.mark.slow
 def test_the_reward_rises_and_the_divergence_is_held(run, tuned, tmp_path):
     config, metrics = tuned
     rewards, divergences = ([line[name] for line in metrics] for name in ("reward", "divergence"))
@@ -215,6 +219,7 @@ def test_the_reward_rises_and_the_divergence_is_held(run, tuned, tmp_path):
     assert generate.load(config.out).identity == generate.load(config.run).identity
 
 
+@pytest.mark.slow
 def test_what_is_written_has_the_log_probabilities_of_the_model(run):
     model = generate.load(run.run.out).model
     prompts = jnp.asarray(held_out(run)[:12].reshape(3, 4), "int32")
@@ -226,6 +231,7 @@ def test_what_is_written_has_the_log_probabilities_of_the_model(run):
         np.testing.assert_allclose(row, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_tuning_loss_is_that_of_the_logits(run, getkey):
     start = generate.load(run.run.out).model
     model = eqx.tree_at(lambda m: m.tokens.embeddings, start, start.tokens.embeddings * 1.1)
@@ -248,6 +254,7 @@ def test_the_tuning_loss_is_that_of_the_logits(run, getkey):
 # Both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fixture, picture", [("distilled", "distill"), ("tuned", "policy_gradient")]
 )
@@ -267,6 +274,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, changes, message",
     [
@@ -283,6 +291,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(script, run, changes, messag
     assert "\n" not in str(error.value) and not config.out.exists()
 
 
+@pytest.mark.slow
 def test_logits_that_are_nan_stop_a_sample():
     model = Transformer(32, ModelConfig(8, 1, 2, 8), key=jax.random.key(1))
     broken = eqx.tree_at(lambda m: m.positions.embeddings, model, jnp.full((8, 8), jnp.nan))
@@ -314,9 +323,10 @@ def test_a_setting_out_of_range_is_refused(script, options, message, monkeypatch
     assert " ".join(message.split()) in " ".join(err.replace("│", " ").split()) and out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_it_runs_from_any_folder_and_help_explains_each_option(script, tmp_path):
-    environment = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
+    environment = python_environment(COLUMNS="200", TERM="dumb")
 
     def call(option):
         command = [sys.executable, str(EXAMPLES / f"{script.__name__}.py"), option]
