@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import os
 
 from .flags import xla_flags
@@ -13,6 +14,9 @@ import pytest  # noqa: E402
 
 from .helpers import Keys  # noqa: E402
 
+
+# Tracing makes many objects and few cycles, and each collection walks all that JAX caches.
+gc.set_threshold(200_000, 20, 50)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -257,6 +257,7 @@ def test_large_logits_overflow_nothing():
     assert_close(for_embeddings, exact[1], atol=1e-4 * np.abs(exact[1]).max())
 
 
+@pytest.mark.slow
 def test_tokens_that_the_bias_bans_leave_the_others_alone():
     layer = flat_layer(1600, 4)
     banned = jnp.where(jnp.arange(1600) < 1300, -jnp.inf, 0.0)  # whole tiles of them
@@ -498,6 +499,7 @@ def cross_entropy(embeddings, hidden, targets, **options):
     return EmbeddingDecode(table).cross_entropy(hidden, targets, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("N, D, V", [(2048, 256, 50257), (1024, 512, 16384)])
 def test_temporaries_are_smaller_than_the_gradient_of_the_table(N, D, V):
     operands = sizes(N, D, V)
@@ -511,6 +513,7 @@ def test_temporaries_are_smaller_than_the_gradient_of_the_table(N, D, V):
     assert temporaries_of(jax.grad(apart, (0, 1)), *operands) < V * D * 4
 
 
+@pytest.mark.slow
 def test_a_smaller_chunk_takes_less_memory():
     memory = [
         temporaries_of(

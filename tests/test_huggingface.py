@@ -103,6 +103,7 @@ def test_the_input_embeddings_of_an_architecture_are_found(kind, make):
 TOKENS = np.array([[1, 5, 36, 0], [2, 2, 9, 17]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama", "Llama tied", "Gemma", "Gemma 2", "OPT"])
 def test_our_decode_of_the_last_hidden_state_gives_the_logits_of_the_model(kind, make):
     saved = make(kind)

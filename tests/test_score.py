@@ -410,6 +410,7 @@ def test_targets_of_another_shape_are_refused():
         layer.score(make_hidden(layer, BATCH), TARGETS.ravel())
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_reference_in_the_kernel():
     rows, bias = (np.asarray(make_array(shape, seed=1)) for shape in ((257, 4), (257,)))
     layer = dataclasses.replace(flat_layer(rows, bias), soft_cap=3.0)

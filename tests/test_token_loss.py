@@ -445,6 +445,7 @@ def test_products_are_as_few_as_can_be():
     assert count(reduction="none", gradients=True) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_gradient_that_nobody_asks_for_is_not_computed(masked):
     """Such as that of a frozen table."""

@@ -403,6 +403,7 @@ def compile_gradient(mean, batch):
     return compile_by_default(jax.jit(function).lower(*shapes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mean, batch",
     [

@@ -442,6 +442,7 @@ def test_any_loss_moves_a_few_numbers_a_token_and_gradients_once(setting, mapped
     assert set(large.values()) == {1}, found
 
 
+@pytest.mark.slow
 def test_examples_split_over_an_explicit_mesh_share_the_table():
     """No device has all examples, and none has a gradient of the table for each of its own."""
     table, closed, *batched = make_operands()

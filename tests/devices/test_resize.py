@@ -44,6 +44,7 @@ def is_split(array, spec):
     return array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim)
 
 
+@pytest.mark.slow
 @settings
 @specs
 @pytest.mark.parametrize("vocab_size", [17, 29, 51])
