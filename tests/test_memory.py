@@ -9,6 +9,8 @@ from benchmarks.losses import LOSSES
 from .helpers import compile_by_default, temporaries
 
 
+pytestmark = pytest.mark.slow
+
 loss, plain_loss = LOSSES["cross_entropy"].here, LOSSES["cross_entropy"].plain
 
 

@@ -75,6 +75,7 @@ def test_any_table_is_searched(layout):
     np.testing.assert_allclose(log_probs, expected, 1e-5, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [1, 16, 33, 1000])
 def test_chunks_change_no_token(chunk_size):
     decode, _ = make_operands()
@@ -188,6 +189,7 @@ def distribution(logits, temperature=1.0, top_k=None):
     return e / e.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, None), (1.0, 20), (2.0, 150)])
 def test_tokens_are_drawn_from_the_distribution(temperature, top_k):
     decode, hidden = make_operands()
@@ -197,6 +199,7 @@ def test_tokens_are_drawn_from_the_distribution(temperature, top_k):
     assert abs(chi_square(tokens, distribution(logits, temperature, top_k))) < 4
 
 
+@pytest.mark.slow
 def test_tokens_of_one_in_a_million_are_drawn():
     logits = np.where(np.arange(140) == 17, np.log(1e6), 0.0)
     decode, hidden = as_logits(*logits)
@@ -207,6 +210,7 @@ def test_tokens_of_one_in_a_million_are_drawn():
     assert np.sum(rare < 128) / len(rare) == pytest.approx(127 / 139, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_draws_of_tokens_are_independent():
     decode, hidden = as_logits(0.0, 0.0)
     drawn = decode.sample(jnp.broadcast_to(hidden, (2, 20_000, 1)), key=jax.random.key(0))
@@ -225,6 +229,7 @@ def test_at_temperature_zero_the_likeliest_token_is_drawn(temperature):
         np.testing.assert_array_equal(tokens, np.argmax(from_logits(decode, hidden), 1))
 
 
+@pytest.mark.slow
 def test_each_token_has_its_own_temperature():
     decode, hidden = make_operands()
     many = jnp.broadcast_to(hidden[:1], (3, 50_000, D))
@@ -294,6 +299,7 @@ def test_a_seed_in_the_place_of_a_key_is_a_clear_error():
 # Transformations
 
 
+@pytest.mark.slow
 def test_under_vmap_each_example_is_searched_alone():
     decode, hidden = make_operands()
     hidden = jnp.stack([hidden, hidden[::-1], 2 * hidden])
@@ -317,6 +323,7 @@ def test_keys_alone_may_be_mapped():
     np.testing.assert_array_equal(actual, np.stack(expected))
 
 
+@pytest.mark.slow
 def test_tables_may_be_mapped():
     decode, hidden = make_operands()
     rows = jnp.stack([decode.table.embeddings, decode.table.embeddings[::-1]])

@@ -22,6 +22,8 @@ from .helpers import (
 )
 
 
+pytestmark = pytest.mark.slow
+
 B, T, D = 8, 10, 8
 KINDS = "forward", "reverse", "jensen_shannon"
 settings = pytest.mark.parametrize("setting", SETTINGS)

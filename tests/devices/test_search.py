@@ -52,6 +52,7 @@ def assert_equal(actual, expected):
             np.testing.assert_allclose(np.asarray(a), np.asarray(e), 1e-5, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data, model", [(2, 4), (1, 8), (8, 1)])
 @settings
 def test_tokens_are_those_of_one_device(setting, data, model):
@@ -59,6 +60,7 @@ def test_tokens_are_those_of_one_device(setting, data, model):
         assert_equal(quick_jit(on_mesh(setting, search, ["data"]))(*operands), on_one_device())
 
 
+@pytest.mark.slow
 @settings
 def test_a_table_split_over_the_axis_of_the_batch_is_searched(setting):
     rules = {"batch": "data", "vocabulary": "data"}
@@ -77,6 +79,7 @@ def test_a_table_split_over_the_axis_of_the_batch_is_searched(setting):
         assert_equal(quick_jit(run)(table, *batched), on_one_device())
 
 
+@pytest.mark.slow
 @settings
 def test_the_examples_of_a_vmap_are_drawn_alone(setting):
     table, hidden, temperature = make_operands()
@@ -125,6 +128,7 @@ def test_a_key_that_differs_along_the_vocabulary_is_refused():
             jax.eval_shape(mapped, table, hidden)
 
 
+@pytest.mark.slow
 @settings
 def test_log_probabilities_have_the_gradients_of_one_device(setting):
     table, hidden, _ = make_operands()
