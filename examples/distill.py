@@ -257,6 +257,7 @@ def main(config: Config) -> list[dict[str, Any]]:
             reports += lines
 
         identity["model"] = dataclasses.asdict(student_config)
+        identity["script"] = "distill.py"  # so that train_lm.py does not --resume here
         about = {"identity": identity, "tokenizer": tokenizer.json, "metrics": []}
         out.save(
             config.steps, about, model=eqx.filter(students["divergence"], eqx.is_inexact_array)

@@ -216,6 +216,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         text = read_text_of(config.run, identity, config.text)
         train_text, held_out = tokenize(text, tokenizer, length)
         model, metrics = tune(config, start, tokenizer, train_text.values)
+        identity["script"] = "policy_gradient.py"  # so that train_lm.py does not --resume here
         about = {"identity": identity, "tokenizer": tokenizer.json, "metrics": []}
         out.save(config.iterations, about, model=eqx.filter(model, eqx.is_inexact_array))
         lines = "".join(json.dumps(line) + "\n" for line in metrics)
