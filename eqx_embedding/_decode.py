@@ -97,7 +97,7 @@ class _Arrays(NamedTuple):
     bias: Array | None  # rows
 
     @property
-    def batch(self) -> tuple[int, ...]:
+    def batch(self) -> tuple[Any, ...]:
         return self.hidden.shape[: self.hidden.ndim - (self.rows.ndim - 1)]
 
 
@@ -490,7 +490,8 @@ class EmbeddingDecode(eqx.Module):
 
         - `hidden`, `chunk_size`, `rules`: as in [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         - `temperature`: what logits are divided by, after bias and soft cap: a number, or an array
-            of shape `*batch`. It may be traced. 0 takes the likeliest token. Defaults to 1.
+            of shape `*batch`. It may be traced. 0 takes the likeliest token. From 1e30 on, all
+            tokens of finite logits are equally likely. Defaults to 1.
         - `top_k`: draws among so many of the likeliest tokens. Defaults to `None`: among all.
         - `key`: a `jax.random.key`, the same on all devices.
 
@@ -539,8 +540,8 @@ class EmbeddingDecode(eqx.Module):
         loss = student.divergence(hidden, teacher, teacher_hidden, temperature=2.0)
         ```
 
-        The logits of all tokens never exist at once, neither those of the teacher. Gradients reach
-        `hidden`, the table, its bias and `weights`, as those of
+        The logits of all tokens never exist at once, for the student or the teacher. Gradients
+        reach `hidden`, the table, its bias and `weights`, as those of
         [`eqx_embedding.EmbeddingDecode.cross_entropy`][] do. The teacher is constant.
 
         **Arguments:**
@@ -558,7 +559,7 @@ class EmbeddingDecode(eqx.Module):
 
             Defaults to `"forward"`.
         - `temperature`: divides the logits of both, after bias and soft cap. The loss is not
-            multiplied by its square. A positive Python number, not traced. Defaults to 1.
+            multiplied by its square. A Python number from 1e-30 to 1e30, not traced. Defaults to 1.
         - `weights`, `reduction`, `chunk_size`, `rules`: as in
             [`eqx_embedding.EmbeddingDecode.cross_entropy`][]. At weight zero the vector of the
             teacher does not matter, either. `rules` also split the table of the teacher. If devices
@@ -573,13 +574,21 @@ class EmbeddingDecode(eqx.Module):
         **Raises:**
 
         As [`eqx_embedding.EmbeddingDecode.cross_entropy`][]; and a `ValueError` for vocabularies of
-        different sizes, for another kind, and for a temperature that is not positive and finite.
+        different sizes, for another kind, and for a temperature out of its range.
         """
+        if not isinstance(teacher, EmbeddingDecode):
+            raise TypeError(
+                f"teacher must be an EmbeddingDecode, got {type(teacher).__name__}. For a table, "
+                "use EmbeddingDecode(table)."
+            )
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
         temperature = as_real(temperature)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}.")
+        if not 1 / LARGEST <= temperature <= LARGEST:
+            raise ValueError(
+                f"temperature must be positive, at least {1 / LARGEST} and at most {LARGEST}, got "
+                f"{temperature}."
+            )
         prepared = self._prepare_comparison(
             hidden,
             teacher,
@@ -748,7 +757,8 @@ def _check_targets(
     elif shape[:-1] != batch or len(shape) != len(batch) + 1 or shape[-1] == 0:
         raise ValueError(
             f"with target_weights, targets must have the shape {batch} of hidden without its "
-            f"embedding axes, and one more axis, of the targets of a token, got {shape}."
+            "embedding axes, and one more axis, for one or more targets of each token, got "
+            f"{shape}."
         )
     elif np.shape(target_weights) != shape:
         raise ValueError(
@@ -831,6 +841,8 @@ class _Prepared(NamedTuple):
 
 
 def _check_k(name: str, k: Whole, options: Options) -> None:
+    if isinstance(k, bool):
+        raise TypeError(f"{name} must be a number of tokens, got {k}.")
     if not 1 <= k <= options.vocab_size:
         raise ValueError(
             f"{name} must be at least 1 and at most vocab_size={options.vocab_size}, got {k}."

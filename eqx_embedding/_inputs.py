@@ -244,7 +244,7 @@ def as_data(position: int, array: ArrayLike, batch: tuple[int, ...]) -> Array:
 
 
 def keys_of_tokens(
-    key: PRNGKeyArray, batch: tuple[int, ...], mesh_axes: tuple[str, ...]
+    key: PRNGKeyArray, batch: tuple[Any, ...], mesh_axes: tuple[str, ...]
 ) -> UInt32[Array, "... 2"]:
     """A key for each token, from its place in the batch, which the manual `mesh_axes` split.
 
@@ -260,19 +260,31 @@ def keys_of_tokens(
     return jax.random.key_data(keys).reshape(*batch, 2)
 
 
+def is_seen(array: Array) -> bool:
+    """Whether this process knows the numbers of an array while JAX traces a program."""
+    return not isinstance(array, Tracer) and array.is_fully_addressable
+
+
+# Above this temperature, differences between logits are lost to rounding.
+HOTTEST = 1e30
+
+
 def as_temperature(
-    temperature: ArrayLike, batch: tuple[int, ...], dtype: DTypeLike
+    temperature: ArrayLike, batch: tuple[Any, ...], dtype: DTypeLike
 ) -> Float[Array, "*batch"]:
-    """Checks temperatures, as far as they are not traced."""
+    """Checks temperatures, as far as this process can see them, and cuts them to `HOTTEST`."""
     temperature = as_array("temperature", temperature)
+    if not any(jnp.issubdtype(temperature.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise TypeError(f"temperature must be integer or floating, got {temperature.dtype.name}.")
     if temperature.shape not in ((), batch):
         raise ValueError(
             f"temperature must be a number or have the shape {batch} of hidden without its "
             f"embedding axes, got {temperature.shape}."
         )
-    if not isinstance(temperature, Tracer):
+    if isinstance(temperature, np.ndarray) or is_seen(temperature):
         values = np.asarray(temperature, np.float64)
         wrong = values[~((values >= 0) & (values < np.inf))]
         if wrong.size > 0:
             raise ValueError(f"temperature must be at least 0 and finite, got {wrong[0]}.")
+        temperature = np.minimum(values, HOTTEST)
     return jnp.broadcast_to(jnp.asarray(temperature.astype(dtype)), batch)

@@ -48,7 +48,7 @@ class Config:
     """Choose among this many of the likeliest tokens. None: among all."""
     top_p: float | None = None
     """Choose among the fewest tokens that together have this probability, of the 1024 likeliest or
-    of --top-k. 1: among all of these. None: no such choice."""
+    of --top-k. 1: among all of these. None: off."""
     cache: bool = True
     """Keep the keys and values of tokens seen. Without, the same text takes longer."""
     seed: int = 0

@@ -259,6 +259,23 @@ def test_a_temperature_out_of_range_is_refused(temperature):
         decode.sample(hidden, temperature=temperature, key=jax.random.key(0))
 
 
+@pytest.mark.parametrize("temperature", [1e31, 1e38, 1e39, np.asarray([1e300] * 10)])
+def test_at_the_highest_temperatures_tokens_are_equally_likely(temperature):
+    decode, hidden = make_operands()
+    tokens = decode.sample(hidden, temperature=temperature, key=jax.random.key(0))
+    expected = decode.sample(hidden, temperature=1e20, key=jax.random.key(0))
+    np.testing.assert_array_equal(tokens, expected)
+    traced = jax.jit(lambda t: decode.sample(hidden, temperature=t, key=jax.random.key(0)))
+    np.testing.assert_array_equal(traced(jnp.asarray(1e38)), expected)
+
+
+def test_a_temperature_that_is_no_real_number_is_refused():
+    decode, hidden = make_operands()
+    for temperature in jnp.ones(N, complex), np.ones(N, bool):
+        with pytest.raises(TypeError, match="temperature"):
+            decode.sample(hidden, temperature=temperature, key=jax.random.key(0))  # type: ignore
+
+
 def test_temperatures_of_another_shape_are_refused():
     decode, hidden = make_operands()
     with pytest.raises(ValueError, match=r"temperature must .* shape \(10,\) .* got \(3,\)"):
@@ -294,6 +311,12 @@ def test_a_seed_in_the_place_of_a_key_is_a_clear_error():
     with pytest.raises(TypeError) as error:
         decode.sample(hidden, key=0)  # type: ignore
     assert "Instead of key=0, use jax.random.key(0)." in error.value.__notes__
+
+
+def test_k_is_no_switch():
+    decode, hidden = make_operands()
+    with pytest.raises(TypeError, match="top_k must be a number of tokens, got True"):
+        decode.sample(hidden, top_k=True, key=jax.random.key(0))
 
 
 # Transformations
@@ -359,6 +382,20 @@ def test_a_numpy_vector_gives_a_token():
     assert decode.sample(np.asarray(hidden[0]), key=jax.random.key(0)).shape == ()
     log_probs, tokens = decode.top_k(np.asarray(hidden[0]), np.int64(3))
     assert log_probs.shape == tokens.shape == (3,)
+
+
+@pytest.mark.parametrize("batch", [(), (1,)])
+def test_one_vector_of_half_precision_copies_no_table(batch):
+    rows = jax.ShapeDtypeStruct((4096, 256), "bfloat16")
+    hidden = jax.ShapeDtypeStruct((*batch, 256), "bfloat16")
+
+    def search(rows, hidden):
+        decode = EmbeddingDecode(EmbeddingTable(rows, ("vocabulary", "embedding")))
+        draw = functools.partial(decode.sample, hidden, key=jax.random.key(0))
+        return decode.top_k(hidden, 5), draw(), draw(temperature=0)
+
+    compiled = compile_by_default(jax.jit(search).lower(rows, hidden))
+    assert temporaries(compiled) < 4096 * 256 * 2 / 4
 
 
 def test_logits_of_all_tokens_never_exist():

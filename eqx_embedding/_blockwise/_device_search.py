@@ -61,7 +61,7 @@ def device_sample(options: Options, k: int | None, operands: Operands) -> Int[Ar
 
 def _of_chunks(find: Callable[..., Any], options: Options, operands: Operands, *tokens: Any) -> Any:
     """`find(options, head, x, *tokens)` for the vectors and tokens of each chunk."""
-    options = options._replace(gathered=True)  # There is no gradient in whose place logits fit.
+    options = options._replace(gathered=True)  # No gradient has a buffer that logits could use.
 
     def run(options: Options, operands: Operands, *tokens: Any) -> Any:
         head = make_head(options, operands)

@@ -189,12 +189,16 @@ def tile_logits(
 
     The vocabulary comes first, so that a tile of the logits is contiguous.
     """
+    C = len(x)
+    if C == 1 and jnp.finfo(x.dtype).bits == 16:
+        # XLA for CPUs would convert the whole table to multiply it by one vector.
+        x = jnp.concatenate([x, x])
     z = lax.dot_general(
         tile(head.rows, start, size),
         x,
         (((1,), (1,)), ((), ())),
         preferred_element_type=options.wide,
-    )
+    )[:, :C]
     z = z if head.bias is None else z + tile(head.bias, start, size)[:, None]
     z = z if options.soft_cap is None else options.soft_cap * jnp.tanh(z / options.soft_cap)
     return without_padding(options, head, z, start, -jnp.inf)

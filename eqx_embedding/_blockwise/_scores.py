@@ -21,7 +21,7 @@ from ._logits import (
 from ._reference import Scores, TokenScores
 
 
-Targets = Int[Array, " C"] | Int[Array, "C k"]  # of each token one, or k
+Targets = Int[Array, " C"] | Int[Array, "C k"]  # one target for each token, or k
 
 
 class Used(NamedTuple):

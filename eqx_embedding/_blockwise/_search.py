@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from .._inputs import nan_where
+from .._inputs import HOTTEST, nan_where
 from ._chunks import over_tiles, tile
 from ._devices import (
     gather_over_devices,
@@ -52,7 +52,7 @@ class Draws(NamedTuple):
     @property
     def coldness(self) -> Array:
         """The inverse of the temperature; 1 at zero, where only the order counts."""
-        return 1 / jnp.where(self.is_random, self.temperature, 1.0)
+        return 1 / jnp.where(self.is_random, jnp.minimum(self.temperature, HOTTEST), 1.0)
 
     def noise(self, step: int, count: int, dtype: DTypeLike) -> Float[Array, "C count"]:
         """Gumbel noise; zeros at temperature zero."""
