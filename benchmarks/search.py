@@ -1,12 +1,16 @@
 """Time, memory and error of what is done with the logits beside a loss, here and in plain JAX.
 
     python -m benchmarks.search [--tasks divergence ..] [--shape N D V] [--rounds 3] [--json]
+    python -m benchmarks.search --target v6e h100 [--tasks ..] [--shape N D V]
 
 All programs run in one process, in the order A B .. B A in each round, so that other work on the
 machine slows all of them alike. Times are medians; compare the ratios. MB are the temporaries of
 the compiled program. `time` and `memory` are divided by those of the first program of a task. An
 error is the largest difference from its results, divided by the largest number; of tokens, the
 share that differs; draws have none. PyTorch is measured where it is installed, on a CPU.
+
+With `--target`, bfloat16 programs are compiled for accelerators, as by `benchmarks.accelerators`,
+and MiB of temporaries are printed. Nothing is run.
 """
 
 import argparse
@@ -25,6 +29,7 @@ import numpy as np
 
 from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
+from .accelerators import CHIPS, compile_for, find_devices
 from .cross_entropy import compile_gradient, Compiled, Run, time_in_turn
 
 
@@ -196,6 +201,33 @@ def measure(shape, tasks, rounds):
     return {"shape": shape, "results": rows}
 
 
+def compile_tasks(target, shape, tasks):
+    """MiB of temporaries, by task and name, of programs compiled for one device of the target."""
+    sharding = jax.sharding.SingleDeviceSharding(find_devices(target, 1)[0])
+
+    def in_bfloat16(array):
+        dtype = jnp.bfloat16 if array.dtype == jnp.float32 else array.dtype
+        return jax.ShapeDtypeStruct(array.shape, dtype, sharding=sharding)
+
+    for task in tasks:
+        draw = functools.partial(TASKS[task].draw, *shape)
+        operands = jax.tree.map(in_bfloat16, jax.eval_shape(draw))
+        for name, function in TASKS[task].functions.items():
+            if name != TORCH:
+                has_gradients = TASKS[task].compile is compile_gradient
+                function = jax.value_and_grad(function, (0, 1)) if has_gradients else function
+                compiled: Any = compile_for(target, jax.jit(function).trace(*operands))
+                yield task, name, compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def show_compiled(targets, shape, tasks):
+    N, D, V = shape
+    for target in targets:
+        print(f"\n{N} tokens, embedding {D}, vocabulary {V}, bfloat16, {target}")
+        for task, name, size in compile_tasks(target, shape, tasks):
+            print(f"  {TASKS[task].title:42}{name:26}{size:8.0f} MiB", flush=True)
+
+
 def show(report):
     N, D, V = report["shape"]
     print(f"\n{N} tokens, embedding {D}, vocabulary {V}, float32")
@@ -220,12 +252,15 @@ def parse(arguments):
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), default=SHAPE)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--target", nargs="+", choices=list(CHIPS), help="compile, and do not run")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     settings = parse(arguments)
+    if settings.target:
+        return show_compiled(settings.target, tuple(settings.shape), settings.tasks)
     report = measure(tuple(settings.shape), settings.tasks, settings.rounds)
     if settings.json:
         json.dump({"device": jax.devices()[0].device_kind} | report, sys.stdout)

@@ -64,6 +64,7 @@ from ._table import EmbeddingTable, Rules
 
 # With a larger soft cap or z-loss, float32 would round the logits away.
 LARGEST = 1e30
+SMALLEST = 1e-30  # the temperature of a divergence
 
 KINDS = "forward", "reverse", "jensen_shannon"  # of divergences
 
@@ -584,10 +585,9 @@ class EmbeddingDecode(eqx.Module):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
         temperature = as_real(temperature)
-        if not 1 / LARGEST <= temperature <= LARGEST:
+        if not SMALLEST <= temperature <= LARGEST:
             raise ValueError(
-                f"temperature must be positive, at least {1 / LARGEST} and at most {LARGEST}, got "
-                f"{temperature}."
+                f"temperature must be at least {SMALLEST} and at most {LARGEST}, got {temperature}."
             )
         prepared = self._prepare_comparison(
             hidden,

@@ -132,7 +132,8 @@ def figures(target, shape, loss, dtype="bfloat16"):
 def test_the_loss_never_takes_more_memory_than_the_plain_way(target, shape, dtype):
     ours, plain = (figures(target, shape, f, dtype) for f in (loss, plain_loss))
     assert ours["temporaries"] <= plain["temporaries"] + 1
-    assert ours["operations"] == pytest.approx(plain["operations"])
+    # the last chunk may be filled up
+    assert ours["operations"] == pytest.approx(plain["operations"], rel=0.02)
 
 
 def test_many_tokens_take_little_more_than_the_gradient_of_the_table(target):

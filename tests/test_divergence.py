@@ -320,9 +320,7 @@ def test_wrong_arguments_are_clear_errors():
     with pytest.raises(ValueError, match="'forward', 'reverse', 'jensen_shannon', got 'KL'"):
         call(theirs, kind="KL")
     for temperature in 0, -1.0, np.inf, np.nan:
-        with pytest.raises(
-            ValueError, match="temperature must be positive, at least 1e-30 and at most"
-        ):
+        with pytest.raises(ValueError, match="temperature must be at least 1e-30 and at most 1e"):
             call(theirs, temperature=temperature)
     with pytest.raises(TypeError, match=r"got EmbeddingTable. .* use EmbeddingDecode\(table\)"):
         student.divergence(hidden, teacher.table, theirs)  # type: ignore
