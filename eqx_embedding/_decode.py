@@ -42,6 +42,7 @@ from ._inputs import (
     as_real,
     as_temperature,
     at_least_float32,
+    batch_shape,
     keys_of_tokens,
     prepare_targets,
     prepare_weights,
@@ -99,7 +100,7 @@ class _Arrays(NamedTuple):
 
     @property
     def batch(self) -> tuple[Any, ...]:
-        return self.hidden.shape[: self.hidden.ndim - (self.rows.ndim - 1)]
+        return batch_shape(self.hidden, self.rows)
 
 
 @final

@@ -74,6 +74,11 @@ def as_whole_array(name: str, array: Any) -> Array | np.ndarray:
     return np.asarray(array)
 
 
+def batch_shape(hidden: Any, rows: Any) -> tuple[Any, ...]:
+    """`hidden` is `*batch *embedding`, and `rows` are `rows *embedding`."""
+    return hidden.shape[: hidden.ndim - (rows.ndim - 1)]
+
+
 def nan_where(condition: Bool[Array, "..."], array: Float[Array, "..."]) -> Float[Array, "..."]:
     """The array, with NaN where the condition holds.
 

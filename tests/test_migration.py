@@ -17,7 +17,7 @@ from .pages import read_page, run_block
 
 pytestmark = [
     pytest.mark.usefixtures("jax_defaults"),
-    # treescope 0.1.10 touches every public name of numpy, and numpy 2.5 has deprecated one of them
+    # treescope 0.1.10 reads every public name in NumPy, and NumPy 2.5 has deprecated one
     pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning"),
 ]
 

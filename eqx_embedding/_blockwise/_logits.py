@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from .._inputs import batch_shape
 from ._chunks import Chunks, tile
 from ._devices import (
     gather_over_devices,
@@ -107,7 +108,7 @@ class Operands(NamedTuple):
 
     @property
     def batch(self) -> tuple[Any, ...]:
-        return self.hidden.shape[: self.hidden.ndim - (self.rows.ndim - 1)]
+        return batch_shape(self.hidden, self.rows)
 
 
 class Head(NamedTuple):
