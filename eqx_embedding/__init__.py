@@ -41,7 +41,7 @@ with install_import_hook("eqx_embedding", "eqx_embedding._beartype.beartype"):
     from ._decode import EmbeddingDecode
     from ._lookup import EmbeddingLookup
     from ._resize import resize_vocabulary
-    from ._rows import combine_rows, partition_rows
+    from ._rows import combine_rows, partition_rows, put_rows, take_rows, unique_tokens
     from ._safetensors import load_safetensors, save_safetensors
     from ._table import EmbeddingTable
 
@@ -54,6 +54,9 @@ __all__ = [
     "combine_rows",
     "load_safetensors",
     "partition_rows",
+    "put_rows",
     "resize_vocabulary",
     "save_safetensors",
+    "take_rows",
+    "unique_tokens",
 ]

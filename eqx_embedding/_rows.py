@@ -1,4 +1,4 @@
-"""Training some rows of a vocabulary. All others are frozen and stay the same bit for bit."""
+"""Training some rows of a vocabulary: the same in each step, or those of each batch."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,10 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, ArrayLike, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Int, Integer, PyTree
 
-from ._inputs import as_array
+from ._inputs import as_array, as_int, is_seen, nan_where, tokens_in_range, Whole
+from ._sharding import varying_axes
 from ._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
+
+
+# Fills up the tokens of `unique_tokens`, and stands for no token
+NO_TOKEN = np.iinfo(np.int32).max
 
 
 class FrozenRows(eqx.Module):
@@ -128,9 +133,13 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
         )
     is_table = is_table_of(frozen.vocabulary_axis)
 
+    def put(place: Place, array: Any, new: Any) -> Array:
+        _check_rows("trained", len(frozen.rows), place, array, new)
+        return _put(frozen.rows, place, array, new)
+
     def combine(new: Any, old: Any) -> Any:
         if is_table(old):
-            return map_arrays(functools.partial(_put, frozen.rows), old, new)
+            return map_arrays(put, old, new)
         return old if new is None else new
 
     return jax.tree.map(
@@ -138,11 +147,226 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
     )
 
 
-def _structure(tree: PyTree) -> Any:
-    return jax.tree.structure(tree, is_leaf=lambda leaf: leaf is None)
+def unique_tokens(
+    tokens: Integer[ArrayLike, "*batch"], size: Whole
+) -> tuple[Int[Array, " size"], Int[Array, "*batch"]]:
+    """Returns the unique tokens of a batch, and the place of each token among them.
+
+    For [`eqx_embedding.take_rows`][]: the places are the tokens of a model with only those rows.
+
+    **Arguments:**
+
+    - `tokens`: integers of any shape `*batch`. They may be traced.
+    - `size`: how many unique tokens to return, at least 1. All fit if it is `tokens.size`.
+
+    **Returns:**
+
+    `(ids, places)`, of int32.
+
+    - `ids`: the unique tokens in increasing order, of shape `(size,)`. If there are fewer, the rest
+        is `jnp.iinfo(jnp.int32).max`, which stands for no token.
+    - `places`: of shape `*batch`, with `ids[places] == tokens`. It is -1, which is out of range,
+        for a token that does not fit, and for a negative one. So the loss of a batch with too many
+        unique tokens is NaN, and not that of other tokens.
+
+    **Raises:**
+
+    A `ValueError` for a size below 1. A `TypeError` for tokens that are not integers, or of 64 bits
+    and traced outside of JAX's 64-bit mode.
+    """
+    size = as_int(size)
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}.")
+    tokens, in_range = tokens_in_range("tokens", tokens, NO_TOKEN)
+    xp = np if isinstance(tokens, np.ndarray) else jnp
+    tokens = jnp.asarray(xp.where(in_range, tokens, NO_TOKEN).astype(np.int32))
+    sharding, tokens = _explicit_sharding(tokens), _whole(tokens)
+    # Two sorts are faster than `jnp.unique`, which sorts pairs
+    ordered = jnp.sort(tokens.reshape(-1))
+    repeats = jnp.pad(ordered[1:] == ordered[:-1], (1, 0))[: len(ordered)]
+    ids = jnp.sort(jnp.where(repeats, NO_TOKEN, ordered))[:size]
+    ids = jnp.pad(ids, (0, size - len(ids)), constant_values=NO_TOKEN)
+    places = jnp.minimum(jnp.searchsorted(ids, tokens), size - 1)
+    found = (ids.at[places].get() == tokens) & (tokens != NO_TOKEN)
+    places = jnp.where(found, places, -1).astype(np.int32)
+    return ids, places if sharding is None else jax.reshard(places, sharding)
 
 
-def _take(rows: np.ndarray, place: Place, array: Any) -> Array:
+def take_rows(
+    tree: PyTree, tokens: Integer[ArrayLike, " rows"], vocabulary_axis: str = "vocabulary"
+) -> PyTree:
+    """Returns a tree in which the tables of a vocabulary have only the rows of these tokens.
+
+    With it, a training step touches only the rows of its batch, whatever the optimizer:
+
+    ```python
+    @eqx.filter_jit(donate="all")
+    def step(model, opt_state, tokens):
+        ids, places = unique_tokens(tokens, tokens.size)
+        small, state = take_rows((model, opt_state), ids)
+        gradient = eqx.filter_grad(loss)(small, places)    # the places are the tokens of `small`
+        updates, state = optimizer.update(gradient, state, small)
+        small = eqx.apply_updates(small, updates)
+        return put_rows((model, opt_state), ids, (small, state))
+    ```
+
+    The moments and the weight decay of all other rows stand still in such a step. With an optimizer
+    that has neither, such as plain SGD, the step equals that of the whole model.
+
+    **Arguments:**
+
+    - `tree`: a model, the state of an optimizer that keeps one number for each parameter, or any
+        other PyTree. One without tables of this vocabulary is returned unchanged.
+    - `tokens`: integers of shape `(rows,)`, such as those of [`eqx_embedding.unique_tokens`][].
+        They may be traced.
+    - `vocabulary_axis`: which vocabulary, by the `vocabulary_axis` of its tables. Defaults to
+        `"vocabulary"`.
+
+    **Returns:**
+
+    The tree, with the rows of these tokens in each array of the vocabulary, in their order and
+    without padding rows. Token 0 of it is `tokens[0]`. If a mesh splits the vocabulary, each device
+    has all of these rows.
+
+    The row of token `jnp.iinfo(jnp.int32).max` is zero. That of any other token out of range is
+    NaN, or zero in an array of integers.
+
+    **Raises:**
+
+    A `ValueError` if the tables of the vocabulary differ in size, for an array that lacks axes of
+    its table, for a skeleton, and inside a `jax.shard_map` along which a table differs. A
+    `TypeError` for tokens that are not integers.
+    """
+    selected = _select("take_rows", tree, tokens, vocabulary_axis)
+    if selected is None:
+        return tree
+    index, missing = selected
+    is_table = is_table_of(vocabulary_axis)
+
+    def take(place: Place, array: Any) -> Array:
+        _check_same_on_devices(array)
+        rows = _take(index, place, array)
+        if not jnp.issubdtype(rows.dtype, jnp.inexact):
+            return rows
+        axes = [axis for axis in range(rows.ndim) if axis != place.axis]
+        return nan_where(jnp.expand_dims(missing, axes), rows)
+
+    def take_table(node: Any) -> Any:
+        return map_arrays(take, node, padding_rows=0) if is_table(node) else node
+
+    return jax.tree.map(take_table, tree, is_leaf=is_table)
+
+
+def put_rows(
+    tree: PyTree,
+    tokens: Integer[ArrayLike, " rows"],
+    rows: PyTree,
+    vocabulary_axis: str = "vocabulary",
+) -> PyTree:
+    """Puts the rows that [`eqx_embedding.take_rows`][] returned back, after they were changed.
+
+    Under `eqx.filter_jit` with donation, the tables change in place.
+
+    **Arguments:**
+
+    - `tree`: the tree that the rows were taken from.
+    - `tokens`: the same tokens. Nothing is written for tokens out of range.
+    - `rows`: the result of [`eqx_embedding.take_rows`][], changed.
+    - `vocabulary_axis`: which vocabulary, by the `vocabulary_axis` of its tables. Defaults to
+        `"vocabulary"`.
+
+    **Returns:**
+
+    The tree, with these rows in the tables of the vocabulary, in their original dtypes, and with
+    everything else from `rows`.
+
+    **Raises:**
+
+    A `ValueError` if a token repeats, or if `tree` and `rows` do not fit each other. Traced tokens
+    cannot be seen: then the row of a token that repeats is NaN, or zero in an array of integers.
+    """
+    selected = _select("put_rows", tree, tokens, vocabulary_axis)
+    is_table = is_table_of(vocabulary_axis)
+    if _structure(tree, is_table) != _structure(rows, is_table):
+        raise ValueError(
+            "rows must have the structure of the tree that take_rows took them from, but it "
+            f"differs: {_structure(tree, is_table)} and {_structure(rows, is_table)}."
+        )
+    if selected is None:
+        return rows
+    index, _ = selected
+    repeats = _repeats(tokens, index)
+
+    def put(place: Place, array: Any, new: Any) -> Array:
+        _check_same_on_devices(array)
+        _check_rows("rows", len(index), place, array, new)
+        if repeats is not None:
+            axes = [axis for axis in range(array.ndim) if axis != place.axis]
+            lost = jnp.expand_dims(repeats, axes)
+            inexact = jnp.issubdtype(array.dtype, jnp.inexact)
+            new = nan_where(lost, new) if inexact else jnp.where(lost, 0, new)
+        return _put(index, place, array, new)
+
+    def put_table(node: Any, new: Any) -> Any:
+        return map_arrays(put, node, new) if is_table(node) else new
+
+    return jax.tree.map(put_table, tree, rows, is_leaf=is_table)
+
+
+def _select(
+    function: str, tree: PyTree, tokens: Any, vocabulary_axis: str
+) -> tuple[Array, Bool[Array, " rows"]] | None:
+    """The rows of these tokens, beyond the table if out of range, and which are not in it but
+    stand for a token. `None` if no table of the vocabulary has arrays."""
+    tables = find_tables(tree, vocabulary_axis, required=False)
+    vocab_size = find_vocab_size(tables)
+    tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
+    if tokens.ndim != 1:
+        raise ValueError(f"tokens must have one axis, got the shape {tokens.shape}.")
+    if vocab_size == 0:
+        return None
+    xp = np if isinstance(tokens, np.ndarray) else jnp
+    missing = _whole(jnp.asarray(~in_range & (tokens != NO_TOKEN)))
+    # Each one beyond the table is another, as JAX demands of unique indices
+    beyond = NO_TOKEN - np.arange(len(tokens), dtype=np.int32)
+    return _whole(jnp.asarray(xp.where(in_range, tokens, beyond).astype(np.int32))), missing
+
+
+def _repeats(tokens: Any, index: Array) -> Bool[Array, " rows"] | None:
+    """Which tokens repeat, or `None` if it is known that none does."""
+    if isinstance(tokens, jax.Array) and not is_seen(tokens):
+        ordered = jnp.sort(index)
+        next_one = jnp.searchsorted(ordered, index) + 1
+        return ordered.at[next_one].get(mode="fill", fill_value=-1) == index
+    values, counts = np.unique(np.asarray(index), return_counts=True)
+    if np.any(counts > 1):
+        raise ValueError(
+            f"tokens must be unique, got {values[counts > 1][:5].tolist()} more than once: which "
+            "of their rows should stay? `unique_tokens` finds the unique ones."
+        )
+    return None
+
+
+def _whole(array: Array) -> Array:
+    """The array, which explicit mesh axes no longer split."""
+    sharding = _explicit_sharding(array)
+    return array if sharding is None else jax.reshard(array, sharding.update(spec=PartitionSpec()))
+
+
+def _check_same_on_devices(array: Any) -> None:
+    if isinstance(array, jax.Array) and (axes := varying_axes(array)):
+        raise ValueError(
+            f"inside this `jax.shard_map` the table differs along {sorted(axes)}, so that tokens "
+            "are not the numbers of its rows: take and put rows outside of it."
+        )
+
+
+def _structure(tree: PyTree, is_leaf: Callable[[Any], bool] = lambda leaf: leaf is None) -> Any:
+    return jax.tree.structure(tree, is_leaf=is_leaf)
+
+
+def _take(rows: Array | np.ndarray, place: Place, array: Any) -> Array:
+    """Zero for rows beyond the table."""
     if isinstance(array, jax.ShapeDtypeStruct):
         raise ValueError(
             "a skeleton has no rows to take. Use "
@@ -152,21 +376,29 @@ def _take(rows: np.ndarray, place: Place, array: Any) -> Array:
     # Each device gets all selected rows, which are few
     sharding = _explicit_sharding(array, unsplit=place.axis)
     selected = array.at[(slice(None),) * place.axis + (rows,)]
-    return selected.get(unique_indices=True, out_sharding=sharding)
+    return selected.get(mode="fill", fill_value=0, out_sharding=sharding)
 
 
 def _put(rows: Array | np.ndarray, place: Place, array: Any, new: Any) -> Array:
-    array, axis = jnp.asarray(array), place.axis
-    expected = (*array.shape[:axis], len(rows), *array.shape[axis + 1 :])
+    """Rows beyond the table are not written."""
+    array = jnp.asarray(array)
+    selected = array.at[(slice(None),) * place.axis + (rows,)]
+    return selected.set(
+        new.astype(array.dtype),
+        mode="drop",
+        unique_indices=True,
+        out_sharding=_explicit_sharding(array),
+    )
+
+
+def _check_rows(name: str, count: int, place: Place, array: Any, new: Any) -> None:
+    axis = place.axis
+    expected = (*array.shape[:axis], count, *array.shape[axis + 1 :])
     if np.shape(new) != expected:  # JAX might broadcast it
         raise ValueError(
-            f"trained must have an array of shape {expected} for the {len(rows)} rows of a table "
-            f"of shape {array.shape}, got {np.shape(new)}."
+            f"{name} must have an array of shape {expected} for the {count} rows of a table of "
+            f"shape {array.shape}, got {np.shape(new)}."
         )
-    selected = array.at[(slice(None),) * axis + (rows,)]
-    return selected.set(
-        new.astype(array.dtype), unique_indices=True, out_sharding=_explicit_sharding(array)
-    )
 
 
 def _explicit_sharding(array: Array, unsplit: int | None = None) -> NamedSharding | None:

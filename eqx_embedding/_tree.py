@@ -28,12 +28,14 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape")
 
 
-def find_tables(tree: PyTree, vocabulary_axis: str) -> dict[str, EmbeddingTable]:
+def find_tables(
+    tree: PyTree, vocabulary_axis: str, required: bool = True
+) -> dict[str, EmbeddingTable]:
     """The tables of a vocabulary, by the paths that error messages show."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_table)
     tables = {f"tree{jax.tree_util.keystr(path)}": x for path, x in nodes if _is_table(x)}
     found = {path: x for path, x in tables.items() if x.vocabulary_axis == vocabulary_axis}
-    if not found:
+    if required and not found:
         names = ", ".join(dict.fromkeys(repr(x.vocabulary_axis) for x in tables.values()))
         raise ValueError(
             f"no table has the vocabulary axis {vocabulary_axis!r}: this tree has "
@@ -49,6 +51,7 @@ def find_vocab_size(tables: dict[str, EmbeddingTable]) -> int:
         for field, names in _axis_names(table).items():
             array = getattr(table, field)
             if not is_array(array):
+                _check_holds_no_arrays(f"{path}.{field}", array)
                 continue
             place = _find_axis(table, array, names)
             if place.num_stacked < 0:
@@ -66,6 +69,15 @@ def find_vocab_size(tables: dict[str, EmbeddingTable]) -> int:
             + ". Give different vocabularies different names, with `vocabulary_axis`."
         )
     return next(iter(sizes), 0)
+
+
+def _check_holds_no_arrays(path: str, node: Any) -> None:
+    if any(map(is_array, jax.tree.leaves(node))):
+        raise ValueError(
+            f"{path} has a {type(node).__name__} of arrays in place of an array. If this is the "
+            "state of an optimizer, such as SM3, give `resize_vocabulary` a new state from the new "
+            "model, by `fresh=optimizer.init(...)`."
+        )
 
 
 def map_arrays(
