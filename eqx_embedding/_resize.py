@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ._inputs import as_int, at_least_float32, Whole
+from ._inputs import as_int, Whole
+from ._join import join_trees
+from ._new_rows import check_pieces, make_rows, Means
 from ._suggest import suggest, suggest_key
 from ._table import EmbeddingTable
 from ._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
@@ -25,40 +28,58 @@ def resize_vocabulary(
     vocabulary_axis: str = "vocabulary",
     *,
     key: PRNGKeyArray | None = None,
+    pieces: Mapping[int, Sequence[int]] | None = None,
+    fresh: PyTree | None = None,
     pad_to_multiple_of: Whole | None = None,
 ) -> PyTree:
     """Grows or shrinks every table of a vocabulary, and its bias with it.
 
     ```python
-    model = resize_vocabulary(model, 50300, key=key)
-    opt_state = resize_vocabulary(opt_state, 50300)
+    new_model = resize_vocabulary(model, 50300, key=key)
+    fresh = optimizer.init(eqx.filter(new_model, eqx.is_array))
+    new_state = resize_vocabulary(opt_state, 50300, fresh=fresh)
     ```
 
     Rows of old tokens are kept bit for bit, and so is everything else in the tree. A table that is
     stored once stays stored once, also inside `eqx.nn.Shared`.
 
-    With a key, new rows are drawn from a normal distribution with the mean and the covariance of
-    the old ones, as in [Hewitt, 2021](https://nlp.stanford.edu/~johnhew/vocab-expansion.html). The
-    bias of a new token is drawn together with its row. The row of a new token does not depend on
-    how many tokens are new. Two tables get different rows, unless they hold the same array.
+    With a key, a new row is the mean of the old ones plus a little noise, as
+    [Hewitt, 2021](https://nlp.stanford.edu/~johnhew/vocab-expansion.html) recommends. The noise has
+    the covariance of the old rows times 1e-5, the factor that Hewitt's code has. With the mean
+    alone, the logit of a new token is the mean of the old logits, so a new token is at most as
+    likely as the old ones are on average, and `M` new tokens beside `V` old ones raise the loss on
+    old text by at most `log(1 + M / V)` nats (by Jensen's inequality, and without a soft cap). With
+    a bias it is less: that of a new token is the median of the old ones minus log(100), which makes
+    the token a hundred times less likely than with the median.
 
-    Without a key, new rows and their biases are zero, as the state of an optimizer needs.
+    Without a key and `fresh`, new rows and their biases are zero.
 
     Padding rows that become tokens are filled like other new rows. New padding rows are zero.
 
     **Arguments:**
 
-    - `tree`: a model, the state of an optimizer that keeps one number for each parameter, or any
-        other PyTree with an [`eqx_embedding.EmbeddingTable`][]. A skeleton, from
-        `eqx.filter_eval_shape`, gets the new shapes. Anything else in place of an array of a table
-        does not change, such as the `None` that `eqx.partition` puts there.
+    - `tree`: a model, the state of an optimizer, or any other PyTree with an
+        [`eqx_embedding.EmbeddingTable`][]. A skeleton, from `eqx.filter_eval_shape`, gets the new
+        shapes. Anything else in place of an array of a table does not change, such as the `None`
+        that `eqx.partition` puts there.
     - `vocab_size`: the new number of tokens, without padding.
     - `vocabulary_axis`: which vocabulary, by the `vocabulary_axis` of its tables. Tables of other
         vocabularies, such as positions, do not change. Defaults to `"vocabulary"`.
-    - `key`: a `jax.random.key` for the new rows. Do not use one for the state of an optimizer:
-        some second moments would be negative. Defaults to `None`: new rows are zero.
+    - `key`: a `jax.random.key` for the new rows of a model. The row of a token depends on the key,
+        the number of the token and the old rows of its table. So two fields with one array get the
+        same rows, also under `eqx.filter_jit`, and the number of new tokens does not matter.
+        Infinite rows are left out of the mean. Defaults to `None`.
+    - `pieces`: for new tokens, the old tokens that each replaces, such as `{50257: [464, 3290]}`.
+        Their rows and biases are the means of those. Defaults to `None`.
+    - `fresh`: for the state of an optimizer, the state that the same optimizer makes for the
+        resized model. All new rows come from it, and padding. It is right for every optimizer.
+        Without it new rows are zero, which suits states of moments alone: some optimizers also keep
+        parameters, step sizes or positive numbers in their state. Leaves outside of the tables keep
+        their values, but for arrays that differ from those of `fresh` in one axis, by the number of
+        rows: they are joined. Defaults to `None`.
     - `pad_to_multiple_of`: rows of zeros are added until the number of rows is a multiple of this.
-        Defaults to `None`: no padding. That is an error if a table has padding rows now.
+        Defaults to `None`: no padding, or as many rows as `fresh` has. Without `fresh`, that is an
+        error if a table has padding rows now.
 
     **Returns:**
 
@@ -73,29 +94,39 @@ def resize_vocabulary(
     - if `pad_to_multiple_of` is `None` and a table has padding rows;
     - if the tree has no table of this vocabulary, or its tables differ in size: different
         vocabularies need different names;
-    - if an array lacks axes of its table, as the factored moments of Adafactor do;
+    - if an array lacks axes of its table, as the factored moments of Adafactor do, or a list is in
+        its place, as in SM3: use `fresh`;
+    - if `pieces` are not old tokens for new ones;
+    - if `fresh` is given beside `key`, `pieces` or `pad_to_multiple_of`, or does not fit the tree:
+        the error names the path;
     - if the mesh axes that split a table do not divide its new number of rows.
     """
+    size, multiple = _check_size(vocab_size, pad_to_multiple_of)
+    if fresh is not None:
+        if not key is pieces is pad_to_multiple_of is None:
+            raise ValueError(
+                "new rows and padding come from fresh, so that key, pieces and pad_to_multiple_of "
+                "must not be given with it."
+            )
+        return join_trees(tree, fresh, size, vocabulary_axis, _join_arrays)
     tables = find_tables(tree, vocabulary_axis)
-    size, padding_rows = _new_size(tables, vocab_size, pad_to_multiple_of)
-    sizes = _Sizes(find_vocab_size(tables), size, padding_rows)
+    if pad_to_multiple_of is None:
+        _check_unpadded(tables)
+    sizes = _Sizes(find_vocab_size(tables), size, -size % multiple)
+    means = check_pieces(pieces, sizes.old_tokens, size)
     is_table = is_table_of(vocabulary_axis)
-    draws: dict[int, int] = {}
     resized: dict[tuple[int, Place], Any] = {}  # so that one array in two tables stays one array
+
+    def resize_array(place: Place, array: Any) -> Any:
+        which = id(array), place
+        if which not in resized:
+            resized[which] = _resize_array(sizes, place, array, key, means)
+        return resized[which]
 
     def resize(node: Any) -> Any:
         if not is_table(node):
             return node
-        draw = draws.setdefault(id(node.embeddings), len(draws))
-        table_key = None if key is None else jax.random.fold_in(key, draw)
-
-        def resize_array(place: Place, array: Any) -> Any:
-            which = id(array), place
-            if which not in resized:
-                resized[which] = _resize_array(sizes, place, array, table_key)
-            return resized[which]
-
-        return map_arrays(resize_array, node, padding_rows=padding_rows)
+        return map_arrays(resize_array, node, padding_rows=sizes.padding_rows)
 
     return jax.tree.map(resize, tree, is_leaf=is_table)
 
@@ -110,25 +141,27 @@ class _Sizes(NamedTuple):
         return self.tokens + self.padding_rows
 
 
-def _new_size(
-    tables: dict[str, EmbeddingTable], vocab_size: Whole, multiple: Whole | None
-) -> tuple[int, int]:
-    """The new numbers of tokens and of padding rows."""
-    for path, table in tables.items():
-        if multiple is None and table.padding_rows > 0:
-            raise ValueError(
-                f"{path} has {table.padding_rows} padding rows, so pad_to_multiple_of must be "
-                "given: 1 for no padding, or the multiple that the number of rows should be."
-            )
+def _check_size(vocab_size: Whole, multiple: Whole | None) -> tuple[int, int]:
     size, multiple = as_int(vocab_size), 1 if multiple is None else as_int(multiple)
     if min(size, multiple) < 1:
         raise ValueError(
             f"vocab_size and pad_to_multiple_of must be at least 1, got {size} and {multiple}."
         )
-    return size, -size % multiple
+    return size, multiple
 
 
-def _resize_array(sizes: _Sizes, place: Place, array: Any, key: PRNGKeyArray | None) -> Any:
+def _check_unpadded(tables: dict[str, EmbeddingTable]) -> None:
+    for path, table in tables.items():
+        if table.padding_rows > 0:
+            raise ValueError(
+                f"{path} has {table.padding_rows} padding rows, so pad_to_multiple_of must be "
+                "given: 1 for no padding, or the multiple that the number of rows should be."
+            )
+
+
+def _resize_array(
+    sizes: _Sizes, place: Place, array: Any, key: PRNGKeyArray | None, means: Means | None
+) -> Any:
     """The array or skeleton with its new number of rows, split over a mesh as before."""
     if sizes.old_tokens == sizes.tokens and array.shape[place.axis] == sizes.rows:
         return array
@@ -139,9 +172,14 @@ def _resize_array(sizes: _Sizes, place: Place, array: Any, key: PRNGKeyArray | N
         return array.update(
             shape=(*array.shape[: place.axis], sizes.rows, *array.shape[place.axis + 1 :])
         )
-    change = functools.partial(_change_rows, sizes, place)
+    return _call_on_mesh(functools.partial(_change_rows, sizes, place, means), array, key)
+
+
+def _call_on_mesh(change: Callable[..., Array], array: Any, other: Any) -> Array:
+    """`change(array, other)`, split over a mesh as the array is."""
+    sharding = _mesh_sharding(array)
     if sharding is None:
-        return change(jnp.asarray(array), key)
+        return change(jnp.asarray(array), other)
     # In one program each device makes only its own rows, and the mesh need not divide those without
     # padding
     explicit = jax.typeof(array).sharding
@@ -149,7 +187,7 @@ def _resize_array(sizes: _Sizes, place: Place, array: Any, key: PRNGKeyArray | N
         change = jax.sharding.auto_axes(change, out_sharding=explicit)
     # Automatic axes of a traced array cannot be seen, so the compiler decides
     out_sharding = None if isinstance(array, Tracer) else sharding
-    return jax.jit(change, out_shardings=out_sharding)(array, key)
+    return jax.jit(change, out_shardings=out_sharding)(array, other)
 
 
 def _mesh_sharding(array: Any) -> NamedSharding | None:
@@ -171,41 +209,34 @@ def _check_mesh_divides(sharding: NamedSharding, axis: int, rows: int) -> None:
         )
 
 
-def _change_rows(sizes: _Sizes, place: Place, array: Array, key: PRNGKeyArray | None) -> Array:
+def _change_rows(
+    sizes: _Sizes, place: Place, means: Means | None, array: Array, key: PRNGKeyArray | None
+) -> Array:
     """The old rows that are kept, then new rows, then padding rows."""
-    axis, num_stacked = place
+    field, axis, num_stacked = place
     if num_stacked > 0:
         keys = None if key is None else jax.random.split(key, len(array))
-        inner = Place(axis - 1, num_stacked - 1)
-        return eqx.filter_vmap(functools.partial(_change_rows, sizes, inner))(array, keys)
+        inner = Place(field, axis - 1, num_stacked - 1)
+        return eqx.filter_vmap(functools.partial(_change_rows, sizes, inner, means))(array, keys)
     rows = jnp.moveaxis(array, axis, 0)[: min(sizes.old_tokens, sizes.tokens)]
-    parts, num_new = [rows], sizes.tokens - len(rows)
-    if key is not None and num_new > 0:
-        parts.append(_draw_rows(num_new, key, rows))
-    num_zeros = sizes.rows - sum(map(len, parts))
-    parts.append(jnp.zeros((num_zeros, *rows.shape[1:]), rows.dtype))
-    return jnp.moveaxis(jnp.concatenate(parts), 0, axis)
+    new = make_rows(sizes.tokens - len(rows), field == "bias", rows, key, means)
+    padding = jnp.zeros((sizes.padding_rows, *rows.shape[1:]), rows.dtype)
+    return jnp.moveaxis(jnp.concatenate([rows, new, padding]), 0, axis)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _draw_rows(count: int, key: PRNGKeyArray, rows: Float[Array, "V ..."]) -> Float[Array, "M ..."]:
-    """`count` rows from a normal distribution with the mean and the covariance of `rows`.
+def _join_arrays(axis: int, kept: int, old: Any, new: Any) -> Any:
+    """The rows before `kept` of the old array, and the others of the new one."""
+    skeletons = [isinstance(array, jax.ShapeDtypeStruct) for array in (old, new)]
+    if any(skeletons):
+        if not all(skeletons):
+            raise ValueError("the tree and fresh must both be skeletons, or neither.")
+        return new
 
-    Each is the mean plus a sum of the centred rows, each multiplied by a standard normal number and
-    divided by sqrt(V - 1). That sum has their covariance, so the covariance is never computed, and
-    there may be fewer rows than features.
-    """
-    V = len(rows)
-    wide = at_least_float32(rows.dtype)
-    flat = rows.reshape(V, -1).astype(wide)
-    mean = jnp.mean(flat, axis=0)
-    centred = (flat - mean[None]) / max(V - 1, 1) ** 0.5
+    def join(old: Array, new: Array) -> Array:
+        parts = (
+            lax.slice_in_dim(old, 0, kept, axis=axis),
+            lax.slice_in_dim(new, kept, None, axis=axis),
+        )
+        return jnp.concatenate([parts[0], parts[1].astype(old.dtype)], axis)
 
-    def draw(i: Array) -> Array:
-        # Always in float32: a row and its bias need the same noise, whatever their dtypes
-        noise = jax.random.normal(jax.random.fold_in(key, i), (V,), jnp.float32)
-        return mean + noise.astype(wide) @ centred
-
-    # In batches, because each new row needs V random numbers
-    new = lax.map(draw, jnp.arange(count), batch_size=min(count, 256))
-    return new.astype(rows.dtype).reshape(count, *rows.shape[1:])
+    return _call_on_mesh(join, old, new)

@@ -11,9 +11,17 @@ from jaxtyping import PyTree
 from ._table import EmbeddingTable
 
 
+# How to resize the state of an optimizer, whatever it keeps
+FRESH = (
+    "give `resize_vocabulary` the state of the resized model, with "
+    "`fresh=optimizer.init(eqx.filter(model, eqx.is_array))`."
+)
+
+
 class Place(NamedTuple):
     """Where the vocabulary axis of an array is."""
 
+    field: str  # of the table: "embeddings" or "bias"
     axis: int
     num_stacked: int  # how many axes are in front of the named ones
 
@@ -53,12 +61,12 @@ def find_vocab_size(tables: dict[str, EmbeddingTable]) -> int:
             if not is_array(array):
                 _check_holds_no_arrays(f"{path}.{field}", array)
                 continue
-            place = _find_axis(table, array, names)
+            place = find_place(table, field, array)
             if place.num_stacked < 0:
                 raise ValueError(
                     f"{path}.{field} has shape {array.shape}, but its axes are {names}. If this is "
                     "the state of an optimizer that does not keep one number for each parameter, "
-                    "such as Adafactor, make a new state from the new model."
+                    f"such as Adafactor, {FRESH}"
                 )
             size = table._count_tokens(array.shape[place.axis])
             sizes.setdefault(size, f"{path}.{field}")
@@ -75,9 +83,27 @@ def _check_holds_no_arrays(path: str, node: Any) -> None:
     if any(map(is_array, jax.tree.leaves(node))):
         raise ValueError(
             f"{path} has a {type(node).__name__} of arrays in place of an array. If this is the "
-            "state of an optimizer, such as SM3, give `resize_vocabulary` a new state from the new "
-            "model, by `fresh=optimizer.init(...)`."
+            f"state of an optimizer, such as SM3, {FRESH}"
         )
+
+
+def map_fields(
+    function: Callable[[str], Any], table: EmbeddingTable, padding_rows: int | None = None
+) -> EmbeddingTable:
+    """The table with `function(field)` in place of each array.
+
+    The new table has `padding_rows` padding rows, or with `None` as many as the old one.
+    """
+    padding_rows = table.padding_rows if padding_rows is None else padding_rows
+    # Build with a dummy array to pass `__check_init__`, then swap in the real leaves
+    names, vocabulary_axis = table.axis_names, table.vocabulary_axis
+    shape = [padding_rows + 1 if name == vocabulary_axis else 1 for name in names]
+    return eqx.tree_at(
+        lambda table: [getattr(table, field) for field in _axis_names(table)],
+        EmbeddingTable(np.zeros(shape), names, vocabulary_axis, padding_rows),
+        [function(field) for field in _axis_names(table)],
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 def map_arrays(
@@ -88,25 +114,21 @@ def map_arrays(
 ) -> EmbeddingTable:
     """The table with `function(place, array, *arrays_of_others)` in place of each array.
 
-    Anything else in place of an array does not change. The new table has `padding_rows` padding
-    rows, or with `None` as many as the old one.
+    Anything else in place of an array does not change.
     """
-    new = {}
-    for field, names in _axis_names(table).items():
+
+    def change(field: str) -> Any:
         array, *rest = (getattr(x, field) for x in (table, *others))
-        if is_array(array):
-            array = function(_find_axis(table, array, names), array, *rest)
-        new[field] = array
-    padding_rows = table.padding_rows if padding_rows is None else padding_rows
-    # Build with a dummy array to pass `__check_init__`, then swap in the real leaves
-    names, vocabulary_axis = table.axis_names, table.vocabulary_axis
-    shape = [padding_rows + 1 if name == vocabulary_axis else 1 for name in names]
-    return eqx.tree_at(
-        lambda table: (table.embeddings, table.bias),
-        EmbeddingTable(np.zeros(shape), names, vocabulary_axis, padding_rows),
-        (new["embeddings"], new["bias"]),
-        is_leaf=lambda leaf: leaf is None,
-    )
+        return function(find_place(table, field, array), array, *rest) if is_array(array) else array
+
+    return map_fields(change, table, padding_rows)
+
+
+def find_place(table: EmbeddingTable, field: str, array: Any) -> Place:
+    """Where the rows of this array in a field are. `num_stacked` is negative if it lacks axes."""
+    names = _axis_names(table)[field]
+    num_stacked = len(array.shape) - len(names)
+    return Place(field, num_stacked + names.index(table.vocabulary_axis), num_stacked)
 
 
 def _is_table(node: Any) -> bool:
@@ -116,8 +138,3 @@ def _is_table(node: Any) -> bool:
 def _axis_names(table: EmbeddingTable) -> dict[str, tuple[str, ...]]:
     """The names of the last axes of each array of a table."""
     return {"embeddings": table.axis_names, "bias": (table.vocabulary_axis,)}
-
-
-def _find_axis(table: EmbeddingTable, array: Any, names: tuple[str, ...]) -> Place:
-    num_stacked = len(array.shape) - len(names)
-    return Place(num_stacked + names.index(table.vocabulary_axis), num_stacked)

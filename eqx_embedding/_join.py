@@ -1,0 +1,109 @@
+"""Joins the state of an optimizer with a new state, made for a vocabulary of another size."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from ._table import EmbeddingTable
+from ._tree import find_place, find_tables, is_array, is_table_of, map_fields
+
+
+Join = Callable[[int, int, Any, Any], Any]
+
+
+def join_trees(
+    tree: PyTree, fresh: PyTree, tokens: int, vocabulary_axis: str, join_arrays: Join
+) -> PyTree:
+    """The leaves of `tree`, and from `fresh` the rows of a vocabulary that it does not have.
+
+    An array of a table says by its names where its rows are. Other leaves say it by their shapes,
+    which differ in one axis: the vectors and lists of Adafactor and SM3.
+
+    `join_arrays(axis, kept, old, new)` joins the rows before `kept` of `old` and the rest of `new`.
+    """
+    is_table = is_table_of(vocabulary_axis)
+    if _structure(tree, is_table) != _structure(fresh, is_table):
+        raise ValueError(
+            "fresh must have the structure of the tree, as the state that the same optimizer makes "
+            f"from the resized model, but has {_structure(fresh, is_table)}, not "
+            f"{_structure(tree, is_table)}."
+        )
+    tables = [find_tables(x, vocabulary_axis, required=False) for x in (tree, fresh)]
+    if not any(tables):
+        return tree  # as that of SGD, which has no state
+    first, new_first = (next(iter(found.values())) for found in tables)
+    sizes: dict[int, str] = {}  # of the old vocabulary, as the leaves say
+
+    def join_leaf(rows: _Rows, field: str | None, path: Any, old: Any, new: Any) -> Any:
+        if not is_array(old) and not is_array(new):
+            return old
+        axis = _find_axis(rows, field, path, old, new)
+        if axis is None:
+            return old
+        old_tokens = old.shape[axis] - rows.old.padding_rows
+        sizes.setdefault(old_tokens, path)
+        return join_arrays(axis, min(old_tokens, tokens), old, new)
+
+    def join_node(path: Any, old: Any, new: Any) -> Any:
+        name = "tree" + jax.tree_util.keystr(path)
+        if not is_table(old):
+            return join_leaf(_Rows(first, new_first, tokens), None, name, old, new)
+
+        def join_field(field: str) -> Any:
+            def join(path: Any, *leaves: Any) -> Any:
+                where = f"{name}.{field}{jax.tree_util.keystr(path)}"
+                return join_leaf(_Rows(old, new, tokens), None if path else field, where, *leaves)
+
+            fields = getattr(old, field), getattr(new, field)
+            return jax.tree_util.tree_map_with_path(join, *fields)
+
+        return map_fields(join_field, new)
+
+    joined = jax.tree_util.tree_map_with_path(join_node, tree, fresh, is_leaf=is_table)
+    if len(sizes) != 1:
+        raise ValueError(
+            f"fresh must be made from the resized model, with {tokens} tokens, and the tree from "
+            "one before, but "
+            + ", ".join(f"{path} has {size} tokens" for size, path in sizes.items())
+            + ("." if sizes else "no array of the two has rows of this vocabulary.")
+        )
+    return joined
+
+
+class _Rows(NamedTuple):
+    old: EmbeddingTable
+    new: EmbeddingTable
+    tokens: int
+
+    @property
+    def num_rows(self) -> int:
+        """Of the new table, padding included."""
+        return self.tokens + self.new.padding_rows
+
+
+def _find_axis(rows: _Rows, field: str | None, path: str, old: Any, new: Any) -> int | None:
+    """The axis of the vocabulary, or `None` if the old leaf does not change."""
+    old_shape, new_shape = (tuple(x.shape) if is_array(x) else None for x in (old, new))
+    if old_shape is not None and new_shape is not None and len(old_shape) == len(new_shape):
+        sizes = zip(old_shape, new_shape, strict=True)
+        differ = [axis for axis, (before, after) in enumerate(sizes) if before != after]
+        place = None if field is None else find_place(rows.new, field, new)
+        # Padding rows may have become tokens, so that no size differs
+        if place is not None and place.num_stacked >= 0 and differ in ([], [place.axis]):
+            if new_shape[place.axis] == rows.num_rows:
+                return place.axis
+        if not differ:
+            return None
+        if len(differ) == 1 and new_shape[differ[0]] == rows.num_rows:
+            return differ[0]
+    raise ValueError(
+        f"{path} has the shape {old_shape}, and {new_shape} in fresh, which must be the same but "
+        f"for one axis, of {rows.num_rows} rows in fresh. If these are other numbers for another "
+        "vocabulary, use fresh as the new state."
+    )
+
+
+def _structure(tree: PyTree, is_leaf: Callable[[Any], bool]) -> Any:
+    return jax.tree.structure(tree, is_leaf=is_leaf)

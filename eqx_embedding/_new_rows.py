@@ -1,0 +1,101 @@
+"""What the rows of new tokens are."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ._inputs import as_int, at_least_float32
+
+
+# The covariance of new rows, as a part of that of the old ones. Hewitt (2021) takes the same part.
+# `benchmarks/growth.py` measures what others do to a trained model.
+COVARIANCE = 1e-5
+# A new token starts a hundred times less likely than by the median bias.
+BIAS = -math.log(100)
+
+
+class Means(NamedTuple):
+    """New tokens whose rows are means of old ones."""
+
+    places: Int[np.ndarray, " means"]  # among the new rows
+    old_tokens: Int[np.ndarray, " pieces"]
+    segments: Int[np.ndarray, " pieces"]  # the mean to which each old token belongs
+    lengths: Int[np.ndarray, " means"]  # how many old tokens each mean has
+
+
+def check_pieces(
+    pieces: Mapping[int, Sequence[int]] | None, old_tokens: int, tokens: int
+) -> Means | None:
+    """Raises a `ValueError` unless each piece is an old token, and stands for a new one."""
+    if not pieces:
+        return None
+    for token, parts in pieces.items():
+        if not old_tokens <= as_int(token) < tokens:
+            raise ValueError(
+                f"pieces must be given for new tokens, which are at least {old_tokens} and below "
+                f"{tokens}, got {token}."
+            )
+        if len(parts) == 0 or not all(0 <= as_int(part) < old_tokens for part in parts):
+            raise ValueError(
+                f"the pieces of a new token must be at least one of the {old_tokens} old tokens, "
+                f"got {list(parts)!r:.80} for {token}."
+            )
+    lengths = [len(parts) for parts in pieces.values()]
+    return Means(
+        np.asarray([as_int(token) - old_tokens for token in pieces], np.int32),
+        np.concatenate([np.asarray(parts, np.int32) for parts in pieces.values()]),
+        np.repeat(np.arange(len(pieces), dtype=np.int32), lengths),
+        np.asarray(lengths, np.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def make_rows(
+    count: int,
+    is_bias: bool,
+    rows: Float[Array, "V ..."],
+    key: PRNGKeyArray | None,
+    means: Means | None,
+) -> Float[Array, "M ..."]:
+    """The rows or the biases of `count` new tokens. Without a key, they are zero."""
+    wide = rows.reshape(len(rows), -1).astype(at_least_float32(rows.dtype))
+    new = jnp.zeros((count, wide.shape[1]), wide.dtype)
+    if key is not None:
+        new = new + _low_bias(wide) if is_bias else _draw_near_mean(count, key, wide)
+    if means is not None:
+        sums = jax.ops.segment_sum(wide[means.old_tokens], means.segments, len(means.lengths))
+        new = new.at[means.places].set(sums / means.lengths[:, None].astype(wide.dtype))
+    return new.astype(rows.dtype).reshape(count, *rows.shape[1:])
+
+
+def _low_bias(bias: Float[Array, "V 1"]) -> Float[Array, ""]:
+    """Below the median, which, unlike the mean, a few tokens that are banned do not move."""
+    return jnp.nanmedian(jnp.where(jnp.isfinite(bias), bias, jnp.nan)) + BIAS
+
+
+def _draw_near_mean(
+    count: int, key: PRNGKeyArray, rows: Float[Array, "V D"]
+) -> Float[Array, "M D"]:
+    """The mean of the finite rows, plus noise with a part of their covariance.
+
+    The noise of each new row is a uniform number of variance 1 times the difference between one
+    row, at random, and the mean. So it has the covariance of the rows, which is never computed.
+    """
+    finite = jnp.all(jnp.isfinite(rows), axis=1)
+    mean = jnp.sum(jnp.where(finite[:, None], rows, 0), axis=0)
+    mean = mean / jnp.sum(finite, dtype=mean.dtype)
+
+    def draw(i: Array) -> Array:
+        index, size = jax.random.bits(jax.random.fold_in(key, i), (2,), "uint32")
+        row = index % len(rows)
+        # In float32, so that the numbers do not depend on the dtype of the table
+        size = math.sqrt(3 * COVARIANCE) * (size.astype(jnp.float32) / 2.0**31 - 1.0)
+        return mean + jnp.where(finite[row], size.astype(rows.dtype) * (rows[row] - mean), 0)
+
+    return jax.vmap(draw)(jnp.arange(count))
