@@ -183,11 +183,12 @@ def _call_on_mesh(change: Callable[..., Array], array: Any, other: Any) -> Array
     # In one program each device makes only its own rows, and the mesh need not divide those without
     # padding
     explicit = jax.typeof(array).sharding
+    placed: Any = change
     if AxisType.Explicit in explicit.mesh.axis_types:
-        change = jax.sharding.auto_axes(change, out_sharding=explicit)
+        placed = jax.sharding.auto_axes(change, out_sharding=explicit)
     # Automatic axes of a traced array cannot be seen, so the compiler decides
     out_sharding = None if isinstance(array, Tracer) else sharding
-    return jax.jit(change, out_shardings=out_sharding)(array, other)
+    return jax.jit(placed, out_shardings=out_sharding)(array, other)
 
 
 def _mesh_sharding(array: Any) -> NamedSharding | None:

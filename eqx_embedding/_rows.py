@@ -237,7 +237,7 @@ def take_rows(
     its table, for a skeleton, and inside a `jax.shard_map` along which a table differs. A
     `TypeError` for tokens that are not integers.
     """
-    selected = _select("take_rows", tree, tokens, vocabulary_axis)
+    selected = _select(tree, tokens, vocabulary_axis)
     if selected is None:
         return tree
     index, missing = selected
@@ -249,7 +249,7 @@ def take_rows(
         if not jnp.issubdtype(rows.dtype, jnp.inexact):
             return rows
         axes = [axis for axis in range(rows.ndim) if axis != place.axis]
-        return nan_where(jnp.expand_dims(missing, axes), rows)
+        return nan_where(jnp.expand_dims(jnp.asarray(missing), axes), rows)
 
     def take_table(node: Any) -> Any:
         return map_arrays(take, node, padding_rows=0) if is_table(node) else node
@@ -285,7 +285,9 @@ def put_rows(
     A `ValueError` if a token repeats, or if `tree` and `rows` do not fit each other. Traced tokens
     cannot be seen: then the row of a token that repeats is NaN, or zero in an array of integers.
     """
-    selected = _select("put_rows", tree, tokens, vocabulary_axis)
+    if isinstance(tokens, jax.Array) and is_seen(tokens):
+        tokens = np.asarray(tokens)
+    selected = _select(tree, tokens, vocabulary_axis)
     is_table = is_table_of(vocabulary_axis)
     if _structure(tree, is_table) != _structure(rows, is_table):
         raise ValueError(
@@ -295,7 +297,7 @@ def put_rows(
     if selected is None:
         return rows
     index, _ = selected
-    repeats = _repeats(tokens, index)
+    repeats = _repeats(index)
 
     def put(place: Place, array: Any, new: Any) -> Array:
         _check_same_on_devices(array)
@@ -314,10 +316,12 @@ def put_rows(
 
 
 def _select(
-    function: str, tree: PyTree, tokens: Any, vocabulary_axis: str
-) -> tuple[Array, Bool[Array, " rows"]] | None:
-    """The rows of these tokens, beyond the table if out of range, and which are not in it but
-    stand for a token. `None` if no table of the vocabulary has arrays."""
+    tree: PyTree, tokens: Any, vocabulary_axis: str
+) -> tuple[Int[Array | np.ndarray, " rows"], Bool[Array | np.ndarray, " rows"]] | None:
+    """The rows of these tokens, beyond the table if out of range, and which of these rows are NaN.
+
+    `None` if no table of the vocabulary has arrays.
+    """
     tables = find_tables(tree, vocabulary_axis, required=False)
     vocab_size = find_vocab_size(tables)
     tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
@@ -326,19 +330,20 @@ def _select(
     if vocab_size == 0:
         return None
     xp = np if isinstance(tokens, np.ndarray) else jnp
-    missing = _whole(jnp.asarray(~in_range & (tokens != NO_TOKEN)))
     # Each one beyond the table is another, as JAX demands of unique indices
     beyond = NO_TOKEN - np.arange(len(tokens), dtype=np.int32)
-    return _whole(jnp.asarray(xp.where(in_range, tokens, beyond).astype(np.int32))), missing
+    index = xp.where(in_range, tokens, beyond.astype(tokens.dtype)).astype(np.int32)
+    missing = ~in_range & (tokens != NO_TOKEN)
+    return (index, missing) if xp is np else (_whole(index), _whole(missing))
 
 
-def _repeats(tokens: Any, index: Array) -> Bool[Array, " rows"] | None:
-    """Which tokens repeat, or `None` if it is known that none does."""
-    if isinstance(tokens, jax.Array) and not is_seen(tokens):
+def _repeats(index: Int[Array | np.ndarray, " rows"]) -> Bool[Array, " rows"] | None:
+    """Which rows repeat, or `None` if it is known that none does."""
+    if isinstance(index, jax.Array):
         ordered = jnp.sort(index)
         next_one = jnp.searchsorted(ordered, index) + 1
         return ordered.at[next_one].get(mode="fill", fill_value=-1) == index
-    values, counts = np.unique(np.asarray(index), return_counts=True)
+    values, counts = np.unique(index, return_counts=True)
     if np.any(counts > 1):
         raise ValueError(
             f"tokens must be unique, got {values[counts > 1][:5].tolist()} more than once: which "

@@ -550,6 +550,7 @@ def test_a_step_after_a_resize_moves_new_rows_as_old_ones(name):
             params = eqx.apply_updates(params, updates)
         grown = resize_vocabulary(params, 15, key=jax.random.key(0))
         state = resize_vocabulary(state, 15, fresh=optimizer.init(grown))
+        updates: Any = None
         for _ in range(2):  # Rprop stands still in its first step
             updates, state = update(jax.tree.map(jnp.ones_like, grown), state, grown)
     moved = np.abs(float64(updates.embeddings)).max(axis=1)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from eqx_embedding import (
     EmbeddingDecode, EmbeddingLookup, EmbeddingTable, combine_rows, load_safetensors,
-    partition_rows, resize_vocabulary, save_safetensors,
+    partition_rows, put_rows, resize_vocabulary, save_safetensors, take_rows, unique_tokens,
 )
 
 key, names = jax.random.key(0), ("vocabulary", "embedding")
@@ -105,6 +105,12 @@ calls = {
     "float rows": lambda: partition_rows(table, [0.5]),
     "traced rows": lambda: jax.jit(lambda rows: partition_rows(table, rows))(targets),
     "frozen of another kind": lambda: combine_rows(trained, table),
+    "list of tokens to take": lambda: take_rows(table, [0, 1]),
+    "float tokens to take": lambda: take_rows(table, np.ones(2)),
+    "tokens to take of two axes": lambda: take_rows(table, np.asarray([[0, 1]])),
+    "float tokens to put": lambda: put_rows(table, np.ones(2), table),
+    "float tokens to be unique": lambda: unique_tokens(np.ones(2), 2),
+    "float size of unique tokens": lambda: unique_tokens(targets, 2.0),
     "number as path": lambda: load_safetensors(3),
     "number as name": lambda: load_safetensors(nowhere, 3),
     "name of one axis": lambda: load_safetensors(nowhere, axis_names="vocabulary"),
@@ -254,6 +260,12 @@ def unchecked():
         ("text as rows", "rows", "'all'"),
         ("float rows", "rows", r"\[0.5\]"),
         ("frozen of another kind", "frozen", "EmbeddingTable"),
+        ("list of tokens to take", "tokens", r"\[0, 1\]"),
+        ("float tokens to take", "tokens", r"f64\[2\]\(numpy\)"),
+        ("tokens to take of two axes", "tokens", r"i64\[1,2\]\(numpy\)"),
+        ("float tokens to put", "tokens", r"f64\[2\]\(numpy\)"),
+        ("float tokens to be unique", "tokens", r"f64\[2\]\(numpy\)"),
+        ("float size of unique tokens", "size", "2.0"),
         ("number as path", "path", "3"),
         ("number as name", "name", "3"),
         ("number as bias of a file", "bias", "3"),
