@@ -1,11 +1,16 @@
 """Reads and writes tables as safetensors files, https://github.com/huggingface/safetensors."""
 
+import contextlib
 import difflib
+import functools
+import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +38,9 @@ INPUT_EMBEDDINGS = (
 )
 
 METADATA = "eqx_embedding"
-# The dtypes of tables, and their names in a file
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+# The dtypes of tables, by their names in a file
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+BLOCK = 2**20  # how many numbers are read at a time
 DEFAULT_NAMES = ("vocabulary", "embedding")
 
 
@@ -76,38 +82,39 @@ def load_safetensors(
 
     **Returns:**
 
-    An [`eqx_embedding.EmbeddingTable`][].
+    An [`eqx_embedding.EmbeddingTable`][]. Loading takes little more memory than the table itself.
+    On CPUs this memory belongs to NumPy, and XLA does not overwrite it: the first update of the
+    donated table copies it, later ones do not.
 
     **Raises:**
 
     - `FileNotFoundError` if the file, the model in a directory, or a file named by its index is
         missing; `PermissionError` if it may not be read.
-    - `ValueError` if a file is incomplete or not a safetensors file, or if an index names a file
-        outside of the directory.
+    - `ValueError` if a file is incomplete, not a safetensors file, or cut short while it is read;
+        if an index names a file outside of the directory.
     - `ValueError` if no tensor has that name; without a name, if none or several of the
         known names are there.
+    - `ValueError` if the metadata of a file describe a tensor that it no longer has. The table may
+        have been renamed: then its padding rows would become tokens, and its bias would be lost.
     - `ValueError` if a tensor has another dtype; if it does not have an axis for each name; if the
         bias does not have one number for each row; if `axis_names` disagree with those in the
         file; and for float64 outside of JAX's 64-bit mode.
     - `ImportError` if the package safetensors is not installed.
     """
     path = Path(path)
-    files = _find_files(path)
-    tensor = _read_tensor(path, files, _choose_name(path, files) if name is None else name)
-    array = _convert(tensor, dtype)
-    layout = _saved_layout(tensor, axis_names)
-    if layout is None:
-        layout = _given_layout(tensor, axis_names)
-    else:  # `save_safetensors` wrote a matrix of rows
-        axis = list(layout.axes).index(layout.vocabulary_axis)
-        sizes = list(layout.axes.values())
-        array = np.moveaxis(array.reshape(-1, *sizes[:axis], *sizes[axis + 1 :]), 0, axis)
-    bias_name, bias_array = layout.bias if bias is None else bias, None
-    if bias_name is not None:
-        bias_array = jnp.asarray(_convert(_read_tensor(path, files, bias_name), dtype))
-    axes, vocabulary_axis, padding_rows, _ = layout
+    with contextlib.ExitStack() as stack:
+        # Another program may replace a file between the reads of two tensors
+        open_once = functools.cache(lambda file: stack.enter_context(_open(file)))
+        files = _find_files(path, open_once)
+        name = _choose_name(path, files, open_once) if name is None else name
+        tensor = _find_tensor(path, files, name, open_once)
+        layout = _saved_layout(tensor, axis_names) or _given_layout(tensor, axis_names)
+        bias = layout.bias if bias is None else bias
+        found = None if bias is None else _find_tensor(path, files, bias, open_once)
+        embeddings = _read(tensor, dtype, layout.shape, layout.axis_of_rows)
+        bias_array = None if found is None else _read(found, dtype, found.shape)
     return EmbeddingTable(
-        jnp.asarray(array), tuple(axes), vocabulary_axis, padding_rows, bias_array
+        embeddings, layout.axis_names, layout.vocabulary_axis, layout.padding_rows, bias_array
     )
 
 
@@ -128,8 +135,8 @@ def save_safetensors(
     **Arguments:**
 
     - `table`: the [`eqx_embedding.EmbeddingTable`][].
-    - `path`: the file. It is replaced if it exists. A symbolic link is replaced, not the file that
-        it points to. The directory must exist.
+    - `path`: the file. It is replaced if it exists. A symbolic link to a file, even a missing one,
+        is replaced, not what it points to. The directory must exist.
     - `name`: the name of the tensor. Defaults to `"embeddings"`. The bias of `"lm_head.weight"` is
         called `"lm_head.bias"`; for a name that does not end in `.weight`, `.bias` is appended.
 
@@ -138,18 +145,31 @@ def save_safetensors(
     - `ValueError` for a stacked table; for a table without arrays, or with arrays of a dtype that
         [`eqx_embedding.load_safetensors`][] does not read; and for the name `"__metadata__"`.
     - `FileNotFoundError` if the directory does not exist; `IsADirectoryError` if `path` is one.
+    - `shutil.SpecialFileError`, which is an `OSError`, if `path` is a device, a named pipe or a
+        socket, or a symbolic link to one, such as `/dev/stdout`.
+    - `OSError` if the file cannot be written, for example because the disk is full.
     - `ImportError` if the package safetensors is not installed.
     """
-    path, save_file = Path(path), _import_safetensors().numpy.save_file
+    path, safetensors = Path(path), _import_safetensors()
     if name == "__metadata__":  # safetensors would write a broken file
         raise ValueError("the safetensors format reserves the name '__metadata__'.")
     table._check_arrays("Save one of its tables at a time.")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: give the name of a file in it.")
+    # /dev/stdout is a link to /proc, which may lead to a regular file
+    is_stream = path.is_symlink() and path.readlink().is_relative_to("/proc")
+    if is_stream or (path.exists() and not path.is_file()):
+        raise shutil.SpecialFileError(
+            f"{path} is a device, a named pipe or a socket: give the name of a regular file."
+        )
     tensors, layout = _as_tensors(table, name)
     with tempfile.TemporaryDirectory(".partial", path.name[:50] + ".", path.parent) as folder:
         new, blank = Path(folder, "new"), Path(folder, "blank")
-        save_file(tensors, new, {METADATA: json.dumps(layout)})
+        try:
+            safetensors.numpy.save_file(tensors, new, {METADATA: json.dumps(layout)})
+        except safetensors.SafetensorError as error:  # such as a full disk
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else None, str(error), str(path)) from None
         # safetensors makes a file that only its owner can read
         blank.touch()
         shutil.copymode(path if path.exists() else blank, new)
@@ -158,22 +178,37 @@ def save_safetensors(
         os.replace(new, path)
 
 
+class File(NamedTuple):
+    """An open safetensors file."""
+
+    stream: io.BufferedReader
+    start: int  # of the first tensor, in bytes
+    header: dict[str, Any]  # the dtype, shape and place of each tensor
+    metadata: dict[str, str]
+
+
 class Tensor(NamedTuple):
-    """A tensor of a file."""
+    """A tensor of a file, which is not read yet."""
 
     name: str
-    array: np.ndarray
-    metadata: dict[str, str]  # of the file
+    file: File
+    shape: tuple[int, ...]
+    dtype: np.dtype
     about: str  # for error messages
 
 
 class Layout(NamedTuple):
     """The axes of a table, and its padding and bias."""
 
-    axes: dict[str, int]
+    axis_names: tuple[str, ...]
+    shape: tuple[int, ...]
     vocabulary_axis: str
-    padding_rows: int
-    bias: str | None  # the name of another tensor
+    padding_rows: int = 0
+    bias: str | None = None  # the name of another tensor
+    axis_of_rows: int = 0  # where the first axis of the tensor goes
+
+
+Open = Callable[[Path], File]
 
 
 def _as_tensors(table: EmbeddingTable, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -186,10 +221,10 @@ def _as_tensors(table: EmbeddingTable, name: str) -> tuple[dict[str, np.ndarray]
         bias_name = name.removesuffix(".weight") + ".bias"
         tensors[bias_name] = np.asarray(table.bias)
     for tensor in tensors.values():
-        if tensor.dtype.name not in DTYPES:
+        if tensor.dtype.name not in DTYPES.values():
             raise ValueError(
                 f"a table of {tensor.dtype.name} cannot be saved: convert it to "
-                f"{' or '.join(DTYPES)}."
+                f"{' or '.join(DTYPES.values())}."
             )
     layout = {
         "name": name,
@@ -213,28 +248,33 @@ def _import_safetensors() -> Any:
     return safetensors
 
 
-def _open(path: Path) -> Any:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[File]:
     safetensors = _import_safetensors()
     if not path.is_file():  # a named pipe would wait for a writer
         raise FileNotFoundError(f"cannot find the file {path}.")
-    with open(path, "rb"):  # else safetensors would call a file missing that may not be read
-        pass
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}). It has another format, or was cut "
-            f"short after {path.stat().st_size} bytes."
-        ) from None
+    with open(path, "rb") as stream:
+        try:
+            # Only checks: the pages that its tensors map would count as memory of the process
+            with safetensors.safe_open(path, framework="numpy"):
+                pass
+        except safetensors.SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({error}). It has another format, or was "
+                f"cut short after {path.stat().st_size} bytes."
+            ) from None
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        metadata = header.pop("__metadata__", None) or {}
+        yield File(stream, 8 + size, header, metadata)
 
 
-def _find_files(path: Path) -> dict[str, Path]:
+def _find_files(path: Path, open_once: Open) -> dict[str, Path]:
     """The file that holds each tensor."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if not path.is_dir() or single.is_file():
         path = single if path.is_dir() else path
-        with _open(path) as file:
-            return dict.fromkeys(file.keys(), path)
+        return dict.fromkeys(open_once(path).header, path)
     if not index.is_file():
         others = sorted(file.name for file in path.glob("*.safetensors") if file.is_file())
         raise FileNotFoundError(
@@ -247,7 +287,7 @@ def _find_files(path: Path) -> dict[str, Path]:
         for name, file in files.items():
             if path not in file.parents or ".." in file.relative_to(path).parts:
                 raise ValueError(f"it names the file {file} for {name!r}, outside of the directory")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f'{index} is not the index of a model: it should be JSON with a "weight_map" from '
             f"names of tensors to files ({type(error).__name__}: {error})."
@@ -255,11 +295,10 @@ def _find_files(path: Path) -> dict[str, Path]:
     return files
 
 
-def _choose_name(path: Path, files: dict[str, Path]) -> str:
+def _choose_name(path: Path, files: dict[str, Path], open_once: Open) -> str:
     """The tensor to load if the caller does not name one."""
     if len({*files.values()}) == 1:
-        with _open(next(iter(files.values()))) as file:
-            metadata = file.metadata() or {}
+        metadata = open_once(next(iter(files.values()))).metadata
         saved = [name for name in files if name != _parse(metadata).get("bias")]
         if METADATA in metadata and len(saved) == 1:
             return saved[0]
@@ -276,7 +315,7 @@ def _choose_name(path: Path, files: dict[str, Path]) -> str:
     )
 
 
-def _read_tensor(path: Path, files: dict[str, Path], name: str) -> Tensor:
+def _find_tensor(path: Path, files: dict[str, Path], name: str, open_once: Open) -> Tensor:
     if name not in files:
         near = difflib.get_close_matches(name, files, n=5, cutoff=0.0)
         raise ValueError(
@@ -284,31 +323,54 @@ def _read_tensor(path: Path, files: dict[str, Path], name: str) -> Tensor:
             f"{', '.join(map(repr, near))}."
         )
     about = f"tensor {name!r} of {files[name]}"
-    with _open(files[name]) as file:
-        if name not in file.keys():
-            raise ValueError(
-                f"the index in {path} says that {name!r} is in {files[name].name}, but it is not. "
-                "The directory mixes two models, or its index is out of date."
-            )
-        kind = file.get_slice(name).get_dtype()
-        if kind not in DTYPES.values():
-            raise ValueError(f"{about} has dtype {kind}, expected {' or '.join(DTYPES)}.")
-        return Tensor(name, file.get_tensor(name), file.metadata() or {}, about)
+    file = open_once(files[name])
+    if name not in file.header:
+        raise ValueError(
+            f"the index in {path} says that {name!r} is in {files[name].name}, but it is not. "
+            "The directory mixes two models, or its index is out of date."
+        )
+    kind, shape = file.header[name]["dtype"], tuple(file.header[name]["shape"])
+    if kind not in DTYPES:
+        raise ValueError(f"{about} has dtype {kind}, expected {' or '.join(DTYPES.values())}.")
+    return Tensor(name, file, shape, jnp.dtype(DTYPES[kind]), about)
 
 
-def _convert(tensor: Tensor, dtype: DTypeLike | None) -> np.ndarray:
-    wanted = as_float_dtype("embeddings", "dtype", tensor.array.dtype if dtype is None else dtype)
+def _read(
+    tensor: Tensor, dtype: DTypeLike | None, shape: tuple[int, ...], axis_of_rows: int = 0
+) -> jax.Array:
+    """The tensor in another dtype and shape, with its first axis moved to `axis_of_rows`."""
+    wanted = as_float_dtype("embeddings", "dtype", tensor.dtype if dtype is None else dtype)
     if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             f"{tensor.about} would be float64, which JAX has only in its 64-bit mode: use "
             "dtype=jnp.float32, or call jax.config.update('jax_enable_x64', True)."
         )
-    return tensor.array.astype(wanted, copy=False)
+    array = _empty(shape, wanted)
+    rows = np.moveaxis(array, axis_of_rows, 0) if axis_of_rows else array.reshape(-1)
+    step = max(1, BLOCK // math.prod(rows.shape[1:]))
+    stream, start, header, _ = tensor.file
+    stream.seek(start + header[tensor.name]["data_offsets"][0])
+    # In blocks, because a whole array of another dtype or order would double the peak of memory
+    for i in range(0, len(rows), step):
+        part = rows[i : i + step]
+        block = np.fromfile(stream, tensor.dtype, part.size)
+        if block.size < part.size:
+            raise ValueError(f"{tensor.about} was cut short while it was read.")
+        part[...] = block.reshape(part.shape)
+    return jax.device_put(array, may_alias=True)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that JAX on a CPU uses in place: it copies those that are not aligned."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _given_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout:
     """The layout of a tensor that another program saved."""
-    shape = tensor.array.shape
+    shape = tensor.shape
     if len(shape) != len(axis_names):
         advice = (
             " Load it with two names, and then split its embedding axis: EmbeddingTable("
@@ -319,40 +381,52 @@ def _given_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout:
             f"{tensor.about} has {len(shape)} axes, {shape}, but {len(axis_names)} are named: "
             f"axis_names={axis_names}." + (advice if 2 == len(shape) < len(axis_names) else "")
         )
-    vocabulary_axis = "vocabulary" if "vocabulary" in axis_names else axis_names[0]
-    return Layout(dict(zip(axis_names, shape)), vocabulary_axis, 0, None)
+    first = axis_names[0] if axis_names else "vocabulary"
+    return Layout(axis_names, shape, "vocabulary" if "vocabulary" in axis_names else first)
 
 
 def _saved_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout | None:
     """The layout that `save_safetensors` stored for this tensor, or `None`."""
-    shape, saved = tensor.array.shape, _parse(tensor.metadata)
-    if METADATA not in tensor.metadata or saved.get("name", tensor.name) != tensor.name:
+    shape, metadata, saved = tensor.shape, tensor.file.metadata, _parse(tensor.file.metadata)
+    described = saved.get("name", tensor.name)
+    if METADATA in metadata and described not in list(tensor.file.header):
+        raise ValueError(
+            f"the metadata {METADATA!r} in the file of {tensor.about} say which rows of the tensor "
+            f"{described!r} are padding, but the file has no such tensor, only "
+            f"{', '.join(map(repr, list(tensor.file.header)[:10]))}. If the tensor was renamed, "
+            "save the table again under its new name, save_safetensors(table, path, name), or "
+            "write that name to the metadata. If the table is gone, remove these metadata."
+        )
+    if METADATA not in metadata or described != tensor.name:
         return None
     try:
         axes, vocabulary_axis = dict(saved["axes"]), saved["vocabulary_axis"]
         rows, padding_rows, bias = axes[vocabulary_axis], saved["padding_rows"], saved.get("bias")
         are_integers = {type(number) for number in (*axes.values(), padding_rows)} == {int}
-        fits = are_integers and rows > 0 and shape == (rows, math.prod(axes.values()) // rows)
+        fits = are_integers and min(axes.values()) > 0
+        fits = fits and shape == (rows, math.prod(axes.values()) // rows)
         fits = fits and isinstance(bias, str | None)
     except (ValueError, TypeError, KeyError):
         fits, axes, vocabulary_axis, padding_rows, bias = False, {}, "", 0, None
     if not fits:
         raise ValueError(
             f"the metadata of {tensor.about} does not fit its shape {shape}: "
-            f"{tensor.metadata[METADATA]}. The file was changed after it was saved."
+            f"{metadata[METADATA]}. The file was changed after it was saved."
         )
-    if axis_names not in (DEFAULT_NAMES, tuple(axes)):
+    names = tuple(axes)
+    if axis_names not in (DEFAULT_NAMES, names):
         raise ValueError(
-            f"{tensor.about} was saved with axis_names={tuple(axes)}, which disagree with "
+            f"{tensor.about} was saved with axis_names={names}, which disagree with "
             f"axis_names={axis_names}. Leave them out, and rename the axes of the loaded table."
         )
-    return Layout(axes, vocabulary_axis, padding_rows, bias)
+    axis = names.index(vocabulary_axis)
+    return Layout(names, tuple(axes.values()), vocabulary_axis, padding_rows, bias, axis)
 
 
 def _parse(metadata: dict[str, str]) -> dict[str, Any]:
     """The metadata that `save_safetensors` stored, or an empty dict if it is unreadable."""
     try:
         saved = json.loads(metadata[METADATA])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         return {}
     return saved if isinstance(saved, dict) else {}

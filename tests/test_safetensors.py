@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as reference, safe_open
 
-from eqx_embedding import EmbeddingTable, load_safetensors, save_safetensors
+from eqx_embedding import _safetensors, EmbeddingTable, load_safetensors, save_safetensors
 
 from .helpers import LAYOUTS, make_array, make_table, NAMES, run_python
 
@@ -192,6 +194,7 @@ def test_only_the_shard_that_has_the_table_is_needed(tmp_path):
         ('{"weight_map": {"x": 3}}', "is not the index of a model"),
         ("null", "is not the index of a model"),
         ("\ufeff{}", "is not the index of a model"),
+        pytest.param("[" * 100_000, "is not the index of a model: .*RecursionError", id="deep"),
         ('{"weight_map": {}}', "none of the 0 tensors"),
         ('{"weight_map": {"x": ""}}', "is not the index .* outside of the directory"),
         ('{"weight_map": {"x": "../model.safetensors"}}', "outside of the directory"),
@@ -361,16 +364,27 @@ def test_several_embedding_axes_without_sizes_say_what_to_do(path):
         load_safetensors(path, axis_names=("vocabulary",))
 
 
+def test_axis_names_that_make_no_table_are_refused(path):
+    save(path, {"x": np.ones((4, 6), np.float32), "y": np.ones((), np.float32)})
+    with pytest.raises(ValueError, match="axis names must be unique"):
+        load_safetensors(path, "x", axis_names=("vocabulary", "vocabulary"))
+    with pytest.raises(ValueError, match=r"vocabulary_axis='vocabulary' is not one of .*=\(\)"):
+        load_safetensors(path, "y", axis_names=())
+
+
 @pytest.mark.parametrize(
     "noted",
     [
         "no json",
         "[]",
+        pytest.param("[" * 100_000, id="deep"),
         '{"name": "x"}',
         '{"name": "x", "axes": {"a": 0}, "vocabulary_axis": "a", "padding_rows": 0}',
         '{"name": "x", "axes": {"a": 4, "b": 7}, "vocabulary_axis": "a", "padding_rows": 0}',
         '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "c", "padding_rows": 0}',
         '{"name": "x", "axes": {"a": 4, "b": 6.0}, "vocabulary_axis": "a", "padding_rows": 0}',
+        '{"name": "x", "axes": {"a": 4, "b": -2, "c": -3}, "vocabulary_axis": "a", '
+        '"padding_rows": 0}',
         '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": 2.9}',
         '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": "3"}',
         '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": true}',
@@ -396,7 +410,123 @@ def test_metadata_of_one_tensor_say_nothing_of_another(path):
     assert (y.axis_names, y.padding_rows) == (NAMES, 0)
 
 
+@pytest.mark.parametrize("bias_name", ["old.bias", "new.bias"])
+@pytest.mark.parametrize("new_name", ["new.weight", "wte.weight"])
+def test_a_table_renamed_in_its_file_is_refused(new_name, bias_name, path):
+    table = make_table("first", with_bias=True)
+    save_safetensors(table, path, "old.weight")
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    tensors = reference.load_file(path)
+    save(path, {new_name: tensors["old.weight"], bias_name: tensors["old.bias"]}, metadata)
+    with pytest.raises(ValueError, match=f"metadata .*|known name .* such as .*{new_name}"):
+        load_safetensors(path)
+    message = f"'old.weight' are padding, but .* no such tensor, only .*'{new_name}'.* write that"
+    given: Any
+    for given in {}, {"bias": bias_name}, {"axis_names": ("vocabulary", "features")}:
+        with pytest.raises(ValueError, match=message):
+            load_safetensors(path, new_name, **given)
+    noted = json.loads(metadata["eqx_embedding"]) | {"name": new_name, "bias": bias_name}
+    save(path, reference.load_file(path), {"eqx_embedding": json.dumps(noted)})
+    assert eqx.tree_equal(load_safetensors(path), table)
+    save(path, reference.load_file(path))  # without metadata, it is a tensor of another program
+    assert load_safetensors(path, new_name).padding_rows == 0
+
+
 # Reading and writing
+
+
+# Code for a fresh process. `resource.getrusage` starts from the peak of the parent process.
+PEAK = """
+def peak():
+    with open("/proc/self/status") as file:
+        [line] = [line for line in file if line.startswith("VmHWM:")]
+    return 1024 * int(line.split()[1])
+"""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block", [1, 7, 10, 36])
+def test_a_table_is_read_in_blocks_of_any_size(block, layout, path, monkeypatch):
+    monkeypatch.setattr(_safetensors, "BLOCK", block)
+    table = make_table(layout, with_bias=True)
+    save_safetensors(table, path)
+    assert eqx.tree_equal(load_safetensors(path), table)
+    narrow = load_safetensors(path, dtype=jnp.bfloat16)
+    assert eqx.tree_equal(narrow, jax.tree.map(lambda x: x.astype(jnp.bfloat16), table))
+
+
+@pytest.mark.slow
+def test_loading_takes_the_memory_of_the_table_once(tmp_path):
+    tables = {
+        "first": EmbeddingTable(np.ones((2**14, 1024), np.float32), NAMES),
+        "last": EmbeddingTable(np.ones((1024, 2**14), np.float32), NAMES[::-1]),
+        "wide": EmbeddingTable(np.ones((2**14, 1024), jnp.bfloat16), NAMES),
+    }
+    for name, table in tables.items():
+        save_safetensors(table, tmp_path / name)
+    save(tmp_path / "other", {"wte.weight": np.ones((1, 2**14, 1024), np.float32)})
+    loads: dict[str, dict[str, Any]] = {
+        "first": {},
+        "last": {"dtype": "bfloat16"},
+        "wide": {"dtype": "float32"},
+        "other": {"axis_names": ("stacked", "vocabulary", "embedding")},
+    }
+    peaks = run_python(
+        PEAK
+        + f"""
+import json, jax
+from pathlib import Path
+from eqx_embedding import EmbeddingTable, load_safetensors, save_safetensors
+folder, tables, peaks = Path({str(tmp_path)!r}), [], []
+save_safetensors(EmbeddingTable(jax.numpy.ones((2, 2)), {NAMES}), folder / "small")
+load_safetensors(folder / "small")  # imports
+for name, given in {loads!r}.items():
+    before = peak()
+    tables.append(jax.block_until_ready(load_safetensors(folder / name, **given)))
+    peaks.append((peak() - before) / tables[-1].embeddings.nbytes)
+print(json.dumps(peaks))
+"""
+    )
+    assert all(0.7 < peak < 1.3 for peak in peaks), dict(zip(loads, peaks))
+
+
+def test_the_first_donated_update_copies_a_loaded_table(path):
+    save_safetensors(EmbeddingTable(np.ones((2**10, 64), np.float32), NAMES), path)
+    update: Any = jax.jit(lambda table: jax.tree.map(jnp.negative, table), donate_argnums=0)
+    tables, places = load_safetensors(path), []
+    for _ in range(3):
+        places.append(tables.embeddings.unsafe_buffer_pointer())  # pyright: ignore
+        tables = update(tables)
+    np.testing.assert_array_equal(tables.embeddings, -1)
+    assert places[0] != places[1] == places[2]
+
+
+def test_a_file_that_is_replaced_while_it_is_read_comes_back_whole(path, monkeypatch):
+    old, new = (make_table("first", seed=seed, with_bias=True) for seed in (0, 5))
+    save_safetensors(old, path)
+    read = np.fromfile
+
+    def replace_and_read(*given):
+        save_safetensors(new, path)
+        return read(*given)
+
+    monkeypatch.setattr(np, "fromfile", replace_and_read)
+    assert eqx.tree_equal(load_safetensors(path), old), "the bias must not be that of the new file"
+    assert eqx.tree_equal(load_safetensors(path), new)
+
+
+def test_a_file_cut_short_while_it_is_read_is_refused(path, monkeypatch):
+    save_safetensors(make_table("first"), path)
+    read = np.fromfile
+
+    def cut_and_read(*given):
+        os.truncate(path, path.stat().st_size - 1)
+        return read(*given)
+
+    monkeypatch.setattr(np, "fromfile", cut_and_read)
+    with pytest.raises(ValueError, match="tensor 'embeddings' of .* was cut short while it was"):
+        load_safetensors(path)
 
 
 def test_one_table_of_a_large_file_is_read_alone(path):
@@ -418,19 +548,19 @@ def test_one_table_of_a_large_file_is_read_alone(path):
         file.write(array.tobytes())
         file.truncate(8 + len(encoded) + 2**32 + 2**16)
     peaks = run_python(
-        f"""
-import json, resource, jax
+        PEAK
+        + f"""
+import json, jax
 import jax.numpy as jnp
 from eqx_embedding import load_safetensors
 jax.block_until_ready(jnp.asarray(jnp.ones(3)))
 import safetensors.numpy
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 table = load_safetensors({str(path)!r})
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([before, after, float(table.embeddings[255, 63])]))
+print(json.dumps([before, peak(), float(table.embeddings[255, 63])]))
 """
     )
-    assert peaks[1] - peaks[0] < 100 * 1024, "kilobytes"
+    assert peaks[1] - peaks[0] < 100 * 2**20
     assert peaks[2] == array[255, 63]
 
 
@@ -498,6 +628,43 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatc
         save_safetensors(make_table("last"), path)
     assert eqx.tree_equal(load_safetensors(path), make_table("first"))
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_os_error_and_the_old_file_stays(path):
+    save_safetensors(make_table("first"), path)
+    large = EmbeddingTable(np.ones((1000, 100), np.float32), NAMES)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # Python ignores its signal
+    try:
+        with pytest.raises(OSError, match="File too large.*table.safetensors") as error:
+            save_safetensors(large, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(path)
+    assert eqx.tree_equal(load_safetensors(path), make_table("first"))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    (tmp_path / "device").symlink_to(os.devnull)  # the device itself might not survive this test
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link to pipe").symlink_to("pipe")
+    with open(tmp_path / "output", "wb") as output:
+        (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{output.fileno()}")
+        for name in "device", "pipe", "link to pipe", "stdout":
+            with pytest.raises(OSError, match=f"{name} is a device, a named pipe or a socket"):
+                save_safetensors(make_table("first"), tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "output").read_bytes() == b""
+    assert all((tmp_path / name).is_symlink() for name in ("device", "link to pipe", "stdout"))
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_dangling_link_is_replaced(tmp_path):
+    path = tmp_path / "link"
+    path.symlink_to("missing")
+    save_safetensors(make_table("first"), path)
+    assert not path.is_symlink() and list(tmp_path.iterdir()) == [path]
+    assert eqx.tree_equal(load_safetensors(path), make_table("first"))
 
 
 def test_permissions_are_the_usual_ones_or_those_of_the_file_that_is_replaced(path):
