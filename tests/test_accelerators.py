@@ -19,7 +19,10 @@ from eqx_embedding import (
     EmbeddingLookup,
     EmbeddingTable,
     partition_rows,
+    put_rows,
     resize_vocabulary,
+    take_rows,
+    unique_tokens,
 )
 
 
@@ -236,9 +239,33 @@ def resized(table, tokens):
     return resize_vocabulary(table, 8192, key=jax.random.key(0))
 
 
+def step_on_rows(table, tokens):
+    ids, places = unique_tokens(tokens, 512)
+    small = take_rows(table, ids)
+    gradient = jax.grad(lookup)(small, places)
+    return put_rows(table, ids, jax.tree.map(lambda x, g: x - g, small, gradient))
+
+
+@pytest.mark.parametrize("layout", ["one device", "vocabulary split"])
+def test_a_donated_step_on_rows_copies_no_table(target, layout):
+    devices = accelerators.find_devices(target, 1 if layout == "one device" else 8)
+    shape, dtype = (256, 128, 262_144), jnp.dtype("float32")
+    operands, mesh = accelerators.make_operands(devices, layout, shape, dtype, AxisType.Explicit)
+    table = make_table(operands.rows)
+    with jax.set_mesh(mesh):
+        donated = jax.jit(step_on_rows, donate_argnums=0)
+        traced = donated.trace(table, operands.targets)
+        compiled = accelerators.compile_for(target, traced)
+    memory, parts = compiled.memory_analysis(), 1 if layout == "one device" else 4
+    assert memory is not None
+    assert memory.alias_size_in_bytes == 4 * 262_144 * 128 / parts
+    assert memory.temp_size_in_bytes < 4 * 262_144 * 128 / parts / 8
+
+
 @pytest.mark.parametrize("layout", ["one device", "vocabulary split"])
 @pytest.mark.parametrize(
-    "function", [jax.grad(lookup), jax.grad(decode), jax.grad(scores), some_rows, resized]
+    "function",
+    [jax.grad(lookup), jax.grad(decode), jax.grad(scores), some_rows, step_on_rows, resized],
 )
 def test_everything_else_compiles_and_holds_no_second_table(target, layout, function):
     """Each takes less than two tables in float32, eight times its logits, and its vectors."""

@@ -443,7 +443,8 @@ def test_rows_out_of_range_are_nan_and_never_written(jit):
     seen = eqx.tree_at(lambda t: t.embeddings, dataclasses.replace(table, bias=None), counts)
     tree = {"table": table, "seen": seen}
     tokens = jnp.asarray([-1, 2, 7, 8, 9, -9, NO_TOKEN - 1, NO_TOKEN])  # 7 and 8 are padding
-    take, put = (jax.jit(f) if jit else f for f in (take_rows, put_rows))
+    take: Any = jax.jit(take_rows) if jit else take_rows
+    put: Any = jax.jit(put_rows) if jit else put_rows
     small = take(tree, tokens)
     missing = np.asarray([True, False, True, True, True, True, True, False])
     rows = np.asarray(small["table"].embeddings)
@@ -498,7 +499,7 @@ def test_everything_but_the_tables_comes_from_rows():
 
 
 def test_stacked_and_shared_tables_are_taken_apart():
-    stacked = EmbeddingTable(make_array((3, 9, 4)), NAMES, bias=make_array((3, 9)))
+    stacked: Any = EmbeddingTable(make_array((3, 9, 4)), NAMES, bias=make_array((3, 9)))
     small = take_rows(stacked, np.asarray([6, 2]))
     np.testing.assert_array_equal(small.embeddings, stacked.embeddings[:, np.asarray([6, 2])])
     np.testing.assert_array_equal(small.bias, stacked.bias[:, np.asarray([6, 2])])
@@ -534,7 +535,7 @@ def make_words():
     return Words(words, eqx.nn.Linear(4, 4, key=jax.random.key(0)))
 
 
-def dense_step(optimizer):
+def dense_step(optimizer) -> Any:
     def step(model, state, tokens):
         loss, gradient = eqx.filter_value_and_grad(Words.loss)(model, tokens)
         updates, state = optimizer.update(gradient, state, eqx.filter(model, eqx.is_array))
@@ -543,7 +544,7 @@ def dense_step(optimizer):
     return step
 
 
-def sparse_step(optimizer, size=16):
+def sparse_step(optimizer, size=16) -> Any:
     dense = dense_step(optimizer)
 
     def step(model, state, tokens):
@@ -565,6 +566,7 @@ def test_steps_of_sgd_equal_the_dense_ones_bit_for_bit():
     for step in dense_step(optimizer), sparse_step(optimizer):
         step, model = eqx.filter_jit(step), make_words()
         state = optimizer.init(eqx.filter(model, eqx.is_array))
+        loss = None
         for tokens in BATCHES:
             loss, (model, state) = step(model, state, tokens)
         results.append((loss, model))
