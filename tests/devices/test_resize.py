@@ -1,9 +1,14 @@
 """A table split over eight devices grows, shrinks, is trained by rows and saved as on one."""
 
+import math
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -102,6 +107,31 @@ def test_under_jit_a_split_table_is_not_gathered():
     assert_trees_close(new, resize_vocabulary(table, 4500, key=key, pad_to_multiple_of=4))
     moved = collectives(compile_by_default(grow.lower(here, None)))
     assert "all-gather" not in moved and "all-reduce" not in moved
+    drawn = collectives(compile_by_default(grow.lower(here, key)))
+    new_rows = (4500 - 4091) * 8
+    assert all(math.prod(shape) <= new_rows for shapes in drawn.values() for _, shape in shapes)
+
+
+@settings
+@pytest.mark.parametrize("spec", [SPECS["vocabulary"], SPECS["both"]], ids=["vocabulary", "both"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_states_with_fresh_rows_stay_split(setting, spec, jit):
+    optimizer, table = optax.contrib.schedule_free_adamw(1e-2), make_table(32, padding_rows=3)
+    table = jax.tree.map(jnp.nan_to_num, table)
+    here = split(setting, table, spec)
+
+    def grow(table, new):
+        states = [optimizer.init(x) for x in (table, new)]
+        return resize_vocabulary(jax.tree.map(lambda x: x + 1, states[0]), 45, fresh=states[1])
+
+    grow = jax.jit(grow) if jit else grow
+    with jax.numpy_dtype_promotion("standard"):
+        expected = grow(table, resize_vocabulary(table, 45, pad_to_multiple_of=16))
+        with jax.set_mesh(make_mesh(setting)):
+            new = grow(here, resize_vocabulary(here, 45, pad_to_multiple_of=16))
+    assert_trees_close(new, expected)
+    moments: Any = optax.tree_utils.tree_get(new, "z")
+    assert is_split(moments.embeddings, spec)
 
 
 @settings
