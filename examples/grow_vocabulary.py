@@ -223,8 +223,12 @@ def main(config: Config) -> list[tuple[int, float]]:
         parts, old_parts = (Parts(*tokenize(t, grown, length)) for t in (text, old_text))
         print(f"{text.name}: {new.start:,} tokens, {before:.3f} bits per byte; {len(new)} new ones")
 
-        key, began = jax.random.key(config.seed), time.perf_counter()
-        untrained = resize_vocabulary(model, new.stop, key=key, pad_to_multiple_of=ROWS_MULTIPLE)
+        pieces = {token: tokenizer.encode(grown.pieces[token]).tolist() for token in new}
+        options = {"key": jax.random.key(config.seed), "pad_to_multiple_of": ROWS_MULTIPLE}
+        mean_rows = resize_vocabulary(model, new.stop, **options)
+        at_mean = bits_per_byte(mean_rows, parts.held_out)
+        untrained = resize_vocabulary(model, new.stop, pieces=pieces, **options)
+        began = time.perf_counter()
         model, reports = train_rows(config, untrained, new, parts, old_parts)
         seconds = time.perf_counter() - began
         picture = draw(model, untrained, grown, new, parts.train, reports, before)
@@ -234,10 +238,11 @@ def main(config: Config) -> list[tuple[int, float]]:
         write_whole(config.out / "growth.png", picture)
     print(f"\nheld-out bits per byte of {text.name}:")
     print(f"{before:8.3f} in the run's {new.start:,} tokens")
-    print(f"{reports[0][1]:8.3f} with {len(new)} new ones, before they are trained")
+    print(f"{at_mean:8.3f} with {len(new)} new ones, untrained, each the mean of all tokens")
+    print(f"{reports[0][1]:8.3f} with each the mean of the tokens that it replaces")
     print(f"{reports[-1][1]:8.3f} after {config.steps} steps, {seconds:.0f} s, of their rows alone")
     old_after = bits_per_byte(model, old_parts.held_out)
-    print(f"of {old_text.name}: {old_before:.3f} before, {old_after:.3f} with the new tokens")
+    print(f"of {old_text.name}: {old_before:.3f} before, {old_after:.3f} in the new tokens")
     print(f"see {config.out}")
     return [(-1, before), *reports]
 
