@@ -58,7 +58,7 @@ class EmbeddingLookup(eqx.Module):
     padding rows included, and train the wrong row in silence. Here `out_of_range` decides:
 
     - `"nan"`, the default: its vector is NaN, and no gradient reaches the table. This is free.
-    - `"raise"`: an error, by [`equinox.error_if`][], as the environment variable `EQX_ON_ERROR`
+    - `"raise"`: an error, by `equinox.error_if`, as the environment variable `EQX_ON_ERROR`
         says. Under `jit` with several devices, every device raises, and the error is one of JAX,
         whose text ends with the message. **Inside a `jax.shard_map` with `check_vma=False` only the
         devices with such a token raise; if others wait for them, XLA ends the process.**

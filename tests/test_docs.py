@@ -6,10 +6,13 @@ block before it. The comment `<!-- given: ... -->` holds code that a reader will
 
 import argparse
 import importlib
+import json
+import os
 import re
 import shlex
 import sys
 import tomllib
+import types
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,11 +21,14 @@ import numpy as np
 import pytest
 from support.terminal import from_command_line
 
+import eqx_embedding
+
 from . import mutation
-from .pages import blocks, MANUAL, PAGES, read_page, ROOT, run_block
+from .pages import last_blocks, MANUAL, NOTEBOOK, PAGES, read_page, ROOT, run_block
 
 
-PYTHON = [(page, number) for page in MANUAL for number in range(len(blocks(page)))]
+METHODS = types.FunctionType, property, classmethod
+PYTHON = [(page, number) for page in MANUAL if page != NOTEBOOK for number in last_blocks(page)]
 
 
 @pytest.mark.slow
@@ -33,6 +39,24 @@ PYTHON = [(page, number) for page in MANUAL for number in range(len(blocks(page)
 def test_each_block_of_python_runs(page, number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_block(page, number)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_the_notebook_runs_in_a_few_steps(monkeypatch):
+    monkeypatch.setitem(os.environ, "MPLBACKEND", "agg")
+    steps = "STEPS = 800"
+    assert steps in read_page(NOTEBOOK)
+    cells = json.loads((ROOT / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
+    names, drawn = {}, 0
+    for cell in cells:
+        assert "outputs" not in cell or not cell["outputs"]
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            exec(source.replace(steps, "STEPS = 3").replace("plt.show()", "plt.close()"), names)
+            assert ("plt.show()" in source) == ("picture" in cell["metadata"])
+            drawn += "picture" in cell["metadata"]
+    assert drawn == 3
 
 
 @pytest.mark.parametrize("page", MANUAL)
@@ -153,8 +177,65 @@ def test_each_link_leads_somewhere(page):
 
 
 def test_each_page_of_the_docs_is_in_the_index():
-    pages = {page.removeprefix("docs/") for page in MANUAL if page.startswith("docs/")}
-    assert pages - {"index.md"} == {link for link in links("docs/index.md") if "/" not in link}
+    assert documents() - {"index.md"} == {
+        link for link in links("docs/index.md") if not link.startswith("..")
+    }
+
+
+# The site
+
+
+def documents() -> set[str]:
+    folder = ROOT / "docs"
+    return {
+        path.relative_to(folder).as_posix()
+        for pattern in ("*.md", "*.ipynb")
+        for path in folder.rglob(pattern)
+    }
+
+
+def test_each_page_is_in_the_navigation_of_the_site():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    found = re.findall(r"^ +- .*: (\S+\.md)$", text, re.MULTILINE)
+    assert len(found) == len(set(found))
+    outside = dict(re.findall(r'^    "(\S+)": "(\S+)",$', read_page(".ci/site_pages.py"), re.M))
+    assert set(outside) == set(PAGES) - set(MANUAL) | {"README.md"}
+    inside = {page.replace(".ipynb", ".md") for page in documents()}
+    assert set(found) == inside | set(outside.values())
+
+
+def test_each_public_name_has_an_entry_on_the_site():
+    entries = [
+        name
+        for page in MANUAL
+        for name in re.findall(r"^::: eqx_embedding\.(\w+)$", read_page(page), re.MULTILINE)
+    ]
+    assert sorted(entries) == sorted(eqx_embedding.__all__)
+
+
+def test_each_public_method_has_an_entry_on_the_site():
+    for page in MANUAL:
+        found = re.findall(
+            r"^::: eqx_embedding\.(\w+)\n    options:\n      members: \[(.*)\]",
+            read_page(page),
+            re.MULTILINE,
+        )
+        for name, members in found:
+            public = {
+                member
+                for member, value in vars(getattr(eqx_embedding, name)).items()
+                if not member.startswith("_") and isinstance(value, METHODS)
+            }
+            assert set(members.split(", ")) - {"__call__"} == public
+
+
+def test_each_method_named_on_a_page_exists():
+    classes = [name for name in eqx_embedding.__all__ if name[0].isupper()]
+    pattern = rf"(?<!pz\.nn\.)\b({'|'.join(classes)})\.([a-z]\w+)"
+    for page in PAGES:
+        for name, member in re.findall(pattern, read_page(page)):
+            fields = getattr(eqx_embedding, name).__annotations__
+            assert hasattr(getattr(eqx_embedding, name), member) or member in fields, page
 
 
 def test_mutants_are_made_of_each_module():

@@ -1,0 +1,157 @@
+"""The pages of the site that are not Markdown in `docs/`. MkDocs calls these functions.
+
+Pages are written for GitHub, with relative links to any file of the repository. The site has the
+pages of `PAGES` as well, and one page of text for each other file that a page links to. The
+quickstart is a notebook without outputs, which is run here.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import posixpath
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import matplotlib
+import matplotlib.pyplot as plt
+from mkdocs.structure.files import File, Files
+
+
+matplotlib.use("agg")
+
+ROOT = Path(__file__).parent.parent
+PAGES = {  # path in the repository: path in the site
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "examples/README.md": "examples/index.md",
+    "tests/README.md": "tests/index.md",
+    "tests/MUTATION.md": "tests/mutation.md",
+}
+NOTEBOOK = "docs/quickstart.ipynb"
+IMAGES = ".png", ".svg"
+FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
+HIDDEN = re.compile(r"^<!-- only in the repository -->.*?<!-- end -->\n", re.MULTILINE | re.DOTALL)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    files.remove(files.src_uris["index.md"])  # the README, and the navigation, say the same
+    for path, uri in PAGES.items():
+        files.append(File.generated(config, uri, content=_read(path)))
+    files.remove(files.src_uris["quickstart.ipynb"])
+    page, pictures = _run(_read(NOTEBOOK))
+    files.append(File.generated(config, "quickstart.md", content=page))
+    for name, picture in pictures.items():
+        files.append(File.generated(config, name, content=picture))
+    for path in sorted({path for file in list(files) for path in _linked(file)}):
+        uri = _site_uri(path)
+        if uri is None or uri in files.src_uris:
+            continue
+        if path.endswith(IMAGES):
+            files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+        else:
+            files.append(File.generated(config, uri, content=_as_page(path)))
+    return files
+
+
+def on_post_build(config: Any) -> None:
+    (Path(config["site_dir"]) / "404.html").unlink()  # it needs a server, and to be at its root
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def link(path: str, fragment: str) -> str | None:
+        uri = _site_uri(path)
+        if uri is None:
+            return None
+        return posixpath.relpath(uri, folder) + (f"#{fragment}" if fragment else "")
+
+    return _map_links(HIDDEN.sub("", markdown), _repository_path(page.file.src_uri), link)
+
+
+@functools.cache
+def _run(source: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown with what its code prints and draws; and the pictures by name."""
+    names: dict[str, Any] = {}
+    page, pictures = [], {}
+    with matplotlib.rc_context(fname=str(ROOT / ".ci/matplotlibrc")):
+        for cell in json.loads(source)["cells"]:
+            text = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                page.append(text)
+                continue
+            page.append(f"```python\n{text}\n```")
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(text, names)
+            if printed.getvalue():
+                page.append(f"```text\n{printed.getvalue()}```")
+            if plt.get_fignums():
+                name, file = f"images/quickstart_{len(pictures)}.png", io.BytesIO()
+                plt.savefig(file, bbox_inches="tight")
+                plt.close("all")
+                pictures[name] = file.getvalue()
+                page.append(f"![{cell['metadata']['picture']}]({name})")
+    return "\n\n".join(page), pictures
+
+
+def _linked(file: File) -> list[str]:
+    """The files of the repository that a page links to."""
+    found = []
+    if file.is_documentation_page():
+        path = _repository_path(file.src_uri)
+        _map_links(file.content_string, path, lambda path, _: found.append(path))
+    return found
+
+
+def _map_links(markdown: str, path: str, fn: Callable[[str, str], str | None]) -> str:
+    """Replaces relative links of a page to other files. Where `fn` returns `None`, text is left."""
+
+    def replace(match: re.Match) -> str:
+        text, target = match.groups()
+        parts = urlsplit(target)
+        if parts.scheme or not parts.path:
+            return match[0]
+        link = fn(
+            posixpath.normpath(posixpath.join(posixpath.dirname(path), parts.path)), parts.fragment
+        )
+        return text[1:-1] if link is None else f"{text}({link})"
+
+    pieces = FENCE.split(markdown)
+    return "".join(piece if FENCE.match(piece) else LINK.sub(replace, piece) for piece in pieces)
+
+
+def _repository_path(uri: str) -> str:
+    if uri == "quickstart.md":
+        return NOTEBOOK
+    return {uri: path for path, uri in PAGES.items()}.get(uri, f"docs/{uri}")
+
+
+def _site_uri(path: str) -> str | None:
+    if path == NOTEBOOK:
+        return "quickstart.md"
+    if path == "docs/index.md":
+        return "index.md"
+    if path in PAGES:
+        return PAGES[path]
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    if path.endswith(IMAGES):
+        return path
+    return f"source/{path}.md" if (ROOT / path).is_file() else None
+
+
+def _as_page(path: str) -> str:
+    language = "python" if path.endswith(".py") else "text"
+    return (
+        f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n~~~~~~{language}\n{_read(path)}~~~~~~\n"
+    )
+
+
+def _read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
