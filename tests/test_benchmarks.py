@@ -22,6 +22,7 @@ from benchmarks import (
     plays,
     quality,
     search,
+    sparse_rows,
     train_step,
 )
 from eqx_embedding import EmbeddingDecode, EmbeddingTable
@@ -362,3 +363,53 @@ def test_a_task_of_search_is_measured_beside_plain_jax(task, capsys):
         assert row["time"] > 0 and len(row["times"]) == 2
     search.show(report)
     assert search.TASKS[task].title in capsys.readouterr().out
+
+
+SPARSE = ["--shape", "300", "4", "--shape", "40", "4", "--tokens", "32"]
+SPARSE += ["--steps", "3", "--rounds", "1"]
+
+
+def test_lazy_steps_of_adam_are_those_of_others(capsys):
+    sparse_rows.main([*SPARSE, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    rows = {(tuple(row["shape"]), row["name"]): row for row in report["results"]}
+    names = {name for _, name in rows}
+    assert names | set(report["missing"]) == set(sparse_rows.PROGRAMS)
+    for (shape, name), row in rows.items():
+        hand = rows[shape, sparse_rows.HAND]
+        assert row["seconds"] > 0 and len(row["times"]) == 2
+        assert row["ratio"] == pytest.approx(row["seconds"] / hand["seconds"])
+        # dense Adam also moves rows that are not in the batch
+        is_dense = name == sparse_rows.DENSE
+        assert (1e-5 < row["error"] < 1e-2) if is_dense else (row["error"] < 1e-5)
+        assert name == "torch" or row["memory"] >= 0
+    one, other = (rows[(V, 4), sparse_rows.OURS] for V in (300, 40))
+    assert report["targets"][-1]["reached"] == pytest.approx(one["seconds"] / other["seconds"])
+    assert report["targets"][0]["reached"] == rows[(300, 4), sparse_rows.OURS]["ratio"]
+
+
+def test_the_hand_written_step_is_that_of_numpy():
+    rows = np.random.default_rng(0).standard_normal((7, 3), np.float32)
+    batches = [np.array([1, 5, 1, 2], "int32"), np.array([5, 0, 0, 0], "int32")]
+    steps = sparse_rows.hand_written(rows, batches)
+    steps()
+    expected, mean, square = rows.astype("float64"), np.zeros((7, 3)), np.zeros((7, 3))
+    for count, batch in enumerate(batches, 1):
+        ids, times = np.unique(batch, return_counts=True)
+        gradient = times[:, None] * (expected[ids] - 1)
+        mean[ids] = 0.9 * mean[ids] + 0.1 * gradient
+        square[ids] = 0.999 * square[ids] + 0.001 * gradient**2
+        size = np.sqrt(square[ids] / (1 - 0.999**count)) + 1e-8
+        expected[ids] -= sparse_rows.LEARNING_RATE * mean[ids] / (1 - 0.9**count) / size
+    np.testing.assert_allclose(steps.rows(), expected, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_sparse_rows_without_torch_say_so(capsys):
+    sparse_rows.main(SPARSE)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("cpu") and "torch 2" not in first.partition("with")[2]
+    reasons = [line.split() for line in lines if line.strip().startswith("torch")]
+    assert reasons == [["torch", "not", "run:", "not", "installed"]] * 2
+    targets = [line for line in lines if "at most" in line]
+    assert len(targets) == 5 and "4 features: time of 300 rows / 40" in targets[-1]
