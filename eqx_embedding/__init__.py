@@ -14,8 +14,9 @@
 - `_inputs`: converts and checks the tokens, targets, weights and numbers of the caller.
 - `_sharding`: finds which axes of a device mesh split the table and the batch.
 - `_blockwise/`: the kernels. They compute losses from the logits of one chunk of tokens at a time.
-- `_resize`: grows a vocabulary. `_rows`: trains some of its rows. `_tree`: finds its tables in a
-    model. `_safetensors`: reads and writes a table.
+- `_resize`: grows a vocabulary, with the rows of `_new_rows`, or of a new state, by `_join`.
+    `_rows`: trains some of its rows. `_tree`: finds its tables in a model. `_safetensors`: reads
+    and writes a table.
 - `_raise`: run-time errors on every device. `_suggest`, `_beartype`: type errors.
 
 **How a loss is computed**, from the call to the numbers:

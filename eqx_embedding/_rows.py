@@ -200,8 +200,8 @@ def take_rows(
     With it, a training step touches only the rows of its batch, whatever the optimizer:
 
     ```python
-    @eqx.filter_jit(donate="all")
-    def step(model, opt_state, tokens):
+    @eqx.filter_jit(donate="all-except-first")
+    def step(tokens, model, opt_state):
         ids, places = unique_tokens(tokens, tokens.size)
         small, state = take_rows((model, opt_state), ids)
         gradient = eqx.filter_grad(loss)(small, places)    # the places are the tokens of `small`
