@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,3 +43,21 @@ def lock(folder: Path) -> int:
     except OSError:
         pass  # some network file systems lock no folders
     return descriptor
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other runs out of it until the end.
+
+    Stops the program with one line if it holds a run, or cannot be written to.
+    """
+    with one_line(f"use the folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # it can be written to
+        descriptor = lock(folder)
+    try:
+        if (folder / "metrics.jsonl").exists():
+            raise SystemExit(f"{folder} holds a run: choose another --out.")
+        yield
+    finally:
+        os.close(descriptor)

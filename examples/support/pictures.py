@@ -1,6 +1,7 @@
 """The pictures of a run, as PNG."""
 
 import io
+import itertools
 import re
 from typing import Any
 
@@ -18,6 +19,7 @@ COLORS = {
     "white space": "tab:red",
     "others": "0.35",
 }
+GROUP_COLORS = [f"tab:{name}" for name in "blue orange green red purple brown pink cyan".split()]
 Curves = dict[str, list[tuple[int, float]]]
 """The points of each curve, by the name of the curve."""
 BEGINNING: dict[str, Any] = {"s": 14, "facecolors": "white", "edgecolors": "tab:orange"}
@@ -138,6 +140,59 @@ def curves_picture(xlabel: str, panels: dict[str, Curves]) -> bytes:
             axes.plot(*zip(*points), marker="o", markersize=3, label=label, clip_on=False)
         axes.legend(frameon=False)
     return _png(figure)
+
+
+def words_picture(
+    losses: list[tuple[int, float]],
+    vectors: Float[np.ndarray, "words embedding"],
+    names: list[str],
+    groups: dict[str, list[str]],
+) -> bytes:
+    """The loss over steps, and the words, most frequent first, in their principal plane.
+
+    Each group, a word with its neighbours, has a color. Other words have names where there is room.
+    """
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    _open(left, "", "step", "loss of a pair of words, nats")
+    left.plot(*zip(*losses), marker="o", markersize=3, color="tab:blue", clip_on=False)
+    style = {"textcoords": "offset points", "horizontalalignment": "right"}
+    left.annotate(f"{losses[-1][1]:.3f}", losses[-1], xytext=(0, 8), **style)
+    left.set(xlim=(0, losses[-1][0]))
+    points, shares = principal_plane(vectors)
+    _open(right, "", *_of(shares))
+    right.set(xticks=[], yticks=[])
+    right.scatter(*points.T, s=6, color="0.85", linewidths=0)
+    figure.draw_without_rendering()  # puts everything in its place, so that labels have one
+    figure.set_layout_engine("none")  # where it stays
+    right.autoscale(False)
+    colors = dict(zip(groups, itertools.cycle(GROUP_COLORS)))
+    for word, near in groups.items():
+        colors |= {name: colors[word] for name in near if name not in colors}
+    _label_words(right, names, points, colors, bold=list(groups))
+    return _png(figure)
+
+
+def _label_words(
+    axes: Axes,
+    names: list[str],
+    points: Float[np.ndarray, "words 2"],
+    colors: dict[str, str],
+    bold: list[str],
+) -> None:
+    """Writes names where there is room, those with colors first, which else are dots."""
+    taken, place = [], dict(zip(names, points.tolist()))
+    for name in dict.fromkeys([*bold, *colors, *names[:300]]):
+        style = {"ha": "center", "va": "center", "fontsize": 8, "parse_math": False}
+        style |= {"color": colors.get(name, "0.6"), "weight": "bold" if name in bold else None}
+        label = axes.text(*place[name], readable(name.encode()), **style)
+        box = label.get_window_extent()
+        if not any(box.overlaps(other) for other in taken):
+            taken.append(box)
+            continue
+        label.remove()
+        if name in colors:
+            axes.scatter(*place[name], s=8, color=colors[name], linewidths=0)
 
 
 def _draw_moves(
