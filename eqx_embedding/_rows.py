@@ -334,7 +334,7 @@ def _select(
     beyond = NO_TOKEN - np.arange(len(tokens), dtype=np.int32)
     index = xp.where(in_range, tokens, beyond.astype(tokens.dtype)).astype(np.int32)
     missing = ~in_range & (tokens != NO_TOKEN)
-    return (index, missing) if xp is np else (_whole(index), _whole(missing))
+    return (index, missing) if xp is np else (_whole(jnp.asarray(index)), _whole(missing))
 
 
 def _repeats(index: Int[Array | np.ndarray, " rows"]) -> Bool[Array, " rows"] | None:
