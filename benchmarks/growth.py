@@ -53,6 +53,8 @@ def main(arguments=None):
     parser.add_argument("--trained-seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args(arguments)
+    if not 1 <= options.trained_seeds <= options.seeds:
+        parser.error("--trained-seeds must be at least 1 and at most --seeds")
     config = Config(
         run=options.run,
         text=options.text,

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from ._inputs import as_int, at_least_float32
+from ._inputs import as_int, at_least_float32, Whole
 
 
 # The covariance of new rows, as a part of that of the old ones. Hewitt (2021) takes the same part.
@@ -18,6 +18,9 @@ from ._inputs import as_int, at_least_float32
 COVARIANCE = 1e-5
 # A new token starts a hundred times less likely than by the median bias.
 BIAS = -math.log(100)
+
+
+Pieces = Mapping[Whole, Sequence[Whole] | np.ndarray | Array]
 
 
 class Means(NamedTuple):
@@ -30,7 +33,9 @@ class Means(NamedTuple):
 
 
 def check_pieces(
-    pieces: Mapping[int, Sequence[int]] | None, old_tokens: int, tokens: int
+    pieces: Pieces | None,
+    old_tokens: int,
+    tokens: int,
 ) -> Means | None:
     """Raises a `ValueError` unless each piece is an old token, and stands for a new one."""
     if not pieces:
@@ -59,11 +64,13 @@ def check_pieces(
 def make_rows(
     count: int,
     is_bias: bool,
-    rows: Float[Array, "V ..."],
+    rows: Shaped[Array, "V ..."],
     key: PRNGKeyArray | None,
     means: Means | None,
-) -> Float[Array, "M ..."]:
+) -> Shaped[Array, "M ..."]:
     """The rows or the biases of `count` new tokens. Without a key, they are zero."""
+    if not jnp.issubdtype(rows.dtype, jnp.floating):  # such as a mask
+        return jnp.zeros((count, *rows.shape[1:]), rows.dtype)
     wide = rows.reshape(len(rows), -1).astype(at_least_float32(rows.dtype))
     new = jnp.zeros((count, wide.shape[1]), wide.dtype)
     if key is not None:
@@ -88,8 +95,8 @@ def _draw_near_mean(
     row, at random, and the mean. So it has the covariance of the rows, which is never computed.
     """
     finite = jnp.all(jnp.isfinite(rows), axis=1)
-    mean = jnp.sum(jnp.where(finite[:, None], rows, 0), axis=0)
-    mean = mean / jnp.sum(finite, dtype=mean.dtype)
+    # Divided before the sum, which could overflow
+    mean = jnp.sum(jnp.where(finite[:, None], rows / jnp.sum(finite, dtype=rows.dtype), 0), axis=0)
 
     def draw(i: Array) -> Array:
         index, size = jax.random.bits(jax.random.fold_in(key, i), (2,), "uint32")

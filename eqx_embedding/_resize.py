@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._inputs import as_int, Whole
 from ._join import join_trees
-from ._new_rows import check_pieces, make_rows, Means
+from ._new_rows import check_pieces, make_rows, Means, Pieces
 from ._suggest import suggest, suggest_key
 from ._table import EmbeddingTable
 from ._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
@@ -28,7 +28,7 @@ def resize_vocabulary(
     vocabulary_axis: str = "vocabulary",
     *,
     key: PRNGKeyArray | None = None,
-    pieces: Mapping[int, Sequence[int]] | None = None,
+    pieces: Pieces | None = None,
     fresh: PyTree | None = None,
     pad_to_multiple_of: Whole | None = None,
 ) -> PyTree:
@@ -48,9 +48,9 @@ def resize_vocabulary(
     the covariance of the old rows times 1e-5, the factor that Hewitt's code has. With the mean
     alone, the logit of a new token is the mean of the old logits, so a new token is at most as
     likely as the old ones are on average, and `M` new tokens beside `V` old ones raise the loss on
-    old text by at most `log(1 + M / V)` nats (by Jensen's inequality, and without a soft cap). With
-    a bias it is less: that of a new token is the median of the old ones minus log(100), which makes
-    the token a hundred times less likely than with the median.
+    old text by at most `log(1 + M / V)` nats (by Jensen's inequality, and without a soft cap). The
+    bias of a new token is the median of the old ones minus log(100), which makes the token a
+    hundred times less likely than with the median.
 
     Without a key and `fresh`, new rows and their biases are zero.
 
@@ -68,7 +68,8 @@ def resize_vocabulary(
     - `key`: a `jax.random.key` for the new rows of a model. The row of a token depends on the key,
         the number of the token and the old rows of its table. So two fields with one array get the
         same rows, also under `eqx.filter_jit`, and the number of new tokens does not matter.
-        Infinite rows are left out of the mean. Defaults to `None`.
+        Rows with infinity or NaN are left out of the mean; if no other row is left, new ones are
+        NaN. Defaults to `None`.
     - `pieces`: for new tokens, the old tokens that each replaces, such as `{50257: [464, 3290]}`.
         Their rows and biases are the means of those. Defaults to `None`.
     - `fresh`: for the state of an optimizer, the state that the same optimizer makes for the

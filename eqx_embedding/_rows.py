@@ -13,9 +13,22 @@ from jaxtyping import Array, ArrayLike, Bool, Int, Integer, PyTree
 
 from ._inputs import as_array, as_int, is_seen, nan_where, tokens_in_range, Whole
 from ._sharding import varying_axes
-from ._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
+from ._table import EmbeddingTable
+from ._tree import (
+    check_structures,
+    find_tables,
+    find_vocab_size,
+    is_array,
+    is_table_of,
+    map_arrays,
+    Place,
+)
 
 
+MIRROR = (
+    "it has no rows to take: use an optimizer whose state has the form of the parameters, or train "
+    "the whole table."
+)
 # Fills up the tokens of `unique_tokens`, and stands for no token
 NO_TOKEN = np.iinfo(np.int32).max
 
@@ -157,7 +170,8 @@ def unique_tokens(
     **Arguments:**
 
     - `tokens`: integers of any shape `*batch`. They may be traced.
-    - `size`: how many unique tokens to return, at least 1. All fit if it is `tokens.size`.
+    - `size`: how many unique tokens to return, at least 1. All fit if it is `tokens.size`, or the
+        size of the vocabulary if that is smaller.
 
     **Returns:**
 
@@ -167,7 +181,8 @@ def unique_tokens(
         is `jnp.iinfo(jnp.int32).max`, which stands for no token.
     - `places`: of shape `*batch`, with `ids[places] == tokens`. It is -1, which is out of range,
         for a token that does not fit, and for a negative one. So the loss of a batch with too many
-        unique tokens is NaN, and not that of other tokens.
+        unique tokens is NaN, and not that of other tokens. (Not with `out_of_range="clip"` or
+        `ignore_index=-1`, which hide such places: make masks from the tokens.)
 
     **Raises:**
 
@@ -205,18 +220,19 @@ def take_rows(
         ids, places = unique_tokens(tokens, tokens.size)
         small, state = take_rows((model, opt_state), ids)
         gradient = eqx.filter_grad(loss)(small, places)    # the places are the tokens of `small`
-        updates, state = optimizer.update(gradient, state, small)
+        updates, state = optimizer.update(gradient, state, eqx.filter(small, eqx.is_array))
         small = eqx.apply_updates(small, updates)
         return put_rows((model, opt_state), ids, (small, state))
     ```
 
     The moments and the weight decay of all other rows stand still in such a step. With an optimizer
-    that has neither, such as plain SGD, the step equals that of the whole model.
+    that has neither, such as plain SGD, the step equals that of the whole model. The loss must not
+    use the whole vocabulary, as that of a tied model does: the small model has only these rows.
 
     **Arguments:**
 
     - `tree`: a model, the state of an optimizer that keeps one number for each parameter, or any
-        other PyTree. One without tables of this vocabulary is returned unchanged.
+        other PyTree. One without tables is returned unchanged.
     - `tokens`: integers of shape `(rows,)`, such as those of [`eqx_embedding.unique_tokens`][].
         They may be traced.
     - `vocabulary_axis`: which vocabulary, by the `vocabulary_axis` of its tables. Defaults to
@@ -233,9 +249,9 @@ def take_rows(
 
     **Raises:**
 
-    A `ValueError` if the tables of the vocabulary differ in size, for an array that lacks axes of
-    its table, for a skeleton, and inside a `jax.shard_map` along which a table differs. A
-    `TypeError` for tokens that are not integers.
+    A `ValueError` if the tree has tables, but none of this vocabulary; if the tables of the
+    vocabulary differ in size; for an array that lacks axes of its table; for a skeleton; and inside
+    a `jax.shard_map` along which a table differs. A `TypeError` for tokens that are not integers.
     """
     selected = _select(tree, tokens, vocabulary_axis)
     if selected is None:
@@ -289,11 +305,8 @@ def put_rows(
         tokens = np.asarray(tokens)
     selected = _select(tree, tokens, vocabulary_axis)
     is_table = is_table_of(vocabulary_axis)
-    if _structure(tree, is_table) != _structure(rows, is_table):
-        raise ValueError(
-            "rows must have the structure of the tree that take_rows took them from, but it "
-            f"differs: {_structure(tree, is_table)} and {_structure(rows, is_table)}."
-        )
+    check_structures("rows", tree, rows, is_table, "they must come from take_rows of this tree.")
+    jax.tree.map(_check_fields, tree, rows, is_leaf=is_table)
     if selected is None:
         return rows
     index, _ = selected
@@ -323,7 +336,7 @@ def _select(
     `None` if no table of the vocabulary has arrays.
     """
     tables = find_tables(tree, vocabulary_axis, required=False)
-    vocab_size = find_vocab_size(tables)
+    vocab_size = find_vocab_size(tables, MIRROR)
     tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
     if tokens.ndim != 1:
         raise ValueError(f"tokens must have one axis, got the shape {tokens.shape}.")
@@ -338,7 +351,7 @@ def _select(
 
 
 def _repeats(index: Int[Array | np.ndarray, " rows"]) -> Bool[Array, " rows"] | None:
-    """Which rows repeat, or `None` if it is known that none does."""
+    """Which rows repeat, or `None` if none does."""
     if isinstance(index, jax.Array):
         ordered = jnp.sort(index)
         next_one = jnp.searchsorted(ordered, index) + 1
@@ -352,8 +365,19 @@ def _repeats(index: Int[Array | np.ndarray, " rows"]) -> Bool[Array, " rows"] | 
     return None
 
 
+def _check_fields(node: Any, new: Any) -> None:
+    if isinstance(node, EmbeddingTable):
+        fields = [[type(getattr(x, name)) for name in ("embeddings", "bias")] for x in (node, new)]
+        arrays = [[is_array(x.embeddings), is_array(x.bias)] for x in (node, new)]
+        if arrays[0] != arrays[1]:
+            raise ValueError(
+                "the tables of rows must have arrays where those of the tree have them, but their "
+                f"embeddings and bias are {fields[1]} and {fields[0]}."
+            )
+
+
 def _whole(array: Array) -> Array:
-    """The array, which explicit mesh axes no longer split."""
+    """The array, whole on each device of an explicit mesh."""
     sharding = _explicit_sharding(array)
     return array if sharding is None else jax.reshard(array, sharding.update(spec=PartitionSpec()))
 
@@ -374,7 +398,7 @@ def _take(rows: Array | np.ndarray, place: Place, array: Any) -> Array:
     """Zero for rows beyond the table."""
     if isinstance(array, jax.ShapeDtypeStruct):
         raise ValueError(
-            "a skeleton has no rows to take. Use "
+            "a skeleton has no rows to take. Call the function in `eqx.filter_eval_shape`, such as "
             "`eqx.filter_eval_shape(lambda model: partition_rows(model, rows), model)`."
         )
     array = jnp.asarray(array)

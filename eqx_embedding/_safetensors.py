@@ -299,7 +299,10 @@ def _choose_name(path: Path, files: dict[str, Path], open_once: Open) -> str:
     """The tensor to load if the caller does not name one."""
     if len({*files.values()}) == 1:
         metadata = open_once(next(iter(files.values()))).metadata
-        saved = [name for name in files if name != _parse(metadata).get("bias")]
+        layout = _parse(metadata)
+        if isinstance(layout.get("name"), str) and layout["name"] in files:
+            return layout["name"]
+        saved = [name for name in files if name != layout.get("bias")]
         if METADATA in metadata and len(saved) == 1:
             return saved[0]
     found = [name for name in INPUT_EMBEDDINGS if name in files]

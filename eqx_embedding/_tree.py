@@ -1,5 +1,6 @@
 """Finding the tables of a vocabulary in a tree, and their arrays."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,11 +40,14 @@ def is_array(leaf: Any) -> bool:
 def find_tables(
     tree: PyTree, vocabulary_axis: str, required: bool = True
 ) -> dict[str, EmbeddingTable]:
-    """The tables of a vocabulary, by the paths that error messages show."""
+    """The tables of a vocabulary, by the paths that error messages show.
+
+    Unless they are `required`, a tree may have no tables at all.
+    """
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_table)
     tables = {f"tree{jax.tree_util.keystr(path)}": x for path, x in nodes if _is_table(x)}
     found = {path: x for path, x in tables.items() if x.vocabulary_axis == vocabulary_axis}
-    if required and not found:
+    if not found and (required or tables):
         names = ", ".join(dict.fromkeys(repr(x.vocabulary_axis) for x in tables.values()))
         raise ValueError(
             f"no table has the vocabulary axis {vocabulary_axis!r}: this tree has "
@@ -52,21 +56,24 @@ def find_tables(
     return found
 
 
-def find_vocab_size(tables: dict[str, EmbeddingTable]) -> int:
-    """The number of tokens of these tables, which must be the same, or 0 if none has arrays."""
+def find_vocab_size(tables: dict[str, EmbeddingTable], advice: str = FRESH) -> int:
+    """The number of tokens of these tables, which must be the same, or 0 if none has arrays.
+
+    `advice` says what to do with the state of an optimizer that has another form.
+    """
     sizes: dict[int, str] = {}
     for path, table in tables.items():
         for field, names in _axis_names(table).items():
             array = getattr(table, field)
             if not is_array(array):
-                _check_holds_no_arrays(f"{path}.{field}", array)
+                _check_holds_no_arrays(f"{path}.{field}", array, advice)
                 continue
             place = find_place(table, field, array)
             if place.num_stacked < 0:
                 raise ValueError(
                     f"{path}.{field} has shape {array.shape}, but its axes are {names}. If this is "
                     "the state of an optimizer that does not keep one number for each parameter, "
-                    f"such as Adafactor, {FRESH}"
+                    f"such as Adafactor, {advice}"
                 )
             size = table._count_tokens(array.shape[place.axis])
             sizes.setdefault(size, f"{path}.{field}")
@@ -79,12 +86,28 @@ def find_vocab_size(tables: dict[str, EmbeddingTable]) -> int:
     return next(iter(sizes), 0)
 
 
-def _check_holds_no_arrays(path: str, node: Any) -> None:
+def _check_holds_no_arrays(path: str, node: Any, advice: str) -> None:
     if any(map(is_array, jax.tree.leaves(node))):
         raise ValueError(
             f"{path} has a {type(node).__name__} of arrays in place of an array. If this is the "
-            f"state of an optimizer, such as SM3, {FRESH}"
+            f"state of an optimizer, such as SM3, {advice}"
         )
+
+
+def check_structures(
+    what: str, tree: PyTree, other: PyTree, is_leaf: Callable[[Any], bool], advice: str
+) -> None:
+    """Raises a `ValueError` that names the first path at which two trees differ."""
+    flat = [jax.tree_util.tree_flatten_with_path(x, is_leaf=is_leaf) for x in (tree, other)]
+    if flat[0][1] == flat[1][1]:
+        return
+    paths, others = ([jax.tree_util.keystr(path) for path, _ in leaves] for leaves, _ in flat)
+    first = next((a or b for a, b in itertools.zip_longest(paths, others) if a != b), "")
+    raise ValueError(
+        f"{what} must have the structure of the tree, but they differ"
+        + (f" at {first}" if first else " in what is not an array")
+        + f": {advice}"
+    )
 
 
 def map_fields(

@@ -174,6 +174,18 @@ def test_pieces_must_be_old_tokens_for_new_ones(pieces, message):
         resize_vocabulary(make_table("first"), 9, pieces=pieces, pad_to_multiple_of=1)
 
 
+def test_new_rows_of_masks_are_zero():
+    mask: Any = eqx.tree_at(lambda t: t.embeddings, make_table("first"), jnp.ones((9, 4), bool))
+    new = resize_vocabulary(mask, 12, key=jax.random.key(0), pad_to_multiple_of=1)
+    np.testing.assert_array_equal(new.embeddings, np.arange(12)[:, None] < [7] * 4)
+
+
+def test_large_rows_do_not_overflow():
+    table = EmbeddingTable(jnp.full((50, 2), 3e38), NAMES)
+    new = resize_vocabulary(table, 60, key=jax.random.key(0))
+    assert_close(new.embeddings[50:], np.full((10, 2), 3e38), 1e-5)
+
+
 def test_new_rows_beside_a_single_one_are_like_it(dtype, getkey):
     table = EmbeddingTable(make_array((1, 3), dtype), NAMES)
     new = resize_vocabulary(table, 4, key=getkey())
@@ -521,7 +533,9 @@ def assert_bitwise_equal(left, right):
     np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("name", ["adam", "rprop", "schedule_free_adamw"])
+@pytest.mark.parametrize(
+    "name", ["adam", "rprop", "schedule_free_adamw", "adafactor factored", "sm3"]
+)
 def test_padding_that_becomes_tokens_gets_fresh_states(name):
     params = eqx.filter(Model(jax.random.key(0)).untied, eqx.is_array)
     grown = resize_vocabulary(params, 16, key=jax.random.key(1), pad_to_multiple_of=8)
@@ -532,9 +546,11 @@ def test_padding_that_becomes_tokens_gets_fresh_states(name):
     )
     new = resize_vocabulary(old, 16, fresh=fresh)
     for before, after, start in zip(*map(jax.tree.leaves, (old, new, fresh)), strict=True):
-        if after.ndim > 0:
+        if after.ndim > 0 and len(after) == 16:
             np.testing.assert_array_equal(after[:13], before[:13])
             np.testing.assert_array_equal(after[13:], start[13:])
+        else:
+            np.testing.assert_array_equal(after, before)
 
 
 @pytest.mark.parametrize("name", ["mechanize", "cocob", "schedule_free_adamw", "rprop", "sm3"])
@@ -568,6 +584,8 @@ def resize_what_does_not_fit(case):
     smaller: Any = resize_vocabulary(old, 14)
     adam, sm3, count = optax.adam(1e-3), optax.sm3(1e-3), jnp.zeros((3, 2))
     resize = functools.partial(resize_vocabulary, vocab_size=15)
+    square: Any = EmbeddingTable(make_array((4, 4)), NAMES)
+    factored = optax.adafactor(1e-3, min_dim_size_to_factor=2)
     return {
         "no fresh for a list": lambda: resize(sm3.init(old)),
         "another optimizer": lambda: resize(adam.init(old), fresh=sm3.init(new)),
@@ -578,6 +596,10 @@ def resize_what_does_not_fit(case):
         "a number": lambda: resize((old, count), fresh=(new, 3.0)),
         "two sizes": lambda: resize([old, resize_vocabulary(old, 12)], fresh=[new, new]),
         "half a skeleton": lambda: resize(old, fresh=jax.eval_shape(lambda: new)),
+        "square": lambda: resize_vocabulary(
+            factored.init(square), 6, fresh=factored.init(resize_vocabulary(square, 6))
+        ),
+        "no bias": lambda: resize(old, fresh=dataclasses.replace(new, bias=jnp.zeros(15))),
         "a key": lambda: resize(old, fresh=new, key=jax.random.key(0)),
         "pieces": lambda: resize(old, fresh=new, pieces={13: [0]}),
         "a multiple": lambda: resize(old, fresh=new, pad_to_multiple_of=1),
@@ -588,7 +610,7 @@ def resize_what_does_not_fit(case):
     "case, message",
     [
         ("no fresh for a list", r"tree\[0\].mu.embeddings has a list of arrays.* `fresh="),
-        ("another optimizer", "fresh must have the structure of the tree"),
+        ("another optimizer", r"structure of the tree, but they differ at \[0\].count: it must be"),
         ("not resized", "fresh must be made from the resized model, with 15 tokens"),
         (
             "another size",
@@ -599,6 +621,8 @@ def resize_what_does_not_fit(case):
         ("a number", r"tree\[1\] has the shape \(3, 2\), and None in fresh"),
         ("two sizes", r"tree\[0\].embeddings has 13 tokens, tree\[1\].embeddings has 12 tokens"),
         ("half a skeleton", "must both be skeletons, or neither"),
+        ("square", r"v_\w+.embeddings has 4 numbers, as many as there are old rows"),
+        ("no bias", r"fresh.bias must have the structure of the tree, but they differ"),
         ("a key", "key, pieces and pad_to_multiple_of must not be given"),
         ("pieces", "key, pieces and pad_to_multiple_of must not be given"),
         ("a multiple", "key, pieces and pad_to_multiple_of must not be given"),

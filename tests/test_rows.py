@@ -708,7 +708,11 @@ ONE = np.asarray([1])
         (lambda t: put_rows(t, ONE, take_rows(t, FOUR_TOKENS)), "for the 1 rows of a table"),
         (lambda t: put_rows(t, ONE, [t]), "rows must have the structure of the tree"),
         (lambda t: put_rows([t], ONE, [None]), "rows must have the structure of the tree"),
-        (lambda t: put_rows(t, ONE, without_bias(t)), "rows must have an array of shape"),
+        (lambda t: put_rows(t, ONE, without_bias(t)), "the tables of rows must have arrays where"),
+        (lambda t: put_rows(without_array(t), ONE, take_rows(t, ONE)), "must have arrays where"),
+        (lambda t: take_rows(t, ONE, "words"), "'words': this tree has tables of 'vocabulary'"),
+        (lambda t: put_rows(t, ONE, t, "words"), "'words': this tree has tables of 'vocabulary'"),
+        (lambda t: take_rows(factored_state(t), ONE), "no rows to take: use an optimizer whose"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(call, message):
@@ -718,6 +722,14 @@ def test_rows_that_do_not_fit_are_refused(call, message):
 
 def resized(table):
     return resize_vocabulary(table, 9, pad_to_multiple_of=1)
+
+
+def without_array(table):
+    return eqx.tree_at(lambda t: t.embeddings, table, None)
+
+
+def factored_state(table):
+    return optax.adafactor(1e-3, min_dim_size_to_factor=2).init(table)
 
 
 def without_bias(table):

@@ -745,3 +745,16 @@ def test_without_the_package_it_says_what_to_install(path, monkeypatch):
     ):
         with pytest.raises(ImportError, match="pip install safetensors, or pip install 'eqx_embed"):
             call()
+
+
+def test_a_saved_table_is_preferred_to_a_common_name(tmp_path):
+    table = EmbeddingTable.from_config(
+        6, {"embedding": 2}, use_bias=True, pad_to_multiple_of=4, key=jax.random.key(0)
+    )
+    save_safetensors(table, tmp_path / "a")
+    tensors = reference.load_file(tmp_path / "a")
+    with safe_open(tmp_path / "a", "numpy") as file:
+        metadata = file.metadata()
+    tensors["wte.weight"] = tensors["embeddings"]
+    reference.save_file(tensors, tmp_path / "b", metadata)
+    assert eqx.tree_equal(load_safetensors(tmp_path / "b"), table)
