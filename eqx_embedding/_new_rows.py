@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ COVARIANCE = 1e-5
 BIAS = -math.log(100)
 
 
-Pieces = Mapping[Whole, Sequence[Whole] | np.ndarray | Array]
+# By new token. A type checker would refuse a `dict[int, ...]` if keys were of `Whole`
+Pieces = Mapping[Any, Sequence[Whole] | np.ndarray | Array]
 
 
 class Means(NamedTuple):
