@@ -100,7 +100,8 @@ def _draw_near_mean(
     mean = jnp.sum(jnp.where(finite[:, None], rows / jnp.sum(finite, dtype=rows.dtype), 0), axis=0)
 
     def draw(i: Array) -> Array:
-        index, size = jax.random.bits(jax.random.fold_in(key, i), (2,), "uint32")
+        # The key of a token is itself two random words
+        index, size, *_ = jax.random.key_data(jax.random.fold_in(key, i))
         row = index % len(rows)
         # In float32, so that the numbers do not depend on the dtype of the table
         size = math.sqrt(3 * COVARIANCE) * (size.astype(jnp.float32) / 2.0**31 - 1.0)
