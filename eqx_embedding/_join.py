@@ -66,6 +66,14 @@ def join_trees(
         return map_fields(join_field, new)
 
     joined = jax.tree_util.tree_map_with_path(join_node, tree, fresh, is_leaf=is_table)
+    _check_old_rows(sizes, kept_shapes, tokens, first.padding_rows)
+    return joined
+
+
+def _check_old_rows(
+    sizes: dict[int, str], kept_shapes: dict[str, tuple[int, ...]], tokens: int, padding: int
+) -> None:
+    """Raises a `ValueError` unless the leaves agree about the number of old rows."""
     if len(sizes) != 1:
         raise ValueError(
             f"fresh must be made from the resized model, with {tokens} tokens, and the tree from "
@@ -73,13 +81,12 @@ def join_trees(
             + ", ".join(f"{path} has {size} tokens" for size, path in sizes.items())
             + ("." if sizes else "no array of the two has rows of this vocabulary.")
         )
-    old_rows = next(iter(sizes)) + first.padding_rows
+    old_rows = next(iter(sizes)) + padding
     if unclear := [path for path, shape in kept_shapes.items() if old_rows in shape]:
         raise ValueError(
             f"{unclear[0]} has {old_rows} numbers, as many as there are old rows, so it may have "
             "one for each row. Use fresh as the new state."
         )
-    return joined
 
 
 class _Rows(NamedTuple):

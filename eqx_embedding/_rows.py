@@ -212,7 +212,7 @@ def take_rows(
 ) -> PyTree:
     """Returns a tree in which the tables of a vocabulary have only the rows of these tokens.
 
-    With it, a training step touches only the rows of its batch, whatever the optimizer:
+    With it, a training step touches only the rows of its batch:
 
     ```python
     @eqx.filter_jit(donate="all-except-first")
@@ -261,11 +261,7 @@ def take_rows(
 
     def take(place: Place, array: Any) -> Array:
         _check_same_on_devices(array)
-        rows = _take(index, place, array)
-        if not jnp.issubdtype(rows.dtype, jnp.inexact):
-            return rows
-        axes = [axis for axis in range(rows.ndim) if axis != place.axis]
-        return nan_where(jnp.expand_dims(jnp.asarray(missing), axes), rows)
+        return _invalidate(jnp.asarray(missing), place, _take(index, place, array))
 
     def take_table(node: Any) -> Any:
         return map_arrays(take, node, padding_rows=0) if is_table(node) else node
@@ -315,11 +311,7 @@ def put_rows(
     def put(place: Place, array: Any, new: Any) -> Array:
         _check_same_on_devices(array)
         _check_rows("rows", len(index), place, array, new)
-        if repeats is not None:
-            axes = [axis for axis in range(array.ndim) if axis != place.axis]
-            lost = jnp.expand_dims(repeats, axes)
-            inexact = jnp.issubdtype(array.dtype, jnp.inexact)
-            new = nan_where(lost, new) if inexact else jnp.where(lost, 0, new)
+        new = new if repeats is None else _invalidate(repeats, place, new)
         return _put(index, place, array, new)
 
     def put_table(node: Any, new: Any) -> Any:
@@ -356,23 +348,36 @@ def _repeats(index: Int[Array | np.ndarray, " rows"]) -> Bool[Array, " rows"] | 
         ordered = jnp.sort(index)
         next_one = jnp.searchsorted(ordered, index) + 1
         return ordered.at[next_one].get(mode="fill", fill_value=-1) == index
-    values, counts = np.unique(index, return_counts=True)
-    if np.any(counts > 1):
+    if repeated := _repeated(index):
         raise ValueError(
-            f"tokens must be unique, got {values[counts > 1][:5].tolist()} more than once: which "
-            "of their rows should stay? `unique_tokens` finds the unique ones."
+            f"tokens must be unique, got {repeated} more than once: which of their rows should "
+            "stay? `unique_tokens` finds the unique ones."
         )
     return None
 
 
+def _repeated(index: Integer[np.ndarray, " rows"]) -> list[int]:
+    """The first few numbers that occur more than once."""
+    values, counts = np.unique(index, return_counts=True)
+    return values[counts > 1][:5].tolist()
+
+
+def _invalidate(mask: Bool[Array, " rows"], place: Place, rows: Any) -> Array:
+    """The rows, with NaN where the mask is set, or zero in an array of integers."""
+    mask = jnp.expand_dims(mask, [axis for axis in range(rows.ndim) if axis != place.axis])
+    if jnp.issubdtype(rows.dtype, jnp.inexact):
+        return nan_where(mask, rows)
+    return jnp.where(mask, jnp.zeros((), rows.dtype), rows)
+
+
 def _check_fields(node: Any, new: Any) -> None:
     if isinstance(node, EmbeddingTable):
-        fields = [[type(getattr(x, name)) for name in ("embeddings", "bias")] for x in (node, new)]
-        arrays = [[is_array(x.embeddings), is_array(x.bias)] for x in (node, new)]
-        if arrays[0] != arrays[1]:
+        fields = [(x.embeddings, x.bias) for x in (node, new)]
+        if [*map(is_array, fields[0])] != [*map(is_array, fields[1])]:
+            names = [[type(field).__name__ for field in pair] for pair in fields]
             raise ValueError(
                 "the tables of rows must have arrays where those of the tree have them, but their "
-                f"embeddings and bias are {fields[1]} and {fields[0]}."
+                f"embeddings and bias are {names[1]}, and {names[0]} in the tree."
             )
 
 
@@ -390,8 +395,8 @@ def _check_same_on_devices(array: Any) -> None:
         )
 
 
-def _structure(tree: PyTree, is_leaf: Callable[[Any], bool] = lambda leaf: leaf is None) -> Any:
-    return jax.tree.structure(tree, is_leaf=is_leaf)
+def _structure(tree: PyTree) -> Any:
+    return jax.tree.structure(tree, is_leaf=lambda leaf: leaf is None)
 
 
 def _take(rows: Array | np.ndarray, place: Place, array: Any) -> Array:
@@ -462,8 +467,6 @@ def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: 
             f"the vocabulary has {vocab_size} tokens, so rows must be at least 0 and below "
             f"{vocab_size}, got {outside[:5].tolist()}."
         )
-    values, counts = np.unique(index, return_counts=True)
-    if len(values) < len(index):
-        repeated = values[counts > 1][:5].tolist()
+    if repeated := _repeated(index):
         raise ValueError(f"rows must be unique, got {repeated} more than once.")
     return index.astype(np.int32)
