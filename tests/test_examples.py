@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import itertools
 import json
 import math
@@ -49,6 +50,7 @@ def only_what_scripts_show():
         context.setattr(sys, "__unraisablehook__", show)
         context.setattr(sys, "unraisablehook", terminal.show_ignored)
         yield
+        gc.collect()  # else what orbax left behind would be shown in another file
 
 
 @pytest.fixture(scope="module")
