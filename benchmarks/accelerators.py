@@ -1,23 +1,27 @@
-"""What the loss costs TPUs and GPUs, by their compilers, on a machine that has none of them.
+"""Memory, traffic and operations of the loss on TPUs and GPUs, compiled on a machine without them.
 
     pip install "jax[tpu]"          # or, for the H100:
     pip install jax-cuda12-plugin==<jax> jax-cuda12-pjrt==<jax> nvidia-cuda-nvcc-cu12
     JAX_PLATFORMS=cpu python -m benchmarks.accelerators [--target v5e v5p v6e tpu7x h100]
         [--devices 1] [--shape N D V ..] [--chunk-size C] [--alone] [--dtype bfloat16] [--json FILE]
 
-Compiles the mean cross-entropy and its gradients for a hidden vector of each token and the table:
-by this library, by optax from logits, and by tokamax's kernel for it, if that is installed. With
-`--devices`, N are the tokens of each device, on meshes of that many: tokens split over `data`, and
-the rows over `model` of size 4, or over `data` (fully sharded), or over both.
+Compiles the mean cross-entropy and its gradients with respect to the hidden vectors and the table:
+by this library, by optax from logits, and by tokamax's kernel, if that is installed. N, D and V are
+the number of tokens, the size of an embedding and the size of the vocabulary. With `--devices`, the
+programs are for meshes of so many devices, and N are the tokens of each device. Tokens are split
+over `data`; rows over `model` of size 4, over `data` (fully sharded), or over both.
 
-- MiB of temporaries and results, and MiB that each device sends: of the compiled program, exact.
-- operations (1e12) and the smallest size of a product: of the program before it is compiled, with
-  the trips of its loops; of other libraries as far as their kernels are made of products.
-- an estimate of the time: the longest of operations, memory traffic of the products, and what is
-  sent, at the published rates of the chip. Nothing ran, and programs reach less.
+- MiB of temporaries and results, and MiB that each device sends: read from the compiled program,
+  exact.
+- operations (1e12) and the smallest axis of a matrix product: read from the program before it is
+  compiled, times the iterations of its loops. Kernels of other libraries count only as far as they
+  are made of matrix products.
+- an estimate of the time: the longest of three times, for operations, for the memory traffic of the
+  products, and for what is sent, at the published speed of the chip. Nothing runs, and real
+  programs are slower.
 
-On a GPU or TPU, `--time` runs the same programs, and prints medians. levanter is not among them:
-its loss takes arrays of haliax, whose stable release does not import with this jax.
+On a GPU or TPU, `--time` runs the same programs, and prints median times. levanter is left out: its
+loss takes arrays of haliax, whose stable release does not import with this jax.
 """
 
 import argparse
@@ -237,10 +241,10 @@ def main(arguments=None):
     parser.add_argument("--devices", nargs="+", type=int, default=[1])
     parser.add_argument("--shape", nargs=3, type=int, action="append", metavar=("N", "D", "V"))
     parser.add_argument("--chunk-size", type=int, help="of this library's loss")
-    parser.add_argument("--alone", action="store_true", help="this library, without others")
+    parser.add_argument("--alone", action="store_true", help="only this library")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--json", type=Path, help="a file to write the figures to")
-    parser.add_argument("--time", action="store_true", help="run on the accelerator at hand")
+    parser.add_argument("--json", type=Path, help="a file to write the numbers to")
+    parser.add_argument("--time", action="store_true", help="time it on this machine")
     given = parser.parse_args(arguments)
     losses, missing = losses_of(given.chunk_size)
     losses = {OURS: losses[OURS]} if given.alone else losses
@@ -249,7 +253,7 @@ def main(arguments=None):
         print(f"{name} is not installed")
     if given.time:
         if jax.default_backend() == "cpu":
-            parser.error("--time needs an accelerator, and JAX has none")
+            parser.error("--time needs a GPU or TPU, and JAX finds none")
         for shape in shapes:
             print(f"\n{jax.devices()[0].device_kind}: N, D, V = {shape}, median ms")
             for name, seconds in run_for_time(shape, losses, given.dtype).items():

@@ -4,7 +4,7 @@
     python -m benchmarks.chart FILE.json FILE.svg
 
 The chart shows the first shape in the file. Its background is transparent, for light and dark
-pages. A thin line across the end of a bar goes from the first quartile of the times to the third.
+pages. The thin line at the end of a bar shows the first to the third quartile of the times.
 """
 
 import argparse

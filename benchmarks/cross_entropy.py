@@ -6,12 +6,12 @@
 
 The losses and their plain versions are in benchmarks/losses.py, other libraries in
 benchmarks/peers.py. All run in one process, in the order A B .. B A in each round, so that other
-work on the machine slows all of them alike. Times are medians. Compare the ratios, which divide a
-time by that of
+work on the machine slows all of them equally. Times are medians. Compare the ratios, which are a
+time divided by that of
 
 - optax: optax's cross-entropy, from logits;
 - plain: the same loss in plain JAX, from logits (for cross-entropy, optax's);
-- CE: this library's cross-entropy, unmasked, of all tokens in one call.
+- CE: this library's cross-entropy of all tokens, unmasked, in one call.
 
 MB are the temporaries of the compiled program. An error is the largest difference from float64, in
 the loss and the gradients, divided by the largest number. On a GPU, two larger models in bfloat16
@@ -272,7 +272,7 @@ def parse(arguments):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
     parser.add_argument(
-        "--chunk-size", type=int, nargs="*", default=(), help="of cross-entropy, to try as well"
+        "--chunk-size", type=int, nargs="*", default=(), help="also try these sizes"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)

@@ -1,17 +1,18 @@
-"""What new tokens cost a trained model, by the noise of their rows.
+"""What new tokens cost a trained model, for different amounts of noise in their rows.
 
     python examples/train_lm.py --tokenizer bpe --vocab-size 1024 --out runs/help
     python -m benchmarks.growth --run runs/help [--text FILE] [--new-tokens 256] [--seeds 24]
 
 `resize_vocabulary` makes new rows the mean of the old ones, plus noise with a part of their
-covariance. For each part, over many seeds:
+covariance. The table has a line for each such part:
 
-- `right after`: by how many nats per token the loss on held-out old text rises, in the old tokens:
-  the mean and the highest rise;
+- `right after`: how much the loss on held-out old text rises, in nats per token, while the text
+  is in old tokens only. The mean and the highest rise, over `--seeds` seeds.
 - `trained`: bits per byte of a new text, after the rows of the new tokens were trained for some
-  steps, of the first `--trained-seeds` seeds: the mean and the highest.
+  steps. The mean and the highest, over the first `--trained-seeds` seeds.
 
-`pieces` are rows that are the means of the tokens that each new one replaces. These have no seeds.
+In the line `pieces`, each new row is the mean of the tokens that the new token replaces, without
+noise.
 The first line is the run without new tokens.
 """
 

@@ -1,4 +1,4 @@
-"""Temporary memory of the cross-entropy and its gradients by size, from compiled programs alone.
+"""Temporary memory of the cross-entropy and its gradients by size, from compiled programs.
 
     python -m benchmarks.memory [--tokens 2048 8192] [--embedding 64 128 ..] [--vocab-size 4096 ..]
 

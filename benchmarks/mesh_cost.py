@@ -6,19 +6,19 @@
 Two layouts are compared:
 
 - vocabulary split: the vocabulary is split over `model`, and the tokens over `data`;
-- fully sharded: tokens and table are split over all devices. The table is gathered for use, or for
-  the loss the tokens, a chunk at a time, if they are fewer than the rows.
+- fully sharded: tokens and table are split over all devices. The table is gathered for use. If
+  there are fewer tokens than rows, the loss gathers the tokens instead, a chunk at a time.
 
-The predictions of the formulas below stand beside the cost counted in the programs that XLA
+The predictions of the formulas below are compared with the cost counted in the programs that XLA
 compiles: their collectives and matrix products, times the iterations of the loops around them, and
-their memory analysis. These are programs for 1, 2, 4 and 8 CPU devices; with `--target`, for 256
-TPUs, a vocabulary of 256,000 and a million tokens.
+their memory analysis. The programs are for 1, 2, 4 and 8 CPU devices. With `--target`, they are for
+256 TPUs, a vocabulary of 256,000 and a million tokens.
 
-The program is the gradient of the mean loss of vectors that are looked up in the same table. N is
-the number of tokens, D the size of an embedding, V the size of the vocabulary, C the number of
-tokens in a chunk; d and m are the sizes of `data` and `model`, and n = d m. Numbers have 4 bytes.
-To sum S bytes over a ring of g devices, each device sends 2 (g - 1) / g S bytes; to gather them, or
-to sum them and keep a part each, half of that.
+The program is the gradient of the mean loss of a tied model: vectors looked up in a table, and
+decoded with it. N is the number of tokens, D the size of an embedding, V the size of the
+vocabulary, C the number of tokens in a chunk; d and m are the sizes of `data` and `model`, and n =
+d m. Numbers have 4 bytes. To sum S bytes over a ring of g devices, each device sends 2 (g - 1) / g
+S bytes; to gather them, or to sum them and keep a part each, half of that.
 """
 
 import argparse

@@ -8,9 +8,9 @@ proportion to 1 / k, as words are distributed. Plain JAX is `table[tokens]` for 
 for the logits, and optax's loss. Its logits have the dtype of the operands; "float32 logits" is the
 same with logits in float32.
 
-The last lines are of the sum of a gradient over 256 devices, drawn from a normal distribution:
-rounded to the dtype of the table after each addition, as a ring of devices in that dtype does, and
-in float32, rounded once.
+The last lines are for the sum of a gradient over 256 devices, with numbers from a normal
+distribution: rounded to the dtype of the table after each addition, as a ring of devices does that
+sums in that dtype, and summed in float32 and rounded once.
 """
 
 import argparse

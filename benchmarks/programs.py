@@ -32,7 +32,7 @@ def each_instruction(text: str) -> Iterator[tuple[str, str, int]]:
 
 
 def count_trips(line: str, computations: dict[str, list[str]]) -> int:
-    """The trips of a loop. XLA for TPUs does not say it, but compares an index with it."""
+    """The iterations of a loop. XLA for TPUs does not name them, but compares an index with it."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     condition = re.search(r"condition=%([\w.\-]+)", line)

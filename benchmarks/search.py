@@ -1,13 +1,13 @@
-"""Time, memory and error of what is done with the logits beside a loss, here and in plain JAX.
+"""Time, memory and error of `top_k`, `sample` and `divergence`, here and in plain JAX.
 
     python -m benchmarks.search [--tasks divergence ..] [--shape N D V] [--rounds 3] [--json]
     python -m benchmarks.search --target v6e h100 [--tasks ..] [--shape N D V]
 
 All programs run in one process, in the order A B .. B A in each round, so that other work on the
-machine slows all of them alike. Times are medians; compare the ratios. MB are the temporaries of
+machine slows all of them equally. Times are medians; compare the ratios. MB are the temporaries of
 the compiled program. `time` and `memory` are divided by those of the first program of a task. An
-error is the largest difference from its results, divided by the largest number; of tokens, the
-share that differs; draws have none. PyTorch is measured where it is installed, on a CPU.
+error is the largest difference from its results, divided by the largest number. For tokens, it is
+the share that differs. Random tokens have no error. PyTorch is measured on a CPU, if installed.
 
 With `--target`, bfloat16 programs are compiled for accelerators, as by `benchmarks.accelerators`,
 and MiB of temporaries are printed. Nothing is run.
@@ -252,7 +252,7 @@ def parse(arguments):
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), default=SHAPE)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--target", nargs="+", choices=list(CHIPS), help="compile, and do not run")
+    parser.add_argument("--target", nargs="+", choices=list(CHIPS), help="compile only")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)
 

@@ -8,16 +8,16 @@ same loss, a sum of squares:
 
 - hand-written: lazy Adam in plain JAX, for one table and this optimizer alone;
 - eqx_embedding: `unique_tokens`, `take_rows`, any optimizer of optax, `put_rows`;
-- torch: `torch.nn.Embedding(sparse=True)` with `torch.optim.SparseAdam`, which are lazy, too, where
-  PyTorch is installed, on a CPU;
+- torch: `torch.nn.Embedding(sparse=True)` with `torch.optim.SparseAdam`, which is lazy as well: on
+  a CPU, if PyTorch is installed;
 - optax, dense: a lookup, and optax's Adam on the whole table.
 
 All run in one process, some steps at a time, in the order A B .. B A in each round, so that other
-work on the machine slows all of them alike. Times are medians; compare the ratios. MB are what the
-compiled step needs beside its arguments: temporaries, and results that do not reuse an argument. An
-error is the largest difference from the table of the hand-written one after the first steps,
-divided by its largest number. Dense Adam is another method: its moments move rows that are not in
-the batch.
+work on the machine slows all of them equally. Times are medians; compare the ratios. MB are what
+the compiled step needs besides its arguments: temporaries, and results that do not reuse the memory
+of an argument. An error is the largest difference from the hand-written program's table after the
+first steps, divided by its largest number. Dense Adam gives other results: its moments move rows
+that are not in the batch.
 """
 
 import argparse
@@ -269,7 +269,7 @@ def parse(arguments):
         "--shape", type=int, nargs=2, action="append", metavar=("V", "D"), help="may be repeated"
     )
     parser.add_argument("--tokens", type=int, default=4096, help="of a batch")
-    parser.add_argument("--steps", type=int, default=16, help="between two turns of a program")
+    parser.add_argument("--steps", type=int, default=16, help="steps of a program in each turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The time of a training step of examples/train_lm.py, beside PyTorch and plain Equinox.
+"""The time of a training step of examples/train_lm.py, compared with PyTorch and plain Equinox.
 
     python -m benchmarks.train_step [--rounds 5] [--steps 10] [--default-memory] [--json]
 
@@ -7,26 +7,27 @@ parameters on the same batches: 4 layers, 4 heads, width 128, 64 tokens, batch 1
 dropout, no biases. The example's model and step are imported from examples/. PyTorch's is written
 with plain `torch.nn` modules in eager mode, Equinox's with `eqx.nn` layers and optax's loss.
 
-All run in one process in the order A B .. B A, a few steps at a time, of which the first two do not
-count. Times are medians: compare the ratios. The lines below the three are parts of the example's
-step, each as a separate program.
+All run in one process in the order A B .. B A, a few steps at a time; the first two steps of each
+turn do not count. Times are medians: compare the ratios. The lines below these three are parts of
+the example's step, each as a separate program.
 
 Where the time went, on two cores of an AMD EPYC with JAX 0.10.2:
 
 - Page faults. glibc returned the memory of each step to the system, which cleared it page by page
-  for the next: some 9,500 faults a step, 8 of 43.6 ms. `--default-memory` shows that. With
-  `keep_memory` in the example they are gone. PyTorch keeps its memory itself, and is faster where
-  glibc does not.
+  for the next step: some 9,500 faults a step, 8 of 43.6 ms. `--default-memory` shows this. With
+  `keep_memory` in the example, they are gone. PyTorch keeps its memory itself, and is faster if
+  glibc does not keep it.
 - Of the 35.4 ms that remain, the matrix products alone take 27.5, at 150 GFLOP/s. Those of
   attention are the slowest, because they are small: 7% of the operations and 4.7 ms. The gradient
-  of a weight is slowest if the wider factor is transposed. So the example stores the second matrix
-  of its perceptron transposed.
+  of a weight is slowest if the wider factor is transposed. So the example stores the second weight
+  matrix of its perceptron transposed.
 - The update takes 2.6 ms. The other 5 are the operations between products: softmax, normalisation,
   the squared ReLU and the transposes of attention's heads.
 
-Tried, and not faster beyond noise: `einsum` for attention; its division after the product; XLA's
-options for fast mathematics, wider vectors, oneDNN and XNNPACK. A plain transformer of `eqx.nn` has
-the same products, 27.5 of its 43.7 ms: nothing could take less than 0.63 of its time.
+These were tried, and were not faster than noise: `einsum` for attention; division after the product
+in attention; XLA's options for fast mathematics, wider vectors, oneDNN and XNNPACK. A plain
+transformer of `eqx.nn` has the same products, 27.5 of its 43.7 ms: so no version of this model
+could take less than 0.63 of its time.
 """
 
 import argparse
@@ -235,7 +236,7 @@ def show(report):
 def main(arguments=None, sizes=SIZES):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="steps that count, each time")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps in each turn")
     parser.add_argument(
         "--default-memory", action="store_true", help="let glibc return freed memory"
     )

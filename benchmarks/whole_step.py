@@ -7,9 +7,9 @@ and the two moments of Adam are in float32 and split over all devices; products 
 blocks of examples/toy_transformer.py run in a scan, each under `jax.checkpoint`. Compiled with the
 compilers of benchmarks/accelerators.py; nothing runs.
 
-Compared are whole steps, steps without blocks (the table, its lookup and the loss alone), each with
-this library's loss and with optax's from logits, and a step of the blocks alone. The compiler
-reuses memory: a whole step holds less than the sum of its parts.
+The table compares whole steps; steps without blocks (the table, its lookup and the loss alone),
+both with this library's loss and with optax's from logits; and a step of the blocks alone. The
+compiler reuses memory, so a whole step holds less than the sum of its parts.
 """
 
 import argparse

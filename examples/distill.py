@@ -3,10 +3,12 @@
     python examples/train_lm.py
     python examples/distill.py --run runs/train_lm
 
-Three students start equal and see the same batches. One learns from the text, one from the
-probabilities of the teacher, and one from the few largest of these, which were stored before.
+The model is the teacher. Three students start with the same parameters and see the same batches.
+One learns from the text, one from the teacher's probabilities of all tokens, and one from the few
+largest of these, which are computed once and stored.
 
-Writes distill.png, metrics.jsonl and a checkpoint of the second student for generate.py to --out.
+Writes distill.png, metrics.jsonl and a checkpoint of the second student to --out. generate.py can
+read the checkpoint.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # before the imports that take seconds
     from support.terminal import stop_on_interrupt
 
-    stop_on_interrupt("stopped. The run of the teacher is as it was.")
+    stop_on_interrupt("stopped. The teacher's run was not changed.")
 
 import equinox as eqx
 import jax
@@ -47,7 +49,7 @@ with install_import_hook(("support", "generate", "toy_transformer"), "beartype.b
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Whom to learn from, and how."""
+    """The teacher, the students and their training."""
 
     run: Path
     """The folder of the teacher's run: the --out of train_lm.py."""
@@ -56,26 +58,26 @@ class Config:
     text: Path | None = None
     """The text of the run. None: the help topics that come with Python."""
     num_layers: int = 2
-    """Blocks of a student."""
+    """Blocks of attention and multilayer perceptron in a student."""
     num_heads: int = 2
-    """Heads of each attention."""
+    """Attention heads in each block."""
     embedding_size: int = 64
     """The size of an embedding, a multiple of --num-heads."""
     top_k: int = 8
-    """How many of the teacher's probabilities are stored for each token of the text."""
+    """How many of the teacher's largest probabilities are stored for each token of the text."""
 
     steps: int = 2000
     """How many batches each student is trained on."""
     batch_size: int = 16
     """Sequences in a batch, each as long as those of the run."""
     learning_rate: float = 3e-3
-    """The highest rate of AdamW. A cosine takes it to a twentieth."""
+    """The peak learning rate of AdamW. A cosine schedule ends at a twentieth of it."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and tables."""
     report_every: int = 250
     """Steps between two measurements on held-out text."""
     seed: int = 0
-    """Of the students and the batches."""
+    """The seed of the students' parameters and of the batches."""
 
     def __post_init__(self):
         require(self, "top_k", "steps", "batch_size", "learning_rate", "report_every", above=0)

@@ -4,7 +4,7 @@
     python examples/generate.py --run runs/bpe --temperature 0.5 --top-k 10
     python examples/generate.py --run runs/bpe --temperature 1 --top-p 0.9
 
-Prints the text as it is made.
+Prints the text while it is generated.
 """
 
 import codecs
@@ -34,25 +34,25 @@ with install_import_hook(("support", "toy_transformer"), "beartype.beartype"):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to continue, and how."""
+    """What to continue, and how to sample."""
 
     run: Path
     """The folder of a run: the --out of train_lm.py."""
     prompt: str = ""
-    """The text to continue. An empty one begins after a line break."""
+    """The text to continue. If it is empty, the text begins after a line break."""
     length: int = 600
-    """Tokens of text to write."""
+    """How many tokens to write."""
     temperature: float = 0.8
-    """0 for the likeliest token each time, 1 for the model's own probabilities."""
+    """0 takes the most likely token each time, 1 samples from the model's own probabilities."""
     top_k: int | None = None
-    """Choose among this many of the likeliest tokens. None: among all."""
+    """Sample from this many most likely tokens. None: from all tokens."""
     top_p: float | None = None
-    """Choose among the fewest tokens that together have this probability, of the 1024 likeliest or
-    of --top-k. 1: among all of these. None: off."""
+    """Sample from the fewest tokens that together have this probability, among the --top-k most
+    likely tokens, or 1024 without --top-k. 1: from all of these. None: no nucleus sampling."""
     cache: bool = True
-    """Keep the keys and values of tokens seen. Without, the same text takes longer."""
+    """Cache the keys and values of earlier tokens. Without it, the same text takes longer."""
     seed: int = 0
-    """Of the choices."""
+    """The seed of the sampled tokens."""
 
     def __post_init__(self):
         require(self, "length", "temperature", at_least=0)
@@ -83,7 +83,7 @@ def load(run: Path) -> Trained:
 
 
 def main(config: Config) -> None:
-    """Prints the prompt and what the model makes of it."""
+    """Prints the prompt and its continuation."""
     model, tokenizer, _ = load(config.run)
     prompt = config.prompt.encode(errors="surrogateescape")
     tokens = tokenizer.encode(prompt or b"\n")

@@ -1,10 +1,10 @@
-"""Gives a model that train_lm.py has trained new tokens for a new text, and trains only those.
+"""Adds tokens for a new text to a model that train_lm.py has trained, and trains only their rows.
 
     python examples/train_lm.py --tokenizer bpe --vocab-size 1024 --out runs/bpe
     python examples/grow_vocabulary.py --run runs/bpe
     python examples/grow_vocabulary.py --run runs/bpe --text FILE --out runs/mine
 
-Writes growth.png and a checkpoint for generate.py to --out.
+Writes growth.png and a checkpoint to --out. generate.py can read the checkpoint.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import NamedTuple
 if __name__ == "__main__":  # before the imports that take seconds
     from support.terminal import stop_on_interrupt
 
-    stop_on_interrupt("stopped. The run that was to grow is as it was.")
+    stop_on_interrupt("stopped. The original run was not changed.")
 
 import equinox as eqx
 import jax
@@ -54,7 +54,7 @@ with install_import_hook(("support", "generate", "toy_transformer"), "beartype.b
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to grow, for which text, and how."""
+    """The model, the new text, and the training of the new rows."""
 
     run: Path
     """The folder of a run with a tokenizer: the --out of train_lm.py --tokenizer bpe."""
@@ -63,7 +63,7 @@ class Config:
     text: Path | None = None
     """The new text. None: the source code of three modules of Python, 340 kB."""
     old_text: Path | None = None
-    """The text of the run, to see what it pays. None: the help topics that come with Python."""
+    """The text of the run, to measure the cost for it. None: the help topics of Python."""
     new_tokens: int = 256
     """How many tokens to add."""
 
@@ -72,13 +72,13 @@ class Config:
     batch_size: int = 16
     """Sequences in a batch, each as long as those of the run."""
     learning_rate: float = 1e-2
-    """The highest rate of AdamW. A cosine takes it to a twentieth."""
+    """The peak learning rate of AdamW. A cosine schedule ends at a twentieth of it."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, which the new rows alone can feel."""
+    """Decoupled weight decay of the new rows."""
     report_every: int = 100
     """Steps between two measurements on held-out text."""
     seed: int = 0
-    """Of the new rows and the batches."""
+    """The seed of the new rows and of the batches."""
 
     def __post_init__(self):
         require(self, "weight_decay", at_least=0)
@@ -101,8 +101,8 @@ def read_new_text(path: Path | None) -> Text:
 def frequent_strings(
     tokens: Integer[np.ndarray, " tokens"], pieces: list[bytes], count: int
 ) -> list[bytes]:
-    """Up to `count` strings that would save many tokens: byte pair encoding carried on, with the
-    difference that a pair may reach over the ends of words and lines."""
+    """Up to `count` strings that would save many tokens: byte pair encoding continued, except
+    that a pair may cross the ends of words and lines."""
     tokens, pieces, known = tokens.astype(np.int64), list(pieces), set(pieces)
     first_new = len(pieces)
     while len(pieces) < first_new + count:
@@ -126,7 +126,7 @@ def frequent_strings(
 
 
 def bits_per_byte(model: Transformer, text: Tokens) -> float:
-    """The same for all tokenizers: bits for the whole text, divided by its bytes."""
+    """Comparable between tokenizers: bits for the whole text, divided by its bytes."""
     batches = windows(text.values, model.positions.vocab_size, batch_size=32)
     loss, _ = evaluate(model, *map(jnp.asarray, batches))
     return float(loss) / math.log(2) * text.per_byte
@@ -151,7 +151,7 @@ def train_rows(
     config: Config, model: Transformer, new: range, text: Parts, old_text: Parts
 ) -> tuple[Transformer, list[tuple[int, float]]]:
     """Trains the rows of new tokens, and returns the step and the bits per byte of each report."""
-    # All that is trained is an array of the new rows: the optimizer knows of nothing else.
+    # Only the array of the new rows is trained, and the optimizer sees nothing else.
     trained, frozen = partition_rows(model, new)
     size, whole = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen.model))
     print(f"{size:,} of {whole:,} numbers are trained, as {len(jax.tree.leaves(trained))} array")
@@ -169,7 +169,7 @@ def train_rows(
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         return value, eqx.apply_updates(trained, updates), opt_state
 
-    # New tokens stand in the old text as well, which must not be forgotten.
+    # The old text contains new tokens as well, and the model must not forget it.
     values = np.concatenate([text.train.values, old_text.train.values])
     shape = config.batch_size, model.positions.vocab_size + 1
     reports = [(0, bits_per_byte(model, text.held_out))]

@@ -4,11 +4,12 @@
     python examples/policy_gradient.py --run runs/train_lm
     python examples/generate.py --run runs/policy_gradient
 
-The model writes texts, `reward` judges them, and a clipped policy gradient makes those above the
-mean more likely. The divergence from the model before is part of the loss, so that the model does
+The model writes texts, `reward` scores them, and a clipped policy gradient makes those above the
+mean more likely. The divergence from the original model is part of the loss, so that the model does
 not forget how to write.
 
-Writes policy_gradient.png, metrics.jsonl and a checkpoint for generate.py to --out.
+Writes policy_gradient.png, metrics.jsonl and a checkpoint to --out. generate.py can read the
+checkpoint.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from typing import Any
 if __name__ == "__main__":  # before the imports that take seconds
     from support.terminal import stop_on_interrupt
 
-    stop_on_interrupt("stopped. The run that was to be tuned is as it was.")
+    stop_on_interrupt("stopped. The original run was not changed.")
 
 import equinox as eqx
 import jax
@@ -49,7 +50,7 @@ with install_import_hook(("support", "generate", "toy_transformer"), "beartype.b
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to tune, and how."""
+    """The model and its tuning."""
 
     run: Path
     """The folder of a run: the --out of train_lm.py."""
@@ -58,24 +59,24 @@ class Config:
     text: Path | None = None
     """The text of the run, for the prompts. None: the help topics that come with Python."""
     prompt_length: int = 16
-    """Tokens of a prompt. The model writes as many as are left of its positions."""
+    """Tokens in a prompt. The model continues it until its positions are used up."""
 
     iterations: int = 100
-    """How often the model writes and learns from what it wrote."""
+    """How often the model writes texts and learns from them."""
     batch_size: int = 64
-    """Texts that it writes at once."""
+    """Texts that the model writes in each iteration."""
     updates: int = 2
-    """Gradient steps on these texts."""
+    """Gradient steps on the texts of an iteration."""
     clip: float = 0.2
-    """The probability of a token may change on these texts by a factor of 1 - clip to 1 + clip."""
+    """In an iteration, a probability may change by a factor of 1 - clip to 1 + clip."""
     divergence_weight: float = 0.2
-    """What a nat per token of divergence from the model before costs, in the unit of the loss."""
+    """The weight in the loss of the divergence from the original model, in nats per token."""
     learning_rate: float = 3e-4
     """Of Adam."""
     sample_length: int = 400
     """Tokens of text to show, before and after."""
     seed: int = 0
-    """Of the prompts and of what is written."""
+    """The seed of the prompts and of the sampled tokens."""
 
     def __post_init__(self):
         require(self, "prompt_length", "iterations", "updates", "clip", "learning_rate", above=0)
@@ -85,7 +86,10 @@ class Config:
 
 
 def reward(text: bytes) -> float:
-    """The share of a text that is words in lower case, each with one space. Write your own."""
+    """The share of a text that is words in lower case, each with one space.
+
+    Replace it with your own reward.
+    """
     words = [word for word in text.split() if word.isalpha() and word.islower()]
     return sum(len(word) + 1 for word in words) / (len(text) + 1)
 

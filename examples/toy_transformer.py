@@ -29,7 +29,7 @@ class ModelConfig:
     num_layers: int = 4
     """Blocks of attention and multilayer perceptron."""
     num_heads: int = 4
-    """Heads of each attention."""
+    """Attention heads in each block."""
     embedding_size: int = 128
     """The size of an embedding, a multiple of --num-heads."""
 
@@ -52,7 +52,7 @@ def norm(x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedd
 
 
 class Attention(eqx.Module):
-    """Each token asks (query) all tokens up to itself (keys) for what they hold (values)."""
+    """Each token compares its query with the keys of all tokens up to itself, for their values."""
 
     query_key_value: Float[Array, "embedding three_embedding"]
     output: Float[Array, "embedding embedding"]
@@ -69,7 +69,7 @@ class Attention(eqx.Module):
         value: Float[Array, "sequence embedding"],
         seen: Bool[Array, "new sequence"],
     ) -> Float[Array, "new embedding"]:
-        """For each query the mean of the values it sees, which count as their keys match it."""
+        """For each query, the mean of the values it sees, weighted by how well their keys match."""
         query, key, value = (
             rows.reshape(len(rows), self.num_heads, -1).swapaxes(0, 1)  # heads first
             for rows in (query, key, value)
@@ -127,7 +127,7 @@ class Transformer(eqx.Module):
         self.blocks = [Block(config, key) for key in block_keys]
 
     def hidden(self, tokens: Integer[Array, " sequence"]) -> Float[Array, "sequence embedding"]:
-        """What the model makes of each token and of those before it."""
+        """A vector for each token, computed from this token and those before it."""
         x = self.embed(tokens, jnp.arange(len(tokens)))
         for block in self.blocks:
             x = block(x)

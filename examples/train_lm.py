@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # before the imports that take seconds
     from support.terminal import stop_on_interrupt
 
-    stop_on_interrupt("stopped. If the run has a checkpoint, --resume goes on from it.")
+    stop_on_interrupt("stopped. If the run has a checkpoint, --resume continues from it.")
 
 import equinox as eqx
 import jax
@@ -53,13 +53,13 @@ with install_import_hook(("support", "toy_transformer"), "beartype.beartype"):
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = 3e-3
-    """The highest rate of AdamW. A cosine takes it from there to a twentieth."""
+    """The peak learning rate of AdamW. A cosine schedule ends at a twentieth of it."""
     warmup: float = 0.1
     """The share of the steps over which the learning rate rises from zero."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and tables."""
     clip_norm: float = 1.0
-    """Gradients of a larger global norm are scaled down to this one."""
+    """Gradients with a larger global norm are scaled down to this norm."""
 
     def __post_init__(self):
         require(self, "learning_rate", "clip_norm", above=0)
@@ -70,16 +70,16 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     text: Path | None = None
-    """A file to learn from. None: the help topics that come with Python, 460 kB."""
+    """A text file to learn from. None: the help topics that come with Python, 460 kB."""
     tokenizer: str = "bytes"
-    """What a token is. bytes: a byte. bpe: what byte pair encoding finds in the training text.
+    """What a token is. bytes: a byte. bpe: byte pair encoding, trained on the training text.
     Or the path of a byte-level tokenizer.json, such as that of GPT-2."""
     vocab_size: int = 4096
-    """How many different tokens --tokenizer bpe makes at most, the 256 bytes included."""
+    """The largest vocabulary of --tokenizer bpe, with the 256 bytes."""
     batch_size: int = 16
     """Sequences in a batch."""
     seed: int = 0
-    """Of the initial parameters, the batches and the sample."""
+    """The seed of the initial parameters, the batches and the sample."""
 
     def __post_init__(self):
         require(self, "batch_size", above=0)
@@ -92,15 +92,17 @@ class RunConfig:
     out: Path = Path("runs/train_lm")
     """The folder to write to."""
     resume: bool = False
-    """Go on from the last checkpoint in --out."""
+    """Continue from the last checkpoint in --out."""
     steps: int = 1500
     """How many batches to train on."""
     report_every: int = 150
-    """Steps between two reports, each with held-out loss, picture and checkpoint."""
+    """Steps between two reports. Each measures the held-out loss, and writes a checkpoint and the
+    pictures."""
     sample_length: int = 600
     """Tokens of text to write at the end."""
     temperature: float = 0.8
-    """Of that text: 0 for the likeliest token each time, 1 for the model's own probabilities."""
+    """The temperature of that text: 0 takes the most likely token each time, 1 samples from the
+    model's own probabilities."""
 
     def __post_init__(self):
         require(self, "steps", "report_every", above=0)
@@ -116,7 +118,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def identity(self, text: Text, tokenizer: Tokenizer | None) -> dict[str, Any]:
-        """What a run must share with a checkpoint in order to go on from it."""
+        """What must be the same in a run and in a checkpoint that it continues."""
         name = "bpe" if tokenizer is None else tokenizer.name
         parts = {"model": self.model, "optimizer": self.optimizer, "data": self.data}
         parts = {name: dataclasses.asdict(part) for name, part in parts.items()}
@@ -259,7 +261,7 @@ def evaluate(
     targets: Integer[Array, "batches batch sequence"],
     weights: Float[Array, "batches batch sequence"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The mean loss in nats per token, and the share of tokens that the model found likeliest."""
+    """The mean loss in nats per token, and the share of tokens that the model found most likely."""
 
     def sums(batch):
         inputs, targets, weights = batch

@@ -4,7 +4,7 @@
     python examples/word_vectors.py --text FILE --out runs/my_words --words king bread
     python examples/word_vectors.py --dense --steps 500 --out runs/dense
 
-The vector of a word is the mean of the vectors of its character n-grams, so that words of similar
+The vector of a word is the mean of the vectors of its character n-grams, so words with similar
 spelling share a part of it (Bojanowski et al. 2017, https://arxiv.org/abs/1607.04606). It is
 trained to tell the words near it from random ones: skip-gram with negative sampling (Mikolov et al.
 2013, https://arxiv.org/abs/1310.4546).
@@ -57,44 +57,44 @@ WORDS = "exception loop tuple iterator integer division debugger coroutine".spli
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to learn from, and how."""
+    """The text, the vectors and their training."""
 
     text: Path | None = None
-    """A file to learn from. None: the help topics that come with Python, 460 kB."""
+    """A text file to learn from. None: the help topics that come with Python, 460 kB."""
     out: Path = Path("runs/word_vectors")
     """The folder to write to."""
     words: tuple[str, ...] = ()
-    """Words of the text to show the neighbours of. None: frequent ones."""
+    """Words of the text whose neighbours are shown. Without any, some frequent words."""
     min_count: int = 5
-    """How often a word must occur to be learned."""
+    """A word gets a vector if it occurs at least this often."""
 
     rows: int = 200_000
     """Rows of the table of n-grams, in which a hash gives each n-gram its row."""
     min_length: int = 3
-    """Characters of the shortest n-grams."""
+    """Characters in the shortest n-grams."""
     max_length: int = 6
-    """Characters of the longest. The word itself, of any length, is one more."""
+    """Characters in the longest n-grams. The whole word is one more n-gram."""
     embedding_size: int = 64
-    """Numbers of a vector."""
+    """The size of a vector."""
 
     steps: int = 5000
     """How many batches to train on."""
     batch_size: int = 256
-    """Places in the text in a batch. Each is a word to learn, with the words near it."""
+    """Places of the text in a batch. Each place is a word to learn, with the words near it."""
     window: int = 5
-    """How far away a word is near, on both sides. Closer ones count more."""
+    """Words up to this distance are near, on both sides. Closer words count more."""
     negatives: int = 10
-    """Random words for each place, which the words near it are told from."""
+    """Random words for each place (negative samples)."""
     threshold: float = 1e-3
-    """Words that are a larger share of the text are thinned out, in the batches."""
+    """Words that are a larger share of the text are drawn less often."""
     learning_rate: float = 1e-2
-    """The highest rate of Adam, which falls to a twentieth."""
+    """The peak learning rate of Adam, which falls to a twentieth."""
     dense: bool = False
-    """Train all rows in each step, and not only those of the batch."""
+    """Train all rows in each step, not only those of the batch."""
     report_every: int = 500
     """Steps between two reports."""
     seed: int = 0
-    """Of the vectors and the batches."""
+    """The seed of the vectors and of the batches."""
 
     def __post_init__(self):
         require(self, "min_count", "rows", "min_length", "embedding_size", "steps", above=0)
@@ -139,7 +139,7 @@ def read_words(config: Config) -> Words:
 class Ngrams(NamedTuple):
     """The rows of the n-grams of each word, and how much of its vector each one is.
 
-    All words have as many, the others of which are no part of it.
+    Each word is filled up to the same number, with rows of share 0.
     """
 
     rows: Integer[np.ndarray | Array, "words ngrams"]
@@ -174,7 +174,7 @@ def find_ngrams(words: list[str], config: Config) -> Ngrams:
 class Model(eqx.Module):
     ngrams: EmbeddingTable
     near: EmbeddingTable
-    """Another vector for each word, by which it is found near others."""
+    """A second vector for each word, used when it is near another word."""
 
     def __init__(self, config: Config, num_words: int, key: PRNGKeyArray):
         axes = {"embedding": config.embedding_size}

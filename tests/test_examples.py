@@ -153,9 +153,9 @@ def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(finished, tm
 @pytest.mark.parametrize(
     "script, options, line",
     [
-        (train_lm, [], "stopped. If the run has a checkpoint, --resume goes on from it."),
+        (train_lm, [], "stopped. If the run has a checkpoint, --resume continues from it."),
         (generate, ["--run=a"], "stopped."),
-        (grow_vocabulary, ["--run=a"], "stopped. The run that was to grow is as it was."),
+        (grow_vocabulary, ["--run=a"], "stopped. The original run was not changed."),
     ],
 )
 @pytest.mark.parametrize("seconds", [0.2, 1.0])

@@ -184,8 +184,8 @@ def test_a_folder_that_is_not_shared_is_noticed(monkeypatch, tmp_path):
         ({"data": -1}, "--mesh.data must be at least 0, and --mesh.model a divisor of 64, "),
         ({"data": 1, "model": 3}, "--mesh.data must be at least 0, and --mesh.model a divisor of "),
         ({"num_processes": 0}, "--num-processes must be above 0, got 0."),
-        ({"num_processes": 2}, "several --num-processes need a --coordinator, and one takes none."),
-        ({"coordinator": "a:1"}, "several --num-processes need a --coordinator, and one takes "),
+        ({"num_processes": 2}, "--num-processes above 1 and --coordinator must be given together."),
+        ({"coordinator": "a:1"}, "--num-processes above 1 and --coordinator must be given"),
         ({"process_id": 1}, "--process-id must be at least 0 and below 1, got 1."),
         (
             {"coordinator": "a:1", "num_processes": 2, "data": 1},

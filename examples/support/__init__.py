@@ -1,1 +1,1 @@
-"""What a first reading of the examples may skip. The first line of each file says its purpose."""
+"""Code that you can skip at first. The first line of each file says its purpose."""

@@ -32,22 +32,22 @@ class MeshConfig:
     """How many devices and processes train together, and how they split the work."""
 
     data: Annotated[int, tyro.conf.arg(name="mesh.data")] = 0
-    """The sequences of a batch are split over so many devices. 0: one of each process. Without
-    accelerators, the CPU stands in for all devices."""
+    """How many devices split the sequences of a batch. 0: one device of each process. Without
+    accelerators, the CPU acts as all devices."""
     model: Annotated[int, tyro.conf.arg(name="mesh.model")] = 1
-    """The vocabulary is split over so many devices."""
+    """How many devices split the vocabulary."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, a free port, to train by several processes that share --out."""
+    """HOST:PORT of process 0, with a free port. Only for several processes, which share --out."""
     num_processes: int = 1
-    """How many processes there are, each with as many devices of the mesh."""
+    """How many processes train together. Each has an equal part of the mesh."""
     process_id: int = 0
-    """Which of them this one is."""
+    """The number of this process, from 0."""
 
     def __post_init__(self):
         require(self, "num_processes", above=0)
         require(self, "process_id", at_least=0, below=self.num_processes)
         if (self.num_processes > 1) != (self.coordinator is not None):
-            raise ValueError("several --num-processes need a --coordinator, and one takes none.")
+            raise ValueError("--num-processes above 1 and --coordinator must be given together.")
         if self.data < 0 or self.model < 1 or ROWS_MULTIPLE % self.model != 0:
             raise ValueError(
                 f"--mesh.data must be at least 0, and --mesh.model a divisor of {ROWS_MULTIPLE}, "
@@ -69,7 +69,7 @@ class MeshConfig:
 
 
 class Devices:
-    """Where the arrays of a run are. Without a mesh that is JAX's first device."""
+    """Where the arrays of a run are. Without a mesh, this is JAX's first device."""
 
     def __init__(self, mesh: jax.sharding.Mesh | None = None):
         self.mesh = mesh

@@ -62,4 +62,4 @@ def write_sample(
         written = tokenizer.decode(prompt) + b"|" + tokenizer.decode(np.fromiter(tokens, np.int32))
         write_whole(run.out / "sample.txt", written)
         print(f"\n{written.decode(errors='replace')}\n")
-        print("Up to the bar that is held-out text, from there on the model's.\n")
+        print("Up to the bar (|), this is held-out text. The rest is from the model.\n")
