@@ -4,14 +4,26 @@ Importing it and building the checks of all functions take longer than the rest 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
+
+
+# Of functions that are defined in others, too: those would be built again in each call, and take
+# half of the time to trace a loss.
+checks: dict[Any, Callable[..., Any]] = {}
 
 
 def beartype(function):
+    """Called by jaxtyping, with a function that has a signature and does nothing."""
+    annotations = tuple(function.__annotations__.items())
+    key = function.__module__, function.__qualname__, function.__code__, annotations
+
     @functools.cache
-    def checked():
+    def build():
         import beartype
 
         return beartype.beartype(function)
 
+    checked = checks.setdefault(key, build)
     # No `functools.wraps`: only jaxtyping calls this, and never shows its name
     return lambda *args, **kwargs: checked()(*args, **kwargs)
