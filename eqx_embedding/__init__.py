@@ -17,7 +17,8 @@
 - `_resize`: grows a vocabulary, with the rows of `_new_rows`, or of a new state, by `_join`.
     `_rows`: trains some of its rows. `_tree`: finds its tables in a model. `_safetensors`: reads
     and writes a table.
-- `_raise`: run-time errors on every device. `_suggest`, `_beartype`: type errors.
+- `_raise`: run-time errors on every device. `_beartype`: type errors. `_suggest`: errors that
+    say what to write instead.
 
 **How a loss is computed**, from the call to the numbers:
 

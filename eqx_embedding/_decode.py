@@ -345,7 +345,9 @@ class EmbeddingDecode(eqx.Module):
         Gradients reach `hidden`, the table, its bias, `weights` and `target_weights`. They are
         computed together with the loss, a chunk of tokens at a time, by a custom derivative for
         reverse mode (`jax.grad`); JAX refuses forward mode (`jax.jvp`). Under `jax.vmap` with a
-        table that is not mapped, the examples become tokens of one call.
+        table that is not mapped, the examples become tokens of one call. The gradient of losses
+        that are added in a loop, such as a `jax.lax.scan`, holds a gradient of the table for each
+        of them, unless the loss is wrapped in `jax.checkpoint`.
 
         **Arguments:**
 

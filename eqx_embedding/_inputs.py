@@ -46,16 +46,33 @@ def as_float_dtype(what: str, name: str, dtype: DTypeLike) -> np.dtype:
         ) from None
     if not jnp.issubdtype(found, jnp.floating):
         raise ValueError(f"{what} must be floating, got {name}={found.name}.")
+    if not found.isnative:
+        raise ValueError(
+            f"{what} must be in the byte order of this machine, got {name}={found.str!r}: use "
+            f"{name}='{found.name}'."
+        )
     return found
 
 
 def as_array(name: str, array: Any) -> Array | np.ndarray:
-    """Host data as a NumPy array, which is not narrowed; a JAX array unchanged."""
+    """Host data as a NumPy array in native byte order, not narrowed; a JAX array unchanged."""
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
             f"{name} must not be a masked array: its mask would be lost. Use `.filled(...)` first."
         )
-    return array if isinstance(array, jax.Array) else np.asarray(array)
+    if isinstance(array, jax.Array):
+        return array
+    array = np.asarray(array)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def check_byte_order(name: str, array: Any) -> None:
+    """Raises a `TypeError` for an array that JAX cannot take, not even as an argument of `jit`."""
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        raise TypeError(
+            f"{name} must be in the byte order of this machine, got {array.dtype.str!r}: use "
+            "`array.astype(array.dtype.newbyteorder('='))`."
+        )
 
 
 def as_whole_array(name: str, array: Any) -> Array | np.ndarray:

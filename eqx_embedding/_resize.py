@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ._inputs import as_int, Whole
+from ._inputs import as_int, check_byte_order, Whole
 from ._join import join_trees
 from ._new_rows import check_pieces, make_rows, Means, Pieces
 from ._suggest import suggest, suggest_key
@@ -234,7 +235,10 @@ def _join_arrays(axis: int, kept: int, old: Any, new: Any) -> Any:
             raise ValueError("the tree and fresh must both be skeletons, or neither.")
         return new
 
-    def join(old: Array, new: Array) -> Array:
+    check_byte_order("the tree", old)
+    check_byte_order("fresh", new)
+
+    def join(old: Array, new: Array | np.ndarray) -> Array:
         parts = (
             lax.slice_in_dim(old, 0, kept, axis=axis),
             lax.slice_in_dim(new, kept, None, axis=axis),

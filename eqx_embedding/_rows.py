@@ -11,7 +11,15 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Int, Integer, PyTree
 
-from ._inputs import as_array, as_int, is_seen, nan_where, tokens_in_range, Whole
+from ._inputs import (
+    as_array,
+    as_int,
+    check_byte_order,
+    is_seen,
+    nan_where,
+    tokens_in_range,
+    Whole,
+)
 from ._sharding import varying_axes
 from ._table import EmbeddingTable
 from ._tree import (
@@ -427,6 +435,7 @@ def _put(rows: Array | np.ndarray, place: Place, array: Any, new: Any) -> Array:
 
 def _check_rows(name: str, count: int, place: Place, array: Any, new: Any) -> None:
     axis = place.axis
+    check_byte_order(name, new)
     expected = (*array.shape[:axis], count, *array.shape[axis + 1 :])
     if np.shape(new) != expected:  # JAX might broadcast it
         raise ValueError(

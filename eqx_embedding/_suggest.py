@@ -1,10 +1,10 @@
-"""Type errors that say what to write instead."""
+"""Errors that say what to write instead."""
 
 import functools
 import inspect
 import reprlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, cast, TypeVar
 
 import jax
 import numpy as np
@@ -40,6 +40,29 @@ def suggest(**suggestions: Callable[[Any], str | None]) -> Callable[[Function], 
         return checked
 
     return decorate
+
+
+# What JAX says of a `jax.shard_map` inside a `jax.vmap` with `spmd_axis_name`
+SPMD_ERRORS = "vmap spmd_axis_name", "mentioned in `manual_axis_type`", "unbound axis name"
+
+
+def explain_spmd(function: Function) -> Function:
+    """`function`, with an error that says what to write instead of `spmd_axis_name`."""
+
+    @functools.wraps(function)
+    def explained(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (ValueError, NameError) as error:
+            if not any(part in str(error) for part in SPMD_ERRORS):
+                raise
+            raise ValueError(
+                "JAX cannot compute this inside a `jax.vmap` with `spmd_axis_name`, if rules split "
+                "the table or the batch. Leave `spmd_axis_name` out: the examples are split as "
+                "their arrays are."
+            ) from None
+
+    return cast(Function, explained)
 
 
 def suggest_key(key: Any) -> str | None:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._inputs import as_float_dtype, as_int, Whole
+from ._inputs import as_float_dtype, as_int, check_byte_order, Whole
 from ._suggest import suggest, suggest_key
 
 
@@ -74,6 +74,8 @@ class EmbeddingTable(eqx.Module):
     - if `embeddings` has fewer axes than names, or an axis of size 0;
     - unless `0 <= padding_rows < rows`;
     - if the bias does not have one number for each row.
+
+    A `TypeError` for a NumPy array in another byte order than that of this machine.
     """
 
     # No converter, which would turn off the type check of the field
@@ -95,6 +97,7 @@ class EmbeddingTable(eqx.Module):
                 f"vocabulary_axis={self.vocabulary_axis!r} is not one of axis_names={names}: "
                 "name the axis of `embeddings` that is indexed by tokens."
             )
+        self._check_byte_orders()
         self._check_shapes()
         sizes = _named_sizes(names, self._sizes)
         if min(self._sizes) < 1:
@@ -298,6 +301,7 @@ class EmbeddingTable(eqx.Module):
                 )
             if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise TypeError(f"{name} must be floating, got {array.dtype.name}.")
+        self._check_byte_orders()
         self._check_shapes()
         if self._stacked_shape:
             raise ValueError(
@@ -305,6 +309,10 @@ class EmbeddingTable(eqx.Module):
                 f"axis_names={self.axis_names} describe the last {len(self.axis_names)} axes. "
                 f"{advice}"
             )
+
+    def _check_byte_orders(self) -> None:
+        check_byte_order("embeddings", self.embeddings)
+        check_byte_order("bias", self.bias)
 
     def _check_shapes(self) -> None:
         shape, names = self.embeddings.shape, self.axis_names

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from ._inputs import check_byte_order
 from ._table import EmbeddingTable
 
 
@@ -68,6 +69,7 @@ def find_vocab_size(tables: dict[str, EmbeddingTable], advice: str = FRESH) -> i
             if not is_array(array):
                 _check_holds_no_arrays(f"{path}.{field}", array, advice)
                 continue
+            check_byte_order(f"{path}.{field}", array)
             place = find_place(table, field, array)
             if place.num_stacked < 0:
                 raise ValueError(

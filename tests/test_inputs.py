@@ -1,5 +1,7 @@
 """What callers may pass: host arrays, 64-bit ids, weights of any dtype, numbers of NumPy."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,17 @@ from eqx_embedding import (
     EmbeddingLookup,
     EmbeddingTable,
     partition_rows,
+    put_rows,
     resize_vocabulary,
+    save_safetensors,
+    take_rows,
 )
 
 from .helpers import (
     assert_close,
     cross_entropy_reference,
     FOUR_TARGETS,
+    FOUR_WEIGHTS,
     lookup_reference,
     make_array,
     make_table,
@@ -132,6 +138,65 @@ def test_tokens_may_have_any_memory_layout(tokens):
     hidden = make_array((*tokens.shape, 4), seed=1)
     expected, *_ = cross_entropy_reference(layer, hidden, tokens)
     assert_close(layer.cross_entropy(hidden, tokens), expected)
+
+
+def big_endian(array) -> np.ndarray:
+    array = np.asarray(array)
+    return array.astype(array.dtype.newbyteorder(">"))
+
+
+def test_big_endian_arguments_are_converted():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    shares = np.asarray([[0.25], [1.0], [0.5], [2.0]], np.float32)
+
+    def results(convert):
+        vectors, weights, soft = map(convert, (hidden, FOUR_WEIGHTS, shares))
+        return (
+            layer(vectors),
+            layer.cross_entropy(vectors, convert(FOUR_TARGETS), weights=weights),
+            layer.cross_entropy(vectors, FOUR_TARGETS[:, None], target_weights=soft),
+            layer.token_loss(lambda s, w: s.entropy * w, vectors, FOUR_TARGETS, weights),
+            layer.divergence(hidden, layer, convert(np.flip(hidden))),
+            layer.sample(vectors, temperature=weights, key=jax.random.key(0)),
+        )
+
+    assert eqx.tree_equal(results(big_endian), results(np.asarray))
+
+
+@pytest.mark.parametrize("field", ["embeddings", "bias"])
+def test_a_big_endian_table_says_how_to_convert_it(field, tmp_path):
+    good = make_table("first", with_bias=True)
+    wrong = eqx.tree_at(lambda table: getattr(table, field), good, replace_fn=big_endian)
+    tokens, layer, hidden = np.arange(3), EmbeddingDecode(wrong), make_array((4, 4), seed=1)
+    for call in (
+        lambda: dataclasses.replace(wrong),
+        lambda: EmbeddingLookup(wrong)(tokens),
+        lambda: layer(hidden),
+        lambda: layer.cross_entropy(hidden, FOUR_TARGETS),
+        lambda: EmbeddingDecode(good).divergence(hidden, layer, hidden),
+        lambda: resize_vocabulary(wrong, 9, pad_to_multiple_of=1),
+        lambda: resize_vocabulary(good, 7, fresh=wrong),
+        lambda: resize_vocabulary(wrong, 7, fresh=good),
+        lambda: partition_rows(wrong, tokens),
+        lambda: take_rows(wrong, tokens),
+        lambda: put_rows(wrong, tokens, take_rows(good, tokens)),
+        lambda: put_rows(good, np.arange(9), wrong),
+        lambda: save_safetensors(wrong, tmp_path / "table.safetensors"),
+    ):
+        with pytest.raises(TypeError, match=r"got '>f4': use `array.astype"):
+            call()
+
+
+def test_a_big_endian_dtype_is_refused():
+    for call in (
+        lambda: EmbeddingTable.from_config(
+            7, {"embedding": 4}, dtype=np.dtype(">f4"), key=jax.random.key(0)
+        ),
+        lambda: EmbeddingDecode(make_table("first"), dtype=">f4"),
+        lambda: EmbeddingDecode(make_table("first"), logits_dtype=">f4"),
+    ):
+        with pytest.raises(ValueError, match=r"dtype='>f4': use .*dtype='float32'"):
+            call()
 
 
 def test_jax_narrows_ids_before_a_transformed_function():

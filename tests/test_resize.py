@@ -671,8 +671,13 @@ def test_a_skeleton_stays_on_its_device():
 
 def test_arrays_of_numpy_grow_as_those_of_jax(getkey):
     key, table = getkey(), make_table("middle", with_bias=True)
-    new = resize_vocabulary(jax.tree.map(np.asarray, table), 9, key=key, pad_to_multiple_of=4)
+    host = jax.tree.map(np.asarray, table)
+    new = resize_vocabulary(host, 9, key=key, pad_to_multiple_of=4)
     assert eqx.tree_equal(new, resize_vocabulary(table, 9, key=key, pad_to_multiple_of=4))
+    fresh = jax.tree.map(np.zeros_like, new)
+    joined = resize_vocabulary(host, 9, fresh=fresh)
+    expected = resize_vocabulary(table, 9, pad_to_multiple_of=4)
+    assert eqx.tree_equal(joined, expected)
 
 
 def test_factored_moments_of_another_vocabulary_are_left_alone():

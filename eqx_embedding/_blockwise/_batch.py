@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .._inputs import at_least_float32
 from .._sharding import Axes, flat, Layout, remaining, Split, sum_over
+from .._suggest import explain_spmd
 from ._device_losses import device_losses
 from ._device_scores import device_scores
 from ._device_search import device_sample, device_top_k
@@ -26,6 +27,7 @@ from ._reference import Scores
 from ._scores import Used
 
 
+@explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> Scores:
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
@@ -36,6 +38,7 @@ def score_tokens(options: Options, split: Split, used: Used, operands: Operands)
     return _of_each_token(options, split, scores, ("hidden", "targets", "mask"), operands)
 
 
+@explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def top_k_tokens(options: Options, split: Split, k: int, operands: Operands) -> tuple[Array, Array]:
     """The `k` largest log-probabilities and their tokens, each `*batch k`."""
@@ -46,6 +49,7 @@ def top_k_tokens(options: Options, split: Split, k: int, operands: Operands) -> 
     return _of_each_token(options, split, top_k, ("hidden", "targets"), operands)
 
 
+@explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def sample_tokens(options: Options, split: Split, k: int | None, operands: Operands) -> Array:
     """A token drawn among the `k` likeliest, or all, with the keys and temperatures in the data."""
@@ -86,6 +90,7 @@ def _of_each_token(
     return call_as_one(on_devices, operands, vmap_rule=on_examples)
 
 
+@explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def total_loss(
     options: Options,
@@ -149,6 +154,7 @@ def _totals_of_examples(
     return total, jax.tree.map(functools.partial(_zero_unless, each.mask), scores)
 
 
+@explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def weighted_losses(
     split: Split,

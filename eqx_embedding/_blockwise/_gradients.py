@@ -172,8 +172,15 @@ def _add_at(rows: Array, numbers: Array, array: Array) -> Array:
     if len(rows) == 1:  # a comparison is part of the loop around it, and a scatter is not
         here = lax.broadcasted_iota(np.int32, array.shape, 0) == rows
         return array + jnp.where(here, numbers, 0.0)
-    columns = lax.broadcasted_iota(np.int32, rows.shape, 1)
-    return array.at[rows, columns].add(numbers, mode="drop", wrap_negative_indices=False)
+    # Not `array.at[rows, columns]`: for that, XLA ends the process on some meshes of three axes.
+    in_columns = lax.ScatterDimensionNumbers(
+        update_window_dims=(),
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0,),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(1,),
+    )
+    return lax.scatter_add(array, rows[..., None], numbers, in_columns, mode="drop")
 
 
 def _before_cap(options: Options, head: Head, d_z: Array, z: Array, start: Any) -> Array:

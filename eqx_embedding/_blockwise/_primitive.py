@@ -90,7 +90,6 @@ def _map(axis, arguments, dims, *, jaxpr, rule):
             jaxpr_as_fun(jaxpr),
             in_axes=[0 if m else None for m in mapped],
             axis_size=axis.size,
-            spmd_axis_name=axis.spmd_name,
         )
         with jax.auto_pcast(False):
             results = function(*moved)

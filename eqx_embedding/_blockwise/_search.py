@@ -219,8 +219,17 @@ def _rows(blocks: Int[Array, "C k"]) -> Int[Array, "C rows"]:
 
 def _take(z: Float[Array, "V C"], rows: Int[Array, "C rows"]) -> Float[Array, "C rows"]:
     """The logits of some rows for each token; -inf for rows that this device does not have."""
-    # Single numbers: XLA for TPUs would take slices one after the other.
-    found = z[jnp.clip(rows, 0, len(z) - 1), np.arange(len(rows))[:, None]]
+    # Single numbers: XLA for TPUs would take slices one after the other. Not by `z[rows, columns]`:
+    # for that, XLA ends the process on some meshes of three axes.
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(0,),
+        start_index_map=(0,),
+        operand_batching_dims=(1,),
+        start_indices_batching_dims=(0,),
+    )
+    inside = jnp.clip(rows, 0, len(z) - 1)[..., None]
+    found = lax.gather(z, inside, numbers, (1, 1), mode="promise_in_bounds")
     return jnp.where((rows >= 0) & (rows < len(z)), found, -jnp.inf)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
@@ -224,6 +224,66 @@ def test_each_example_of_an_explicit_mesh_has_its_own_gradients(reduction):
     with split("explicit", table, *batched) as (table, *batched):
         closed = place(make_mesh("explicit"), closed)
         assert_trees_close(quick_jit(gradients)(table, closed, *batched), expected)
+
+
+def test_a_batch_may_be_split_over_an_axis_without_a_rule():
+    """On a mesh of three axes, where XLA ends the process for some ways to add to the logits."""
+    table, _, hidden, targets, weights, _ = make_operands()
+    several = jnp.stack([targets, jnp.flip(targets)], axis=-1)
+    rules, kinds = {"vocabulary": "model"}, (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "model", "replica"), kinds)
+    table = EmbeddingTable(random((V, D)), table.axis_names)
+
+    def run(rules, *operands):
+        def loss(table, hidden, targets, weights):
+            shares = jnp.stack([weights + 0.5, weights + 1.0], axis=-1)
+            return EmbeddingDecode(table).cross_entropy(
+                hidden, targets, target_weights=shares, chunk_size=CHUNK_SIZE, rules=rules
+            )
+
+        return quick_jit(jax.value_and_grad(loss, (0, 1)))(*operands)
+
+    expected = run(None, table, hidden, several, weights)
+    with jax.set_mesh(mesh):
+        table = jax.device_put(table, table.shardings(mesh, rules))
+        batched = (place(mesh, array, "data") for array in (hidden, several, weights))
+        assert_trees_close(run(rules, table, *batched), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_each_example_may_have_a_table_that_rules_split(axis):
+    """Whatever mesh axis `spmd_axis_name` names for the examples."""
+    table, closed, *batched = make_operands()
+    tables = jax.tree.map(lambda x: jnp.stack([x * (1 + i / B) for i in range(B)]), table)
+
+    def losses(rules, name, *operands):
+        loss = functools.partial(loss_of_example, "mean", rules)
+        mapped = jax.vmap(loss, (0, None, 0, 0, 0, 0), spmd_axis_name=name)
+        return (mapped(*operands),)
+
+    operands = tables, closed, *batched
+    expected = differentiate(functools.partial(losses, None, None), operands)
+    mesh, rules = make_mesh("rules"), {"vocabulary": "model"}
+    with jax.set_mesh(mesh):
+        tables = jax.device_put(tables, tables.shardings(mesh, rules))
+        operands = tables, place(mesh, closed), *(place(mesh, x, "data") for x in batched)
+        assert_trees_close(
+            differentiate(functools.partial(losses, rules, axis), operands), expected
+        )
+
+
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_gradients_of_examples_say_to_leave_spmd_axis_name_out(axis):
+    def gradient(table, closed, *example):
+        rules = {"vocabulary": "model"}
+        return jax.grad(functools.partial(loss_of_example, "mean", rules))(table, closed, *example)
+
+    table, closed, *batched = make_operands()
+    with split("rules", table, *batched) as (table, *batched):
+        of_examples = jax.vmap(gradient, (None, None, 0, 0, 0, 0), spmd_axis_name=axis)
+        with pytest.raises(ValueError, match="Leave `spmd_axis_name` out"):
+            jax.eval_shape(of_examples, table, closed, *batched)
 
 
 @settings

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode
 
@@ -77,6 +77,23 @@ def test_a_table_split_over_the_axis_of_the_batch_is_searched(setting):
         table = place(jax.sharding.get_mesh(), table, "data")
         run = inside if setting == "manual" else on_mesh(setting, function, ["data"])
         assert_equal(quick_jit(run)(table, *batched), on_one_device())
+
+
+def test_a_batch_may_be_split_over_an_axis_without_a_rule():
+    """On a mesh of three axes, where XLA ends the process for some ways to take the logits."""
+    table, hidden, _ = make_operands()
+    rules, kinds = {"vocabulary": "model"}, (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "model", "replica"), kinds)
+
+    def function(rules, table, hidden):
+        decode, key = EmbeddingDecode(table), jax.random.key(3)
+        return decode.top_k(hidden, 2, rules=rules), decode.sample(hidden, key=key, rules=rules)
+
+    expected = quick_jit(functools.partial(function, None))(table, hidden)
+    with jax.set_mesh(mesh):
+        table = jax.device_put(table, table.shardings(mesh, rules))
+        operands = table, place(mesh, hidden, "data")
+        assert_equal(quick_jit(functools.partial(function, rules))(*operands), expected)
 
 
 @pytest.mark.slow
