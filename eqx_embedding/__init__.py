@@ -10,21 +10,22 @@
 **Modules**, one purpose each:
 
 - `_table`: `EmbeddingTable`, the parameters. `_lookup`: `EmbeddingLookup`, tokens to vectors.
-    `_decode`: `EmbeddingDecode`, vectors to logits, scores and losses.
+    `_decode`: `EmbeddingDecode`, vectors to logits by `_product`, to scores and losses by `_call`.
 - `_inputs`: converts and checks the tokens, targets, weights and numbers of the caller.
 - `_sharding`: finds which axes of a device mesh split the table and the batch.
 - `_blockwise/`: the kernels. They compute losses from the logits of one chunk of tokens at a time.
 - `_resize`: grows a vocabulary, with the rows of `_new_rows`, or of a new state, by `_join`.
-    `_rows`: trains some of its rows. `_tree`: finds its tables in a model. `_safetensors`: reads
-    and writes a table.
+    `_partition`: trains some of its rows. `_rows`: trains the rows of each batch. `_tree`: finds
+    its tables in a model. `_safetensors`: reads and writes a table.
 - `_raise`: run-time errors on every device. `_beartype`: type errors. `_suggest`: errors that
     say what to write instead.
 
 **How a loss is computed**, from the call to the numbers:
 
-1. Method: `EmbeddingDecode.cross_entropy` writes the loss of one token as a function of its scores,
-    and passes it to `EmbeddingDecode.token_loss`, which accepts any such function.
-2. Inputs: `_inputs` checks targets and weights, and marks the tokens that count.
+1. Method: `EmbeddingDecode.cross_entropy` writes the loss of one token as a function of its scores.
+    `EmbeddingDecode.token_loss` accepts any such function.
+2. Inputs: `_call` collects the arguments. `_inputs` checks targets and weights, and marks the
+    tokens that count.
 3. Devices: `_sharding` says which mesh axes split what, and `_blockwise/_batch.py` gives each
     device its part of the batch and of the table.
 4. Kernel: the rest of `_blockwise/` runs on one device and loops over chunks of tokens. For each
@@ -42,8 +43,9 @@ with install_import_hook("eqx_embedding", "eqx_embedding._beartype.beartype"):
     from ._blockwise import TokenScores
     from ._decode import EmbeddingDecode
     from ._lookup import EmbeddingLookup
+    from ._partition import combine_rows, partition_rows
     from ._resize import resize_vocabulary
-    from ._rows import combine_rows, partition_rows, put_rows, take_rows, unique_tokens
+    from ._rows import put_rows, take_rows, unique_tokens
     from ._safetensors import load_safetensors, save_safetensors
     from ._table import EmbeddingTable
 

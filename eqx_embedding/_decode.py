@@ -1,14 +1,11 @@
 """`EmbeddingDecode`: vectors to logits, and to scores and losses without the logits.
 
-`__call__` computes all logits with one matrix product. The other methods all take one path:
-`_prepare` checks the arguments and finds how devices split the arrays, and `_Prepared` calls the
-kernels in `_blockwise/`, which compute the logits of a chunk of tokens at a time.
+`__call__` computes all logits with one matrix product. All other methods make a `Call`, which knows
+how devices split the arrays, give it their arguments, and run it.
 """
 
-import functools
-import math
 from collections.abc import Callable
-from typing import Any, final, NamedTuple
+from typing import Any, final
 
 import equinox as eqx
 import jax
@@ -18,47 +15,20 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Shaped
 
-from ._blockwise import (
-    close_over,
-    Comparison,
-    gather_wide,
-    Operands,
-    Options,
-    sample_tokens,
-    score_tokens,
-    shapes_of_scores,
-    TokenScores,
-    top_k_tokens,
-    total_loss,
-    Used,
-    weighted_losses,
-    widen,
-)
+from ._blockwise import gather_wide, Operands, Options, TokenScores, Used
+from ._call import Call
 from ._inputs import (
     as_array,
-    as_data,
     as_float_dtype,
     as_int,
     as_real,
     as_temperature,
     at_least_float32,
-    batch_shape,
-    keys_of_tokens,
-    prepare_targets,
-    prepare_weights,
     Real,
     Whole,
 )
-from ._sharding import (
-    explicit_axes,
-    find_split,
-    manual_rules,
-    remaining,
-    Split,
-    varying_axes,
-    whole_axes,
-    zero_padding_rows,
-)
+from ._product import drop_padding, multiply, Product
+from ._sharding import explicit_axes, find_split, manual_rules, remaining, Split, whole_axes
 from ._suggest import suggest, suggest_array, suggest_key, suggest_number, suggest_tokens
 from ._table import EmbeddingTable, Rules
 
@@ -89,18 +59,6 @@ _suggest = suggest(
     top_k=suggest_number,
     key=suggest_key,
 )
-
-
-class _Arrays(NamedTuple):
-    """The arrays that logits are computed from."""
-
-    hidden: Array  # *batch *embedding
-    rows: Array  # rows *embedding
-    bias: Array | None  # rows
-
-    @property
-    def batch(self) -> tuple[Any, ...]:
-        return batch_shape(self.hidden, self.rows)
 
 
 @final
@@ -175,27 +133,29 @@ class EmbeddingDecode(eqx.Module):
         stacked table or rules that do not fit the mesh.
         """
         del key
-        arrays, batch_axes = self._checked_arrays("hidden", hidden, rules)
-        hidden, rows, bias = arrays
-        split = find_split(self.table, rows, hidden, 0, rules)
-        dtypes = self._product_dtypes(arrays)
-        rows = gather_wide(*dtypes, split.manual_shared, rows)
-        bias = gather_wide(dtypes[1], dtypes[1], split.manual_shared[:1], bias)
+        operands = self._operands("hidden", hidden, rules)
+        hidden, rows, bias, *_ = operands
+        batch_axes = len(operands.batch)
+        split = find_split(self.table, operands.hidden, 0, rules)
+        factors, sums = self._product_dtypes(operands)
+        rows = gather_wide(factors, sums, split.manual_shared, rows)
+        bias = gather_wide(sums, sums, split.manual_shared[:1], bias)
         batch = explicit_axes(hidden)[:batch_axes]
         columns = remaining(explicit_axes(rows)[0], batch)
         sharding, vocab_size = split.sharding([*batch, columns]), split.vocab_size(self.table)
-        layout = _Layout(self.table._vocabulary_position, sharding)
-        logits = _product(dtypes, split, vocab_size, layout, hidden, rows)
+        row_axis = self.table._row_axis
+        product = Product(factors, sums, split, vocab_size, row_axis, sharding)
+        logits = multiply(product, hidden, rows)
         if self.table.padding_rows > 0:  # before the bias, after which XLA would copy the table
-            logits = _drop_padding(logits, split, [*batch, ()], vocab_size)
-            bias = bias if bias is None else _drop_padding(bias, split, [()], vocab_size)
+            logits = drop_padding(logits, split, [*batch, ()], vocab_size)
+            bias = bias if bias is None else drop_padding(bias, split, [()], vocab_size)
             columns = ()
         if bias is not None:
             bias = split.place(bias.astype(logits.dtype), [columns])
             logits = logits + jnp.expand_dims(bias, range(batch_axes))
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
-        dtype = self.logits_dtype or self.dtype or jnp.result_type(*jax.tree.leaves(arrays))
+        dtype = self.logits_dtype or self.dtype or jnp.result_type(*jax.tree.leaves(operands))
         return logits.astype(dtype)
 
     @_suggest
@@ -238,10 +198,9 @@ class EmbeddingDecode(eqx.Module):
 
         As [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         """
-        prepared = self._prepare(
-            hidden, targets, None, weights, ignore_index, "none", chunk_size, rules
-        )
-        return prepared.scores(Used(mean_log_prob=True, entropy=True, is_top=True))
+        call = self._plan(hidden, chunk_size, rules)
+        call = call.with_targets(targets, None, ignore_index).with_weights(weights, "none")
+        return call.scores(Used(mean_log_prob=True, entropy=True, is_top=True))
 
     @_suggest
     @jax.named_scope("EmbeddingDecode.token_loss")
@@ -300,10 +259,9 @@ class EmbeddingDecode(eqx.Module):
         As [`eqx_embedding.EmbeddingDecode.cross_entropy`][]; a `TypeError` if `fn` returns
         something other than a real scalar, and a `ValueError` for data of another shape.
         """
-        prepared = self._prepare(
-            hidden, targets, None, weights, ignore_index, reduction, chunk_size, rules
-        )
-        return prepared.loss(fn, data, reduction, return_scores)
+        call = self._plan(hidden, chunk_size, rules)
+        call = call.with_targets(targets, None, ignore_index).with_weights(weights, reduction)
+        return call.loss(fn, data, reduction, return_scores)
 
     @_suggest
     @jax.named_scope("EmbeddingDecode.cross_entropy")
@@ -420,14 +378,13 @@ class EmbeddingDecode(eqx.Module):
                 loss = loss - smoothing * scores.mean_log_prob
             return loss if z_loss == 0 else loss + z_loss * scores.logsumexp**2
 
-        prepared = self._prepare(
-            hidden, targets, target_weights, weights, ignore_index, reduction, chunk_size, rules
-        )
-        soft = prepared.target_weights
-        if soft is None:
-            return prepared.loss(loss, (), reduction, return_scores)
-        result = prepared.loss(loss, (soft,), reduction, return_scores)
-        return (result[0], prepared.sum_targets(soft, result[1])) if return_scores else result
+        call = self._plan(hidden, chunk_size, rules)
+        call = call.with_targets(targets, target_weights, ignore_index)
+        call = call.with_weights(weights, reduction)
+        if target_weights is None:
+            return call.loss(loss, (), reduction, return_scores)
+        result = call.loss(loss, (call.target_weights,), reduction, return_scores)
+        return (result[0], call.sum_targets(result[1])) if return_scores else result
 
     @_suggest
     @jax.named_scope("EmbeddingDecode.top_k")
@@ -462,10 +419,8 @@ class EmbeddingDecode(eqx.Module):
         A `ValueError` for a `k` out of its range; else as
         [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         """
-        arrays, options, split = self._plan(hidden, chunk_size, rules)
-        _check_k("k", k, options)
-        operands = _without_targets(arrays, split, ())
-        return top_k_tokens(options, split, as_int(k), operands)
+        call = self._plan(hidden, chunk_size, rules)
+        return call.top_k(call.check_k("k", k))
 
     @_suggest
     @jax.named_scope("EmbeddingDecode.sample")
@@ -509,18 +464,13 @@ class EmbeddingDecode(eqx.Module):
         A `ValueError` for a temperature that is negative or not finite, and for a `top_k` out of
         its range; else as [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         """
-        arrays, options, split = self._plan(hidden, chunk_size, rules)
-        if top_k is not None:
-            _check_k("top_k", top_k, options)
-        batch = arrays.batch
-        temperatures = as_temperature(temperature, batch, options.wide)
+        call = self._plan(hidden, chunk_size, rules)
+        k = None if top_k is None else call.check_k("top_k", top_k)
+        temperatures = as_temperature(temperature, call.operands.batch, call.options.wide)
         if isinstance(temperature, Real) and temperature == 0:
-            _, tokens = top_k_tokens(options, split, 1, _without_targets(arrays, split, ()))
+            _, tokens = call.top_k(1)
             return tokens[..., 0]
-        _check_same(split, key, temperatures)
-        data = keys_of_tokens(key, batch, split.manual_batch), temperatures
-        k = None if top_k is None else as_int(top_k)
-        return sample_tokens(options, split, k, _without_targets(arrays, split, data))
+        return call.sample(k, key, temperatures)
 
     @_suggest
     @suggest(temperature=suggest_number)
@@ -592,23 +542,14 @@ class EmbeddingDecode(eqx.Module):
             raise ValueError(
                 f"temperature must be at least {SMALLEST} and at most {LARGEST}, got {temperature}."
             )
-        prepared = self._prepare_comparison(
-            hidden,
-            teacher,
-            teacher_hidden,
-            kind,
-            float(temperature),
-            weights,
-            reduction,
-            chunk_size,
-            rules,
-        )
-        return prepared.loss(lambda scores: scores.divergence, (), reduction, False)
+        call = self._plan(hidden, chunk_size, rules)
+        of_teacher = teacher._as_teacher(teacher_hidden, call, rules)
+        call = call.with_teacher(kind, float(temperature), *of_teacher)
+        call = call.with_weights(weights, reduction)
+        return call.loss(lambda scores: scores.divergence, (), reduction, False)
 
-    def _checked_arrays(
-        self, name: str, hidden: Hidden, rules: Rules | None
-    ) -> tuple[_Arrays, int]:
-        """The arrays that logits are computed from, and the number of batch axes."""
+    def _operands(self, name: str, hidden: Hidden, rules: Rules | None) -> Operands:
+        """The arrays that logits are computed from."""
         hidden = jnp.asarray(as_array(name, hidden))
         if not jnp.issubdtype(hidden.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating, got {hidden.dtype.name}.")
@@ -621,124 +562,54 @@ class EmbeddingDecode(eqx.Module):
                 f"{name} must end with the embedding axes ({expected}) of the table, got the "
                 f"shape {hidden.shape}."
             )
-        return _Arrays(hidden, rows, bias), batch_axes
+        return Operands(hidden, rows, bias)
 
-    def _product_dtypes(self, arrays: _Arrays) -> tuple[np.dtype, np.dtype]:
+    def _product_dtypes(self, operands: Operands) -> tuple[np.dtype, np.dtype]:
         """The dtype of the factors of a matrix product, and the dtype of its sums."""
         if self.dtype is None:
-            factors = jnp.result_type(arrays.hidden, arrays.rows)
-            return factors, at_least_float32(jnp.result_type(*jax.tree.leaves(arrays)))
+            factors = jnp.result_type(operands.hidden, operands.rows)
+            return factors, at_least_float32(jnp.result_type(*jax.tree.leaves(operands)))
         factors = jnp.dtype(self.dtype)
-        dtypes = [factors, *(array.dtype for array in jax.tree.leaves(arrays))]
+        dtypes = [factors, *(array.dtype for array in jax.tree.leaves(operands))]
         is_double = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
         return factors, np.dtype(np.float64 if is_double else np.float32)
 
-    def _plan(
-        self, hidden: Hidden, chunk_size: Whole | None, rules: Rules | None
-    ) -> tuple[_Arrays, Options, Split]:
+    def _plan(self, hidden: Hidden, chunk_size: Whole | None, rules: Rules | None) -> Call:
         """Checks the arguments that most methods have, and finds how devices split the arrays."""
-        arrays, batch_axes = self._checked_arrays("hidden", hidden, rules)
+        operands = self._operands("hidden", hidden, rules)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        split = find_split(self.table, arrays.rows, arrays.hidden, batch_axes, rules)
-        options = self._options(arrays, split, chunk_size)
-        return arrays, options, split
-
-    def _prepare(
-        self,
-        hidden: Hidden,
-        targets: Targets,
-        target_weights: Weights | None,
-        weights: Weights | None,
-        ignore_index: Whole | None,
-        reduction: str,
-        chunk_size: Whole | None,
-        rules: Rules | None,
-    ) -> "_Prepared":
-        """Checks the arguments, and converts targets and weights."""
-        arrays, options, split = self._plan(hidden, chunk_size, rules)
-        batch, vocab_size, wide = arrays.batch, options.vocab_size, options.wide
-        _check_targets(batch, targets, target_weights)
-        _check_options(batch, weights, reduction)
-
-        def place(array: Array) -> Array:
-            return split.place(array, split.batch)
-
-        targets, target_weights, counts = prepare_targets(
-            targets, target_weights, ignore_index, vocab_size, wide, place
-        )
-        normalize, mesh_axes = reduction == "mean", split.manual_batch
-        weights, mask = prepare_weights(weights, counts, batch, wide, normalize, mesh_axes, place)
-        operands = Operands(*arrays, targets, mask)
-        return _Prepared(options, split, operands, weights, target_weights)
-
-    def _prepare_comparison(
-        self,
-        hidden: Hidden,
-        teacher: "EmbeddingDecode",
-        teacher_hidden: Hidden,
-        kind: str,
-        temperature: float,
-        weights: Weights | None,
-        reduction: str,
-        chunk_size: Whole | None,
-        rules: Rules | None,
-    ) -> "_Prepared":
-        """Checks the arguments, finds how devices split them, and converts the weights."""
-        arrays, options, split = self._plan(hidden, chunk_size, rules)
-        batch = arrays.batch
-        _check_options(batch, weights, reduction)
-        of_teacher, theirs = teacher._as_teacher(teacher_hidden, split, batch, rules)
-        _check_tables(split, (options, arrays.rows), (theirs, of_teacher.rows))
-        padded = options.padded or theirs.padded
-        options = options._replace(
-            padded=padded,
-            wide=np.promote_types(options.wide, theirs.wide),
-            comparison=Comparison(kind, temperature, padded, theirs.soft_cap, theirs.dtype),
-        )
-        weights, mask = prepare_weights(
-            weights,
-            None,
-            batch,
-            options.wide,
-            reduction == "mean",
-            split.manual_batch,
-            lambda array: split.place(array, split.batch),
-        )
-        vectors, rows, bias = of_teacher
-        head = rows, bias if bias is None else bias.astype(options.wide)
-        operands = Operands(*arrays, vectors, mask, teacher=head)
-        return _Prepared(options, split, operands, weights)
+        split = find_split(self.table, operands.hidden, len(operands.batch), rules)
+        return Call(self._options(operands, split, chunk_size), split, operands)
 
     def _as_teacher(
-        self, hidden: Hidden, split: Split, batch: tuple[Any, ...], rules: Rules | None
-    ) -> tuple[_Arrays, Options]:
-        """The arrays of a constant teacher in the dtype of its products, and its options.
-
-        `split` and `batch` are those of the student.
-        """
-        arrays, batch_axes = self._checked_arrays("teacher_hidden", hidden, rules)
-        if arrays.hidden.shape[:batch_axes] != batch:
+        self, hidden: Hidden, student: Call, rules: Rules | None
+    ) -> tuple[Options, Operands]:
+        """The options of a constant teacher, and its arrays in the dtype of its products."""
+        operands = self._operands("teacher_hidden", hidden, rules)
+        split, batch = student.split, student.operands.batch
+        if operands.batch != batch:
             raise ValueError(
                 f"teacher_hidden must begin with the shape {batch} of hidden without its embedding "
-                f"axes, got the shape {arrays.hidden.shape}."
+                f"axes, got the shape {operands.hidden.shape}."
             )
-        hidden, rows, bias = arrays = lax.stop_gradient(arrays)
+        hidden, rows, bias, *_ = operands = lax.stop_gradient(operands)
         # All but manual axes split this table as that of the student, however it lies now
         rules = manual_rules(rules, split.mesh)
-        own = find_split(self.table, rows, hidden, batch_axes, rules)
+        own = find_split(self.table, operands.hidden, len(batch), rules)
         if own.manual_table[0] != split.manual_table[0]:
             raise ValueError(
                 "inside this `jax.shard_map` the mesh axes that split the vocabulary must be those "
                 f"of the student, {split.manual_table[0]}, got {own.manual_table[0]}."
             )
-        options = self._options(arrays, own, None)
+        options = self._options(operands, own, None)
         embedding_axes = (), *own.manual_shared[1:]
         rows = gather_wide(options.dtype, options.dtype, embedding_axes, rows)
-        return _Arrays(hidden.astype(options.dtype), rows.astype(options.dtype), bias), options
+        hidden, rows = hidden.astype(options.dtype), rows.astype(options.dtype)
+        return options, Operands(hidden, rows, bias)
 
-    def _options(self, arrays: _Arrays, split: Split, chunk_size: Whole | None) -> Options:
-        dtype, wide = self._product_dtypes(arrays)
+    def _options(self, operands: Operands, split: Split, chunk_size: Whole | None) -> Options:
+        dtype, wide = self._product_dtypes(operands)
         return Options(
             vocab_size=split.vocab_size(self.table),
             padded=self.table.padding_rows > 0,
@@ -748,195 +619,3 @@ class EmbeddingDecode(eqx.Module):
             chunk_size=None if chunk_size is None else as_int(chunk_size),
             tiles=split.known,
         )
-
-
-def _check_targets(
-    batch: tuple[Any, ...], targets: Targets, target_weights: Weights | None
-) -> None:
-    shape = np.shape(targets)
-    if target_weights is None:
-        if shape != batch:
-            raise ValueError(_wrong_shape("targets", targets, batch))
-    elif shape[:-1] != batch or len(shape) != len(batch) + 1 or shape[-1] == 0:
-        raise ValueError(
-            f"with target_weights, targets must have the shape {batch} of hidden without its "
-            "embedding axes, and one more axis, for one or more targets of each token, got "
-            f"{shape}."
-        )
-    elif np.shape(target_weights) != shape:
-        raise ValueError(
-            f"target_weights must have the shape {shape} of targets, got "
-            f"{np.shape(target_weights)}."
-        )
-
-
-def _check_options(batch: tuple[Any, ...], weights: Weights | None, reduction: str) -> None:
-    if weights is not None and np.shape(weights) != batch:
-        raise ValueError(_wrong_shape("weights", weights, batch))
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
-
-
-def _check_tables(
-    split: Split, student: tuple[Options, Array], teacher: tuple[Options, Array]
-) -> None:
-    """`split` is that of the student."""
-    (options, rows), (theirs, their_rows) = student, teacher
-    if options.vocab_size != theirs.vocab_size:
-        raise ValueError(
-            "student and teacher must have the same vocabulary, got a vocab_size of "
-            f"{options.vocab_size} and {theirs.vocab_size}."
-        )
-    if split.manual_table[0] and len(rows) != len(their_rows):
-        raise ValueError(
-            "inside this `jax.shard_map` each device must have the same number of rows of student "
-            f"and teacher, got {len(rows)} and {len(their_rows)}. Make the tables with the same "
-            "`pad_to_multiple_of`."
-        )
-
-
-def _wrong_shape(name: str, array: Any, batch: tuple[Any, ...]) -> str:
-    return (
-        f"{name} must have the shape {batch} of hidden without its embedding axes, got "
-        f"{np.shape(array)}."
-    )
-
-
-class _Prepared(NamedTuple):
-    """The checked arguments of a call, in the form that the kernels take."""
-
-    options: Options  # known when the program is compiled
-    split: Split  # which mesh axes split what
-    operands: Operands  # arrays, without weights and data
-    weights: Array
-    target_weights: Array | None = None
-
-    def scores(self, used: Used) -> Any:
-        return score_tokens(self.options, self.split, used, self.operands)
-
-    def sum_targets(self, target_weights: Array, scores: TokenScores) -> TokenScores:
-        """The scores of tokens with k targets each, as those of one target."""
-        weights, mask = lax.stop_gradient(target_weights), self.operands.mask
-        log_prob = jnp.sum(weights * scores.log_prob, axis=-1)
-        log_prob = log_prob if mask is None else jnp.where(mask, log_prob, 0)  # weights of NaN
-        k = lax.broadcasted_iota(np.int32, weights.shape, weights.ndim - 1)
-        largest = k == jnp.argmax(weights, axis=-1, keepdims=True)
-        return scores._replace(log_prob=log_prob, is_top=jnp.any(scores.is_top & largest, axis=-1))
-
-    def loss(
-        self, fn: Callable[..., Any], data: tuple[Any, ...], reduction: str, return_scores: bool
-    ) -> Any:
-        options, split, operands, weights, _ = self
-        data = tuple(as_data(i, array, weights.shape) for i, array in enumerate(data))
-        data_of_token = [jax.ShapeDtypeStruct(x.shape[weights.ndim :], x.dtype) for x in data]
-        of_token = None if operands.teacher else operands.targets.shape[weights.ndim :]
-        of_token = shapes_of_scores(options.wide, of_token)
-        function, closure = close_over(fn, options.wide, of_token, tuple(data_of_token))
-        if reduction == "none":
-            scores = self.scores(function.used(return_scores))
-            arrays = scores, weights, data, closure, operands.mask
-            loss = weighted_losses(split, function, None, *arrays)
-            scores = lax.stop_gradient(scores)
-        else:
-            operands = operands._replace(weights=weights, data=data, closure=closure)
-            loss, scores = total_loss(options, split, function, return_scores, operands)
-        return (loss, scores) if return_scores else loss
-
-
-def _check_k(name: str, k: Whole, options: Options) -> None:
-    if isinstance(k, bool):
-        raise TypeError(f"{name} must be a number of tokens, got {k}.")
-    if not 1 <= k <= options.vocab_size:
-        raise ValueError(
-            f"{name} must be at least 1 and at most vocab_size={options.vocab_size}, got {k}."
-        )
-
-
-def _check_same(split: Split, key: PRNGKeyArray, temperature: Array) -> None:
-    if differs := set(split.manual_vocabulary) & varying_axes(key, temperature):
-        raise ValueError(
-            "key and temperature must be the same along the mesh axes that split the vocabulary, "
-            f"but differ along {sorted(differs)}."
-        )
-
-
-def _without_targets(arrays: _Arrays, split: Split, data: tuple[Array, ...]) -> Operands:
-    targets = jnp.zeros(arrays.batch, "int32")  # only how devices split them matters
-    targets, *data = (split.place(array, split.batch) for array in (targets, *data))
-    return Operands(*arrays, targets, mask=None, data=tuple(data))
-
-
-class _Layout(NamedTuple):
-    """What a product is told of its table and its result."""
-
-    position: int  # of the vocabulary among the axes of the table
-    out_sharding: Any
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _product(
-    dtypes: tuple[np.dtype, np.dtype],
-    split: Split,
-    num_tokens: int,
-    layout: _Layout,
-    hidden: Array,
-    rows: Array,
-) -> Array:
-    """The matrix product of hidden vectors and all rows, padding included: `*batch rows`."""
-    factors, wide = dtypes
-    is_one = split.mesh is None and hidden.size == math.prod(rows.shape[1:])
-    contract = _contract_one if is_one and jnp.finfo(factors).bits == 16 else _contract
-    return contract(layout, wide, hidden.astype(factors), rows.astype(factors))
-
-
-@_product.defjvp
-def _product_jvp(dtypes, split, num_tokens, layout, primals, tangents):
-    (hidden, rows), (d_hidden, d_rows) = primals, tangents
-    factors, wide = dtypes
-    # A NaN in a padding row must not reach the gradient of `hidden`. Padding is removed here, and
-    # not before the product, so that a decode without a gradient does not copy the table.
-    tokens = zero_padding_rows(rows, split, num_tokens).astype(factors)
-    d_logits = _contract(layout, wide, widen(wide, d_hidden), tokens) + _contract(
-        layout, wide, hidden.astype(factors), widen(wide, d_rows)
-    )
-    return _product(dtypes, split, num_tokens, layout, hidden, rows), d_logits
-
-
-def _contract(layout: _Layout, dtype: np.dtype, hidden: Array, rows: Array) -> Array:
-    position, out_sharding = layout
-    # As it is stored: XLA for CPUs copies a table in half precision to transpose it.
-    table = jnp.moveaxis(rows, 0, position)
-    batch_axes = hidden.ndim - (table.ndim - 1)
-    embedding = [axis for axis in range(table.ndim) if axis != position]
-    axes = range(batch_axes, hidden.ndim), embedding
-    return lax.dot_general(
-        hidden, table, (axes, ((), ())), preferred_element_type=dtype, out_sharding=out_sharding
-    )
-
-
-def _contract_one(layout: _Layout, dtype: np.dtype, hidden: Array, rows: Array) -> Array:
-    """The same, of one hidden vector, and under `jax.vmap` of several.
-
-    For one, XLA for CPUs copies a table in half precision unless it is transposed.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def contract(hidden: Array, rows: Array) -> Array:
-        transposed = layout._replace(position=rows.ndim - 1 if layout.position == 0 else 0)
-        return _contract(transposed, dtype, hidden, rows)
-
-    @contract.def_vmap
-    def contract_several(size: int, mapped: list[bool], hidden: Array, rows: Array) -> Any:
-        axes = tuple(0 if is_mapped else None for is_mapped in mapped)
-        several = functools.partial(_contract, layout, dtype)
-        return jax.vmap(several, axes, axis_size=size)(hidden, rows), True
-
-    return contract(hidden, rows)
-
-
-def _drop_padding(array: Array, split: Split, axes: Any, vocab_size: int) -> Array:
-    """Cuts the padding off the last axis, and gathers it: a mesh need not divide `vocab_size`."""
-    position, manual = array.ndim - 1, split.manual_vocabulary
-    if manual:
-        array = lax.all_gather(array, manual, axis=position, tiled=True, to="invarying")
-    return lax.slice_in_dim(split.place(array, axes), 0, vocab_size, axis=position)

@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ Real = float | int | np.floating | np.integer
 
 
 def as_int(number: Whole) -> int:
+    # Sums of NumPy integers overflow
     return operator.index(number)
 
 
@@ -123,15 +124,7 @@ def tokens_in_range(
     return tokens, in_range if isinstance(in_range, jax.Array) else np.asarray(in_range)
 
 
-Place = Callable[[Array], Array]  # splits an array over the mesh as the batch is split
-
-
-class Tokens(NamedTuple):
-    """The targets of a batch, one for each token or k."""
-
-    targets: Int[Array, "..."]  # int32; `vocab_size` if out of range, -1 for no target
-    target_weights: Float[Array, "*batch k"] | None
-    counts: Bool[Array | np.ndarray, "*batch"] | None  # which have a target; `None` if all do
+Reshard = Callable[[Array], Array]  # splits an array over the mesh as the batch is split
 
 
 def prepare_targets(
@@ -140,17 +133,22 @@ def prepare_targets(
     ignore_index: Whole | None,
     vocab_size: int,
     dtype: DTypeLike,
-    place: Place,
-) -> Tokens:
-    """Checks targets and their weights, which get the dtype `dtype`, and applies `ignore_index`."""
+    place: Reshard,
+) -> tuple[Int[Array, "..."], Float[Array, "*batch k"] | None, Any]:
+    """Checks targets and their weights, which get the dtype `dtype`, and applies `ignore_index`.
+
+    Returns the targets in int32, `vocab_size` if out of range and -1 for no target; their weights;
+    and which tokens have a target, `None` if all do.
+    """
     targets, in_range = tokens_in_range("targets", targets, vocab_size)
     xp = np if isinstance(targets, np.ndarray) else jnp
     counts = None
+    # JAX cannot compare with a number that does not fit the dtype
     if ignore_index is not None and _fits(ignore_index, targets.dtype):
         counts = targets != as_int(ignore_index)
     targets = place(jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32)))
     if target_weights is None:
-        return Tokens(targets, None, counts)
+        return targets, None, counts
     target_weights = _as_weights("target_weights", target_weights)
     # Before narrowing, which makes small weights zero
     has_weight = place(jnp.asarray(target_weights.astype(bool)))
@@ -158,10 +156,8 @@ def prepare_targets(
         has_weight = has_weight & place(jnp.asarray(counts))
         counts = xp.any(counts, axis=-1)
     target_weights = place(_narrow_weights(target_weights, dtype, False, ()))
-    none = np.int32(-1)
-    return Tokens(
-        jnp.where(has_weight, targets, none), jnp.where(has_weight, target_weights, 0), counts
-    )
+    targets = jnp.where(has_weight, targets, np.int32(-1))
+    return targets, jnp.where(has_weight, target_weights, 0), counts
 
 
 def prepare_weights(
@@ -171,7 +167,7 @@ def prepare_weights(
     dtype: DTypeLike,
     normalize: bool,
     mesh_axes: tuple[str, ...],
-    place: Place,
+    place: Reshard,
 ) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"] | None]:
     """Checks the weights, which get the dtype `dtype`; and which tokens count, `None` if all do.
 
@@ -208,7 +204,7 @@ def _as_weights(name: str, weights: ArrayLike) -> Array | np.ndarray:
 
 
 def _zero_unless(
-    counts: Any, weights: Array | np.ndarray, dtype: DTypeLike, place: Place
+    counts: Any, weights: Array | np.ndarray, dtype: DTypeLike, place: Reshard
 ) -> Array | np.ndarray:
     """The weights, with zero for tokens that do not count. Host data stays in NumPy."""
     if isinstance(counts, np.ndarray) and isinstance(weights, np.ndarray):

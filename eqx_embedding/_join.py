@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from ._table import EmbeddingTable
+from ._table import EmbeddingTable, RowAxis
 from ._tree import check_structures, find_place, find_tables, is_array, is_table_of, map_fields
 
 
-Join = Callable[[int, int, Any, Any], Any]
+Join = Callable[[RowAxis, int, Any, Any], Any]
 
 
 def join_trees(
@@ -21,7 +21,8 @@ def join_trees(
     An array of a table says by its names where its rows are. Other leaves say it by their shapes,
     which differ in one axis: the vectors and lists of Adafactor and SM3.
 
-    `join_arrays(axis, kept, old, new)` joins the rows before `kept` of `old` and the rest of `new`.
+    `join_arrays(row_axis, kept, old, new)` joins the rows before `kept` of `old` with the rest of
+    `new`.
     """
     is_table = is_table_of(vocabulary_axis)
     advice = "it must be the state that the same optimizer makes from the resized model."
@@ -33,30 +34,29 @@ def join_trees(
     sizes: dict[int, str] = {}  # of the old vocabulary, as the leaves say
     kept_shapes: dict[str, tuple[int, ...]] = {}  # of leaves in tables that do not change
 
-    def join_leaf(
-        rows: _Rows, in_table: bool, field: str | None, path: Any, old: Any, new: Any
-    ) -> Any:
+    def join_leaf(leaf: _Leaf) -> Any:
+        old, new = leaf.old, leaf.new
         if not is_array(old) and not is_array(new):
             return old
-        axis = _find_axis(rows, in_table, field, path, old, new)
-        if axis is None:
-            if in_table:
-                kept_shapes[path] = tuple(old.shape)
+        row_axis = _find_row_axis(leaf, tokens + leaf.new_table.padding_rows)
+        if row_axis is None:
+            if leaf.in_table:
+                kept_shapes[leaf.path] = tuple(old.shape)
             return old
-        old_tokens = old.shape[axis] - rows.old.padding_rows
-        sizes.setdefault(old_tokens, path)
-        return join_arrays(axis, min(old_tokens, tokens), old, new)
+        old_tokens = row_axis.of(old.shape) - leaf.table.padding_rows
+        sizes.setdefault(old_tokens, leaf.path)
+        return join_arrays(row_axis, min(old_tokens, tokens), old, new)
 
     def join_node(path: Any, old: Any, new: Any) -> Any:
         name = "tree" + jax.tree_util.keystr(path)
         if not is_table(old):
-            return join_leaf(_Rows(first, new_first, tokens), False, None, name, old, new)
+            return join_leaf(_Leaf(name, old, new, first, new_first))
 
         def join_field(field: str) -> Any:
-            def join(path: Any, *leaves: Any) -> Any:
+            def join(path: Any, part: Any, new_part: Any) -> Any:
                 where = f"{name}.{field}{jax.tree_util.keystr(path)}"
-                rows, place = _Rows(old, new, tokens), None if path else field
-                return join_leaf(rows, True, place, where, *leaves)
+                whole = None if path else field
+                return join_leaf(_Leaf(where, part, new_part, old, new, True, whole))
 
             fields = getattr(old, field), getattr(new, field)
             inner = f"fresh{jax.tree_util.keystr(path)}.{field}"
@@ -89,38 +89,37 @@ def _check_old_rows(
         )
 
 
-class _Rows(NamedTuple):
-    old: EmbeddingTable
-    new: EmbeddingTable
-    tokens: int
+class _Leaf(NamedTuple):
+    """A leaf of the two trees."""
 
-    @property
-    def num_rows(self) -> int:
-        """Of the new table, padding included."""
-        return self.tokens + self.new.padding_rows
+    path: str
+    old: Any
+    new: Any
+    table: EmbeddingTable  # that it is in, or else the first of the tree
+    new_table: EmbeddingTable
+    in_table: bool = False
+    field: str | None = None  # of the table, if the leaf is its value
 
 
-def _find_axis(
-    rows: _Rows, in_table: bool, field: str | None, path: str, old: Any, new: Any
-) -> int | None:
-    """The axis of the vocabulary, or `None` if the old leaf does not change."""
-    old_shape, new_shape = (tuple(x.shape) if is_array(x) else None for x in (old, new))
+def _find_row_axis(leaf: _Leaf, num_rows: int) -> RowAxis | None:
+    """The axis of the new rows, padding included, or `None` if the old leaf does not change."""
+    old_shape, new_shape = (tuple(x.shape) if is_array(x) else None for x in (leaf.old, leaf.new))
     if old_shape is not None and new_shape is not None and len(old_shape) == len(new_shape):
-        sizes = zip(old_shape, new_shape, strict=True)
-        differ = [axis for axis, (before, after) in enumerate(sizes) if before != after]
-        place = None if field is None else find_place(rows.new, field, new)
-        # Padding rows may have become tokens, so that no size differs
-        if place is not None and place.num_stacked >= 0 and differ in ([], [place.axis]):
-            if new_shape[place.axis] == rows.num_rows:
-                return place.axis
-        if not differ and in_table and new_shape.count(rows.num_rows) == 1:
-            return new_shape.index(rows.num_rows)
+        axes = [RowAxis(i) for i in range(len(new_shape))]
+        differ = [axis for axis in axes if axis.of(old_shape) != axis.of(new_shape)]
+        fitting = [axis for axis in axes if axis.of(new_shape) == num_rows]
+        if leaf.field is not None:
+            place = find_place(leaf.new_table, leaf.field, leaf.new)
+            # Padding rows may have become tokens, so that no size differs
+            if place.num_stacked >= 0 and differ in ([], [place.row_axis]):
+                if place.row_axis in fitting:
+                    return place.row_axis
         if not differ:
-            return None
-        if len(differ) == 1 and new_shape[differ[0]] == rows.num_rows:
+            return fitting[0] if leaf.in_table and len(fitting) == 1 else None
+        if len(differ) == 1 and differ[0] in fitting:
             return differ[0]
     raise ValueError(
-        f"{path} has the shape {old_shape}, and {new_shape} in fresh, which must be the same but "
-        f"for one axis, of {rows.num_rows} rows in fresh. If these are other numbers for another "
+        f"{leaf.path} has the shape {old_shape}, and {new_shape} in fresh, which must be the same "
+        f"but for one axis, of {num_rows} rows in fresh. If these are other numbers for another "
         "vocabulary, use fresh as the new state."
     )

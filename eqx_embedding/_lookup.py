@@ -15,7 +15,7 @@ from ._blockwise import gather_wide, widen
 from ._inputs import at_least_float32, nan_where, tokens_in_range
 from ._raise import raise_unless
 from ._sharding import explicit_axes, find_split, remaining
-from ._table import EmbeddingTable, Rules
+from ._table import EmbeddingTable, RowAxis, Rules
 
 
 OutOfRange = Literal["nan", "raise", "clip"]
@@ -23,27 +23,31 @@ OutOfRange = Literal["nan", "raise", "clip"]
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _take(
-    array: Array, index: Array, axis: int, fill_value: float, out_sharding: NamedSharding | None
+    array: Array,
+    index: Array,
+    row_axis: RowAxis,
+    fill_value: float,
+    out_sharding: NamedSharding | None,
 ) -> Array:
-    """The rows of an index along `axis`, which come first; `fill_value` past the end."""
-    # To move the axes of the result, and not those of the array, spares a copy of its gradient.
-    taken = array.at[(slice(None),) * axis + (index,)].get(
+    """The rows of an index, whose axes come first; `fill_value` past the end."""
+    taken = row_axis.at(array, index).get(
         mode="fill",
         fill_value=fill_value,
         wrap_negative_indices=False,
         out_sharding=out_sharding,
     )
-    return jnp.moveaxis(taken, range(axis, axis + index.ndim), range(index.ndim))
+    # To move the axes of the result, and not those of the array, spares a copy of its gradient.
+    return row_axis.move_first(taken, index.ndim)
 
 
 @_take.defjvp
-def _take_jvp(axis, fill_value, out_sharding, primals, tangents):
+def _take_jvp(row_axis, fill_value, out_sharding, primals, tangents):
     array, index = primals
     # The gradient is the transpose of this line: a scatter-add, in float32 at least, for bfloat16
     # stops counting the repeats of a token at 256, and float16 at 2048.
     wide = widen(at_least_float32(array.dtype), tangents[0])
-    tangent = _take(wide, index, axis, 0.0, out_sharding)
-    return _take(array, index, axis, fill_value, out_sharding), tangent.astype(array.dtype)
+    tangent = _take(wide, index, row_axis, 0.0, out_sharding)
+    return _take(array, index, row_axis, fill_value, out_sharding), tangent.astype(array.dtype)
 
 
 @final
@@ -117,7 +121,9 @@ class EmbeddingLookup(eqx.Module):
         that do not fit the mesh, or under `"nan"` for a table of float4, which has no NaN.
         """
         del key
-        table, (array, axis) = self.table, self.table._checked_embeddings()
+        table = self.table
+        table._check_arrays()
+        array, row_axis = jnp.asarray(table.embeddings), table._row_axis
         if self.out_of_range == "nan" and not np.isnan(np.asarray(np.nan, array.dtype)):
             # float4 would answer with a number
             raise ValueError(
@@ -125,27 +131,26 @@ class EmbeddingLookup(eqx.Module):
                 'out_of_range="raise" or "clip".'
             )
         of_device = tokens if isinstance(tokens, jax.Array) else None
-        split = find_split(table, array, of_device, 0, rules, axis)
+        split = find_split(table, of_device, 0, rules)
         vocab_size, mesh_axes, dtype = split.vocab_size(table), split.manual_vocabulary, array.dtype
-        first, *rest = split.manual_shared
-        shared = *rest[:axis], first, *rest[axis:]
+        shared = row_axis.restore(split.manual_shared)
         array = gather_wide(dtype, at_least_float32(dtype), shared, array)
         past_the_end = vocab_size + table.padding_rows
-        index = self._rows_of(tokens, vocab_size, past_the_end)
+        index = self._find_rows(tokens, vocab_size, past_the_end)
         # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
         batch = explicit_axes(index)
         others = [remaining(axes, batch) for axes in explicit_axes(array)]
-        sharding = split.sharding([*others[:axis], *batch, *others[axis + 1 :]])
+        sharding = split.sharding(row_axis.replace(others, batch))
         if not mesh_axes:
-            return _take(array, index, axis, jnp.nan, sharding).astype(dtype)
+            return _take(array, index, row_axis, jnp.nan, sharding).astype(dtype)
         # Each device has some of the rows.
-        start = lax.axis_index(mesh_axes) * array.shape[axis]
-        vectors = _take(array, index - start.astype(index.dtype), axis, 0.0, sharding)
+        start = lax.axis_index(mesh_axes) * row_axis.of(array.shape)
+        vectors = _take(array, index - start.astype(index.dtype), row_axis, 0.0, sharding)
         vectors = lax.psum(vectors, mesh_axes).astype(dtype)
         missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
         return nan_where(missing, vectors)
 
-    def _rows_of(
+    def _find_rows(
         self, tokens: Integer[ArrayLike, "*batch"], vocab_size: int, past_the_end: int
     ) -> Integer[Array, "*batch"]:
         """The row of each token. A row past the end has no value and no gradient."""

@@ -41,23 +41,24 @@ def check_pieces(
     """Raises a `ValueError` unless each piece is an old token, and stands for a new one."""
     if not pieces:
         return None
-    for token, parts in pieces.items():
-        if not old_tokens <= as_int(token) < tokens:
+    parts_of = {as_int(token): [*map(as_int, parts)] for token, parts in pieces.items()}
+    for token, parts in parts_of.items():
+        if not old_tokens <= token < tokens:
             raise ValueError(
                 f"pieces must be given for new tokens, which are at least {old_tokens} and below "
                 f"{tokens}, got {token}."
             )
-        if len(parts) == 0 or not all(0 <= as_int(part) < old_tokens for part in parts):
+        if not parts or not all(0 <= part < old_tokens for part in parts):
             raise ValueError(
                 f"the pieces of a new token must be at least one of the {old_tokens} old tokens, "
-                f"got {list(parts)!r:.80} for {token}."
+                f"got {parts!r:.80} for {token}."
             )
-    lengths = [len(parts) for parts in pieces.values()]
+    lengths = np.asarray([len(parts) for parts in parts_of.values()], np.int32)
     return Means(
-        np.asarray([as_int(token) - old_tokens for token in pieces], np.int32),
-        np.concatenate([np.asarray(parts, np.int32) for parts in pieces.values()]),
-        np.repeat(np.arange(len(pieces), dtype=np.int32), lengths),
-        np.asarray(lengths, np.int32),
+        np.asarray([token - old_tokens for token in parts_of], np.int32),
+        np.asarray([part for parts in parts_of.values() for part in parts], np.int32),
+        np.repeat(np.arange(len(parts_of), dtype=np.int32), lengths),
+        lengths,
     )
 
 

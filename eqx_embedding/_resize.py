@@ -9,7 +9,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
@@ -17,8 +16,9 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from ._inputs import as_int, check_byte_order, Whole
 from ._join import join_trees
 from ._new_rows import check_pieces, make_rows, Means, Pieces
+from ._sharding import as_axes, Axes
 from ._suggest import suggest, suggest_key
-from ._table import EmbeddingTable
+from ._table import EmbeddingTable, RowAxis
 from ._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
 
 
@@ -165,15 +165,16 @@ def _resize_array(
     sizes: _Sizes, place: Place, array: Any, key: PRNGKeyArray | None, means: Means | None
 ) -> Any:
     """The array or skeleton with its new number of rows, split over a mesh as before."""
-    if sizes.old_tokens == sizes.tokens and array.shape[place.axis] == sizes.rows:
+    row_axis = place.row_axis
+    if sizes.old_tokens == sizes.tokens and row_axis.of(array.shape) == sizes.rows:
         return array
     sharding = _mesh_sharding(array)
     if sharding is not None:
-        _check_mesh_divides(sharding, place.axis, sizes.rows)
+        # A spec may be shorter than the shape
+        spec = *sharding.spec, *[None] * (len(array.shape) - len(sharding.spec))
+        _check_mesh_divides(sharding, as_axes(row_axis.of(spec)), sizes.rows)
     if isinstance(array, jax.ShapeDtypeStruct):
-        return array.update(
-            shape=(*array.shape[: place.axis], sizes.rows, *array.shape[place.axis + 1 :])
-        )
+        return array.update(shape=row_axis.replace(array.shape, [sizes.rows]))
     return _call_on_mesh(functools.partial(_change_rows, sizes, place, means), array, key)
 
 
@@ -201,9 +202,7 @@ def _mesh_sharding(array: Any) -> NamedSharding | None:
     return sharding if on_mesh else None
 
 
-def _check_mesh_divides(sharding: NamedSharding, axis: int, rows: int) -> None:
-    spec = (*sharding.spec, *[None] * (axis + 1))[axis]  # a spec may be shorter than the shape
-    mesh_axes = () if spec is None else (spec,) if isinstance(spec, str) else spec
+def _check_mesh_divides(sharding: NamedSharding, mesh_axes: Axes, rows: int) -> None:
     parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes)
     if rows % parts != 0:
         raise ValueError(
@@ -216,18 +215,17 @@ def _change_rows(
     sizes: _Sizes, place: Place, means: Means | None, array: Array, key: PRNGKeyArray | None
 ) -> Array:
     """The old rows that are kept, then new rows, then padding rows."""
-    field, axis, num_stacked = place
-    if num_stacked > 0:
+    if place.num_stacked > 0:  # beside others, so that the caller cannot use `eqx.filter_vmap`
         keys = None if key is None else jax.random.split(key, len(array))
-        inner = Place(field, axis - 1, num_stacked - 1)
-        return eqx.filter_vmap(functools.partial(_change_rows, sizes, inner, means))(array, keys)
-    rows = jnp.moveaxis(array, axis, 0)[: min(sizes.old_tokens, sizes.tokens)]
-    new = make_rows(sizes.tokens - len(rows), field == "bias", rows, key, means)
+        change = functools.partial(_change_rows, sizes, place.of_one(), means)
+        return eqx.filter_vmap(change)(array, keys)
+    rows = place.row_axis.move_first(array)[: min(sizes.old_tokens, sizes.tokens)]
+    new = make_rows(sizes.tokens - len(rows), place.field == "bias", rows, key, means)
     padding = jnp.zeros((sizes.padding_rows, *rows.shape[1:]), rows.dtype)
-    return jnp.moveaxis(jnp.concatenate([rows, new, padding]), 0, axis)
+    return place.row_axis.move_back(jnp.concatenate([rows, new, padding]))
 
 
-def _join_arrays(axis: int, kept: int, old: Any, new: Any) -> Any:
+def _join_arrays(row_axis: RowAxis, kept: int, old: Any, new: Any) -> Any:
     """The rows before `kept` of the old array, and the others of the new one."""
     skeletons = [isinstance(array, jax.ShapeDtypeStruct) for array in (old, new)]
     if any(skeletons):
@@ -239,10 +237,8 @@ def _join_arrays(axis: int, kept: int, old: Any, new: Any) -> Any:
     check_byte_order("fresh", new)
 
     def join(old: Array, new: Array | np.ndarray) -> Array:
-        parts = (
-            lax.slice_in_dim(old, 0, kept, axis=axis),
-            lax.slice_in_dim(new, kept, None, axis=axis),
-        )
-        return jnp.concatenate([parts[0], parts[1].astype(old.dtype)], axis)
+        rows, new_rows = map(row_axis.move_first, (old, new))
+        joined = jnp.concatenate([rows[:kept], new_rows[kept:].astype(old.dtype)])
+        return row_axis.move_back(joined)
 
     return _call_on_mesh(join, old, new)

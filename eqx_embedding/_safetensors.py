@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ._inputs import as_float_dtype
-from ._table import EmbeddingTable
+from ._table import EmbeddingTable, find_row_axis, RowAxis
 
 
 # The names of input embeddings in common architectures
@@ -111,7 +111,7 @@ def load_safetensors(
         layout = _saved_layout(tensor, axis_names) or _given_layout(tensor, axis_names)
         bias = layout.bias if bias is None else bias
         found = None if bias is None else _find_tensor(path, files, bias, open_once)
-        embeddings = _read(tensor, dtype, layout.shape, layout.axis_of_rows)
+        embeddings = _read(tensor, dtype, layout.shape, layout.row_axis)
         bias_array = None if found is None else _read(found, dtype, found.shape)
     return EmbeddingTable(
         embeddings, layout.axis_names, layout.vocabulary_axis, layout.padding_rows, bias_array
@@ -205,7 +205,7 @@ class Layout(NamedTuple):
     vocabulary_axis: str
     padding_rows: int = 0
     bias: str | None = None  # the name of another tensor
-    axis_of_rows: int = 0  # where the first axis of the tensor goes
+    row_axis: RowAxis = RowAxis(0)  # where the first axis of the tensor goes
 
 
 Open = Callable[[Path], File]
@@ -213,8 +213,7 @@ Open = Callable[[Path], File]
 
 def _as_tensors(table: EmbeddingTable, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a file, and the layout to store in its metadata."""
-    axis = table.axis_names.index(table.vocabulary_axis)
-    rows = np.moveaxis(np.asarray(table.embeddings), axis, 0)
+    rows = table._row_axis.move_first(np.asarray(table.embeddings))
     tensors = {name: rows.reshape(len(rows), -1)}
     bias_name = None
     if table.bias is not None:
@@ -339,9 +338,12 @@ def _find_tensor(path: Path, files: dict[str, Path], name: str, open_once: Open)
 
 
 def _read(
-    tensor: Tensor, dtype: DTypeLike | None, shape: tuple[int, ...], axis_of_rows: int = 0
+    tensor: Tensor,
+    dtype: DTypeLike | None,
+    shape: tuple[int, ...],
+    row_axis: RowAxis = RowAxis(0),
 ) -> jax.Array:
-    """The tensor in another dtype and shape, with its first axis moved to `axis_of_rows`."""
+    """The tensor in another dtype and shape, with its first axis moved."""
     wanted = as_float_dtype("embeddings", "dtype", tensor.dtype if dtype is None else dtype)
     if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
@@ -349,7 +351,7 @@ def _read(
             "dtype=jnp.float32, or call jax.config.update('jax_enable_x64', True)."
         )
     array = _empty(shape, wanted)
-    rows = np.moveaxis(array, axis_of_rows, 0) if axis_of_rows else array.reshape(-1)
+    rows = array.reshape(-1) if row_axis == RowAxis(0) else row_axis.move_first(array)
     step = max(1, BLOCK // math.prod(rows.shape[1:]))
     stream, start, header, _ = tensor.file
     stream.seek(start + header[tensor.name]["data_offsets"][0])
@@ -404,7 +406,7 @@ def _saved_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout | None:
         return None
     try:
         axes, vocabulary_axis = dict(saved["axes"]), saved["vocabulary_axis"]
-        rows, padding_rows, bias = axes[vocabulary_axis], saved["padding_rows"], saved.get("bias")
+        rows, padding_rows, bias = axes[vocabulary_axis], saved["padding_rows"], saved["bias"]
         are_integers = {type(number) for number in (*axes.values(), padding_rows)} == {int}
         fits = are_integers and min(axes.values()) > 0
         fits = fits and shape == (rows, math.prod(axes.values()) // rows)
@@ -422,8 +424,8 @@ def _saved_layout(tensor: Tensor, axis_names: tuple[str, ...]) -> Layout | None:
             f"{tensor.about} was saved with axis_names={names}, which disagree with "
             f"axis_names={axis_names}. Leave them out, and rename the axes of the loaded table."
         )
-    axis = names.index(vocabulary_axis)
-    return Layout(names, tuple(axes.values()), vocabulary_axis, padding_rows, bias, axis)
+    row_axis = find_row_axis(names, vocabulary_axis)
+    return Layout(names, tuple(axes.values()), vocabulary_axis, padding_rows, bias, row_axis)
 
 
 def _parse(metadata: dict[str, str]) -> dict[str, Any]:

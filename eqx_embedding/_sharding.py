@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
@@ -61,7 +60,7 @@ class Split(NamedTuple):
         """The number of tokens of the whole table of which this device may have a part."""
         return table._count_tokens(table._num_rows * self.size(self.manual_table[0]))
 
-    def arrange(self, num_tokens: Any, num_rows: int) -> "Layout":
+    def arrange(self, num_tokens: Any, num_rows: int) -> "Arrangement":
         """Decides which rows each device works on.
 
         Of mesh axes that split the table as well as the batch, no device has all that its tokens
@@ -83,7 +82,7 @@ class Split(NamedTuple):
         gathered = tuple(map(operator.add, manual_shared, shared))
         # Rows are split by manual axes first: between those gathered, none may stay.
         kept = () if manual_shared[0] else vocabulary
-        whole = Layout((kept + shared[0], *shared[1:]), manual + kept, gathered, ())
+        whole = Arrangement((kept + shared[0], *shared[1:]), manual + kept, gathered, ())
         if not flat(gathered) or flat(manual_shared[1:]) or not divides(vocabulary):
             return whole
         tokens = num_tokens * self.size(flat(gathered)) // self.size(batch)
@@ -93,7 +92,7 @@ class Split(NamedTuple):
         none = ((),) * len(shared)
         split = (vocabulary + flat(shared), *none[1:])
         of_tokens = manual_shared[0] + flat(shared)
-        return Layout(split, manual + manual_shared[0] + split[0], none, of_tokens)
+        return Arrangement(split, manual + manual_shared[0] + split[0], none, of_tokens)
 
     def sharding(self, axes: Sequence[Axes]) -> NamedSharding | None:
         """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""
@@ -126,7 +125,7 @@ class Split(NamedTuple):
         """`function` of the parts that each device has of the arguments."""
 
         def place(spec: PartitionSpec, tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda array: self.place(array, as_entries(spec)), tree)
+            return jax.tree.map(lambda array: self.place(array, [*map(as_axes, spec)]), tree)
 
         arguments = jax.tree.map(
             place, in_specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec)
@@ -139,6 +138,7 @@ class Split(NamedTuple):
             try:
                 return function(*arguments)
             except ValueError as error:
+                # No type shows which explicit axes a `jax.vmap` maps over
                 if "to be a subset of mesh.axis_names" not in str(error):
                     raise
                 raise ValueError(
@@ -153,7 +153,7 @@ class Split(NamedTuple):
             return function(*arguments)
 
 
-class Layout(NamedTuple):
+class Arrangement(NamedTuple):
     """The rows that each device works on, and what is gathered for that."""
 
     table: tuple[Axes, ...]  # how explicit and automatic axes split the table first
@@ -174,29 +174,15 @@ def flat(entries: Iterable[Axes]) -> Axes:
     return tuple(axis for axes in entries for axis in axes)
 
 
-def as_entries(spec: PartitionSpec) -> list[Axes]:
-    return [as_axes(entry) for entry in spec]
-
-
 def _spec(axes: Iterable[Axes]) -> PartitionSpec:
     return PartitionSpec(*(entry or None for entry in axes))
-
-
-def zero_padding_rows(rows: Array, split: Split, vocab_size: int) -> Array:
-    """The rows that this device has of a table, with zeros for the padding rows."""
-    mesh_axes = split.manual_vocabulary
-    if len(rows) * split.size(mesh_axes) == vocab_size:
-        return rows
-    start = lax.axis_index(mesh_axes) * len(rows) if mesh_axes else 0
-    row = lax.broadcasted_iota(np.int32, rows.shape, 0) + start
-    return jnp.where(row < vocab_size, rows, jnp.zeros((), rows.dtype))
 
 
 def as_axes(entry: str | tuple[str, ...] | None) -> Axes:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def find_mesh(*arrays: Array | None) -> AbstractMesh | None:
+def find_mesh(*arrays: Array | np.ndarray | None) -> AbstractMesh | None:
     """The mesh to compute on: the one that is set, or else that of the type of an array."""
     meshes = [
         jax.sharding.get_abstract_mesh(),
@@ -230,7 +216,7 @@ def axis_types(mesh: AbstractMesh | None) -> dict[str, AxisType]:
     return {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
 
 
-def explicit_axes(array: Array) -> list[Axes]:
+def explicit_axes(array: Array | np.ndarray) -> list[Axes]:
     """The explicit mesh axes that split each axis of an array."""
     spec = tuple(jax.typeof(array).sharding.spec)
     return [as_axes(entry) for entry in spec + (None,) * (array.ndim - len(spec))]
@@ -245,7 +231,7 @@ def common(axes: Axes, others: Axes) -> Axes:
     return tuple(axis for axis in axes if axis in others)
 
 
-def varying_axes(*arrays: Array | None) -> frozenset[str]:
+def varying_axes(*arrays: Array | np.ndarray | None) -> frozenset[str]:
     """The manual mesh axes along which any of the arrays differs."""
     types = (jax.typeof(array).manual_axis_type for array in arrays if array is not None)
     return frozenset[str]().union(*(of_array.varying for of_array in types))
@@ -258,18 +244,13 @@ def sum_over(axes: Iterable[str], array: Array) -> Array:
 
 
 def find_split(
-    table: EmbeddingTable,
-    embeddings: Array,
-    batched: Array | None,
-    batch_axes: int,
-    rules: Rules | None,
-    axis: int = 0,
+    table: EmbeddingTable, batched: Array | None, batch_axes: int, rules: Rules | None
 ) -> Split:
     """Which mesh axes split a table, and a batch of tokens that it is used on.
 
     **Arguments:**
 
-    - `table`: not a stacked one; `embeddings`: its own, with the vocabulary at `axis`.
+    - `table`: not a stacked one.
     - `batched`: tokens or hidden vectors, of which the first `batch_axes` axes may be split;
         `None` for tokens in a NumPy array or a Python number.
     - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and each axis
@@ -280,22 +261,23 @@ def find_split(
     A `ValueError` for rules that do not fit the mesh or the arrays.
     """
     rules = {} if rules is None else rules
-    names = [table.vocabulary_axis, *table.embedding_axes]
+    row_axis, embeddings = table._row_axis, table.embeddings
+    names = row_axis.first(table.axis_names)
     mesh = find_mesh(embeddings, batched)
     types = axis_types(mesh)
     _check_rules(rules, ("batch", *names), types)
     if mesh is None:
         none = ((),) * len(names)
         return Split(None, table=none, manual_table=none, known=jax.device_count() == 1)
-    order = [axis, *(i for i in range(embeddings.ndim) if i != axis)]
-    explicit = explicit_axes(embeddings)
-    table_axes = {name: explicit[i] for name, i in zip(names, order, strict=True)}
+    explicit = row_axis.first(explicit_axes(embeddings))
+    table_axes = dict(zip(names, explicit, strict=True))
     split = _read_split(mesh, table_axes, batched, batch_axes, rules)
     if split.batch and batched is not None:
         _check_divides(split, "batch", batched.shape[0], split.batch[0], "")
     advice = " Make the table with `pad_to_multiple_of`."
-    for name, i, axes in zip(names, order, split.table, strict=True):
-        _check_divides(split, name, embeddings.shape[i], axes, advice if i == axis else "")
+    for name, size, axes in zip(names, row_axis.first(embeddings.shape), split.table, strict=True):
+        _check_divides(split, name, size, axes, advice)
+        advice = ""  # for the other axes
     _check_manual(split, names, embeddings, batched, rules)
     return split
 
@@ -350,7 +332,11 @@ def _check_divides(split: Split, name: str, size: int, axes: Axes, advice: str) 
 
 
 def _check_manual(
-    split: Split, names: list[str], embeddings: Array, batched: Array | None, rules: Rules
+    split: Split,
+    names: tuple[str, ...],
+    embeddings: Array | np.ndarray,
+    batched: Array | None,
+    rules: Rules,
 ) -> None:
     """Inside `jax.shard_map`, types say along which axes an array differs, though not why."""
     of_table, of_batch = varying_axes(embeddings), varying_axes(batched)

@@ -1,7 +1,7 @@
 """`EmbeddingTable`: the parameters of a vocabulary."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, final, NamedTuple
 
 import equinox as eqx
 import jax
@@ -34,6 +34,48 @@ def _suggest_axes(embedding_axes: object) -> str | None:
 
 def _named_sizes(names: Iterable[str], sizes: Iterable[object]) -> str:
     return ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
+
+
+class RowAxis(NamedTuple):
+    """The axis of an array along which its rows lie, and what is done along it."""
+
+    position: int
+
+    def of(self, axes: Sequence[Any]) -> Any:
+        """What belongs to this axis, of something for each axis of the array."""
+        return axes[self.position]
+
+    def replace(self, axes: Sequence[Any], new: Sequence[Any]) -> tuple[Any, ...]:
+        """Something for each axis of the array, with that of this axis replaced."""
+        return *axes[: self.position], *new, *axes[self.position + 1 :]
+
+    def first(self, axes: Sequence[Any]) -> tuple[Any, ...]:
+        """Something for each axis of the array, in rows-first order."""
+        return self.of(axes), *self.replace(axes, ())
+
+    def restore(self, rows_first: Sequence[Any]) -> tuple[Any, ...]:
+        """The reverse of `first`."""
+        row, *others = rows_first
+        return *others[: self.position], row, *others[self.position :]
+
+    def move_first(self, array: Any, count: int = 1) -> Any:
+        """The array with this axis first, or the `count` axes that took its place."""
+        moved = range(self.position, self.position + count)
+        others = [axis for axis in range(array.ndim) if axis not in moved]
+        return array.transpose(*moved, *others)
+
+    def move_back(self, rows: Any) -> Any:
+        """The reverse of `move_first`."""
+        return rows.transpose(self.restore(range(rows.ndim)))
+
+    def at(self, array: Array, rows: Any) -> Any:
+        """`array.at[rows]` along this axis."""
+        return array.at[(slice(None),) * self.position + (rows,)]
+
+
+def find_row_axis(names: tuple[str, ...], vocabulary_axis: str, num_stacked: int = 0) -> RowAxis:
+    """Of an array with `num_stacked` axes in front of those that have `names`."""
+    return RowAxis(num_stacked + names.index(vocabulary_axis))
 
 
 @final
@@ -249,13 +291,13 @@ class EmbeddingTable(eqx.Module):
         return self.embeddings.shape[len(self._stacked_shape) :]
 
     @property
-    def _vocabulary_position(self) -> int:
-        """That of the vocabulary axis among `axis_names`."""
-        return self.axis_names.index(self.vocabulary_axis)
+    def _row_axis(self) -> RowAxis:
+        """That of the embeddings, unless they are stacked."""
+        return find_row_axis(self.axis_names, self.vocabulary_axis)
 
     @property
     def _num_rows(self) -> int:
-        return self._sizes[self._vocabulary_position]
+        return self._row_axis.of(self._sizes)
 
     def _count_tokens(self, num_rows: int) -> int:
         """The number of tokens if the table has `num_rows` rows, padding included."""
@@ -269,17 +311,9 @@ class EmbeddingTable(eqx.Module):
 
     def _rows_first(self) -> tuple[Array, Array | None]:
         """The embeddings, of shape (rows, *embedding), and the bias, of shape (rows,)."""
-        embeddings, axis = self._checked_embeddings()
-        bias = None if self.bias is None else jnp.asarray(self.bias)
-        return jnp.moveaxis(embeddings, axis, 0), bias
-
-    def _checked_embeddings(self) -> tuple[Array, int]:
-        """The embeddings with their axes unchanged, and the position of the vocabulary axis.
-
-        For lookups: with `_rows_first`, their gradient could need a second buffer.
-        """
         self._check_arrays()
-        return jnp.asarray(self.embeddings), self._vocabulary_position
+        bias = None if self.bias is None else jnp.asarray(self.bias)
+        return self._row_axis.move_first(jnp.asarray(self.embeddings)), bias
 
     def _check_arrays(
         self,

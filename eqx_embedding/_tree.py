@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._inputs import check_byte_order
-from ._table import EmbeddingTable
+from ._table import EmbeddingTable, find_row_axis, RowAxis
 
 
 # How to resize the state of an optimizer, whatever it keeps
@@ -21,11 +21,15 @@ FRESH = (
 
 
 class Place(NamedTuple):
-    """Where the vocabulary axis of an array is."""
+    """Where the rows of an array of a table are."""
 
-    field: str  # of the table: "embeddings" or "bias"
-    axis: int
+    field: str  # "embeddings" or "bias"
+    row_axis: RowAxis
     num_stacked: int  # how many axes are in front of the named ones
+
+    def of_one(self) -> "Place":
+        """The place in one array of a stack."""
+        return Place(self.field, RowAxis(self.row_axis.position - 1), self.num_stacked - 1)
 
 
 def is_table_of(vocabulary_axis: str) -> Callable[[Any], bool]:
@@ -77,7 +81,7 @@ def find_vocab_size(tables: dict[str, EmbeddingTable], advice: str = FRESH) -> i
                     "the state of an optimizer that does not keep one number for each parameter, "
                     f"such as Adafactor, {advice}"
                 )
-            size = table._count_tokens(array.shape[place.axis])
+            size = table._count_tokens(place.row_axis.of(array.shape))
             sizes.setdefault(size, f"{path}.{field}")
     if len(sizes) > 1:
         raise ValueError(
@@ -97,16 +101,24 @@ def _check_holds_no_arrays(path: str, node: Any, advice: str) -> None:
 
 
 def check_structures(
-    what: str, tree: PyTree, other: PyTree, is_leaf: Callable[[Any], bool], advice: str
+    what: str,
+    tree: PyTree,
+    other: PyTree,
+    is_leaf: Callable[[Any], bool],
+    advice: str,
+    expected: str = "the tree",
 ) -> None:
-    """Raises a `ValueError` that names the first path at which two trees differ."""
+    """Raises a `ValueError` that names the first path at which two trees differ.
+
+    The message calls them `expected` and `what`.
+    """
     flat = [jax.tree_util.tree_flatten_with_path(x, is_leaf=is_leaf) for x in (tree, other)]
     if flat[0][1] == flat[1][1]:
         return
     paths, others = ([jax.tree_util.keystr(path) for path, _ in leaves] for leaves, _ in flat)
     first = next((a or b for a, b in itertools.zip_longest(paths, others) if a != b), "")
     raise ValueError(
-        f"{what} must have the structure of the tree, but they differ"
+        f"{what} must have the structure of {expected}, but they differ"
         + (f" at {first}" if first else " in what is not an array")
         + f": {advice}"
     )
@@ -143,7 +155,12 @@ def map_arrays(
     """
 
     def change(field: str) -> Any:
-        array, *rest = (getattr(x, field) for x in (table, *others))
+        arrays = array, *rest = [getattr(x, field) for x in (table, *others)]
+        if len({*map(is_array, arrays)}) > 1:
+            raise ValueError(
+                f"both tables must have an array for their {field}, or neither, got "
+                f"{' and '.join(type(x).__name__ for x in arrays)}."
+            )
         return function(find_place(table, field, array), array, *rest) if is_array(array) else array
 
     return map_fields(change, table, padding_rows)
@@ -153,7 +170,8 @@ def find_place(table: EmbeddingTable, field: str, array: Any) -> Place:
     """Where the rows of this array in a field are. `num_stacked` is negative if it lacks axes."""
     names = _axis_names(table)[field]
     num_stacked = len(array.shape) - len(names)
-    return Place(field, num_stacked + names.index(table.vocabulary_axis), num_stacked)
+    row_axis = find_row_axis(names, table.vocabulary_axis, num_stacked)
+    return Place(field, row_axis, num_stacked)
 
 
 def _is_table(node: Any) -> bool:

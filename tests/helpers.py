@@ -7,7 +7,6 @@ import subprocess
 import sys
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,12 +86,6 @@ def make_layer(
 
 def make_hidden(layer: EmbeddingDecode, batch: tuple[int, ...], dtype="float32") -> jax.Array:
     return make_array((*batch, *layer.table.embedding_axes.values()), dtype, seed=2)
-
-
-def quick_jit(function) -> Any:
-    """`eqx.filter_jit` for a program that runs once: compiled in half the time, slower to run."""
-    options: Any = {"compiler_options": {"xla_backend_optimization_level": 0}}
-    return eqx.filter_jit(function, **options)
 
 
 # As XLA compiles by default, whatever flags the tests have.

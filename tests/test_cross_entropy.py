@@ -472,12 +472,6 @@ def test_gradients_accumulate_under_scan_and_checkpoint(case):
     jax.tree.map(assert_close, eqx.filter_grad(total)(layer), summed)
 
 
-def test_jax_refuses_forward_mode(case):
-    layer, hidden, targets, loss, _ = case
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda h: loss(layer, h, targets), (hidden,), (hidden,))
-
-
 # Memory
 
 

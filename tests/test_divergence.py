@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,6 @@ from .helpers import (
     make_array,
     make_table,
     plain_logits,
-    quick_jit,
     rounding,
     temporaries,
     VOCAB_SIZE,
@@ -94,7 +94,7 @@ def value_and_gradients(student, hidden, teacher, theirs, weights=None, **option
         losses = student.divergence(hidden, teacher, theirs, weights=weights, **options)
         return jnp.sum(losses)
 
-    value, (d_student, *others) = quick_jit(jax.value_and_grad(loss, (0, 1, 2)))(
+    value, (d_student, *others) = eqx.filter_jit(jax.value_and_grad(loss, (0, 1, 2)))(
         student, hidden, jnp.ones(len(hidden)) if weights is None else jnp.asarray(weights)
     )
     return value, others[0], d_student.table.embeddings, d_student.table.bias, others[1]
@@ -232,7 +232,7 @@ def test_mapped_examples_are_tokens_of_one_call():
     gradients = f"f32[2,{VOCAB_SIZE + 2},4]"  # one for each example
     assert gradients not in str(program)
     results = [
-        quick_jit(jax.value_and_grad(function, (0, 1)))(student, hidden)
+        eqx.filter_jit(jax.value_and_grad(function, (0, 1)))(student, hidden)
         for function in (total, one_by_one)
     ]
     jax.tree.map(assert_close, *results)
@@ -277,7 +277,7 @@ def test_the_second_derivative_is_that_from_logits(kind):
         return student.divergence(hidden, teacher, theirs, kind=kind)
 
     def squared(loss):
-        return quick_jit(jax.grad(lambda hidden: jnp.sum(jax.grad(loss)(hidden) ** 2)))(hidden)
+        return eqx.filter_jit(jax.grad(lambda hidden: jnp.sum(jax.grad(loss)(hidden) ** 2)))(hidden)
 
     assert_close(squared(ours), squared(plain))
 

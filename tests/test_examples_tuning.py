@@ -23,7 +23,7 @@ from toy_transformer import ModelConfig, Transformer
 
 from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
-from .helpers import float64, make_array, plain_logits, python_environment, quick_jit
+from .helpers import float64, make_array, plain_logits, python_environment
 from .test_examples import EXAMPLES, tiny
 
 
@@ -89,7 +89,7 @@ def held_out(run):
     return read_text(run.data.text).held_out
 
 
-@quick_jit
+@eqx.filter_jit
 def logits_of(model, sequences):
     return eqx.filter_vmap(model.logits)(sequences)
 

@@ -61,6 +61,41 @@ def test_the_loss_exports_with_its_gradient():
     assert_close(gradient, for_embeddings)
 
 
+def everything(embeddings, hidden, targets):
+    """The arrays that each method returns, and the gradients of those that have one."""
+    table = EmbeddingTable(embeddings, NAMES, padding_rows=2)
+    decode, key = EmbeddingDecode(table), jax.random.key(0)
+
+    def losses(table, hidden):
+        decode = EmbeddingDecode(table)
+        vectors = hidden + EmbeddingLookup(table)(targets)
+        each = decode.cross_entropy(vectors, targets, reduction="none", chunk_size=3)
+        ratio = decode.token_loss(lambda s: jnp.exp(s.log_prob) - s.entropy, vectors, targets)
+        far = decode.divergence(vectors, decode, hidden)
+        return jnp.sum(each) + ratio + far + jnp.sum(decode.top_k(vectors, 2)[0])
+
+    results = (
+        jax.value_and_grad(losses, (0, 1))(table, hidden),
+        decode(hidden),
+        decode.score(hidden, targets),
+        decode.top_k(hidden, 2),
+        decode.sample(hidden, temperature=0.0, key=key),
+    )
+    return jax.tree.leaves(results)
+
+
+@pytest.mark.slow
+def test_one_program_is_exported_for_all_platforms():
+    table, hidden = make_table("first"), make_array((4, 4), seed=1)
+    arguments = table.embeddings, hidden, jnp.asarray(FOUR_TARGETS)
+    platforms = "cpu", "cuda", "rocm", "tpu"
+    stored = export.export(jax.jit(everything), platforms=platforms)(*arguments).serialize()
+    loaded = export.deserialize(stored)
+    assert loaded.platforms == platforms
+    # chunks differ between the platforms, and so may the order of sums
+    jax.tree.map(assert_close, loaded.call(*arguments), jax.jit(everything)(*arguments))
+
+
 def test_what_cannot_be_exported_says_so():
     embeddings = jax.ShapeDtypeStruct((9, 4), jnp.float32)
     (n,) = export.symbolic_shape("n")
@@ -70,6 +105,16 @@ def test_what_cannot_be_exported_says_so():
 
     def raising(embeddings, tokens):
         return EmbeddingLookup(EmbeddingTable(embeddings, NAMES), "raise")(tokens)
+
+    def scores(embeddings, hidden):
+        return EmbeddingDecode(EmbeddingTable(embeddings, NAMES)).score(hidden, 3)
+
+    def logits(table, hidden):
+        return EmbeddingDecode(table)(hidden)
+
+    for function, operand in (scores, embeddings), (logits, make_table("first")):
+        with pytest.raises(ValueError, match="an unregistered type .*register_"):
+            exported(function, operand, jax.ShapeDtypeStruct((4,), jnp.float32))
 
     with pytest.raises(NotImplementedError, match="callback"):
         exported(raising, embeddings, jax.ShapeDtypeStruct((3,), jnp.int32))

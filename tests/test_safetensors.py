@@ -23,7 +23,7 @@ from safetensors import numpy as reference, safe_open
 
 from eqx_embedding import _safetensors, EmbeddingTable, load_safetensors, save_safetensors
 
-from .helpers import LAYOUTS, make_array, make_table, NAMES, run_python
+from .helpers import LAYOUTS, make_array, make_table, NAMES, python_environment, run_python
 
 
 @pytest.fixture
@@ -335,6 +335,41 @@ def test_a_header_that_does_not_describe_the_file_is_refused(header, path):
         load_safetensors(path)
 
 
+def damaged(data: bytes, draw: np.random.Generator) -> bytes:
+    """The file with a few bytes of its header changed, or with a part of it replaced."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    if draw.random() < 0.5:
+        changed = bytearray(data)
+        for _ in range(draw.integers(1, 4)):
+            changed[draw.integers(size)] = draw.integers(256)
+        return bytes(changed)
+    parts = b'-1|1e3|[[|{}|null|true|"|,|99999999999999999999|NaN|4.0|F64|vocabulary|\xff'.split(
+        b"|"
+    )
+    start = draw.integers(8, size)
+    header = (
+        data[8:start] + parts[draw.integers(len(parts))] + data[start + draw.integers(8) : size]
+    )
+    return len(header).to_bytes(8, "little") + header + data[size:]
+
+
+def test_a_damaged_header_is_refused_or_changes_no_number(path):
+    """Names of axes and the number of padding rows may change: nothing in the file contradicts."""
+    table: Any = make_table("first", with_bias=True)
+    save_safetensors(table, path)
+    data, draw, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(500):
+        path.write_bytes(damaged(data, draw))
+        try:
+            loaded: Any = load_safetensors(path)
+        except ValueError:
+            refused += 1
+            continue
+        np.testing.assert_array_equal(loaded.embeddings, table.embeddings)
+        np.testing.assert_array_equal(loaded.bias, table.bias)
+    assert 450 < refused < 500
+
+
 def test_a_file_without_tensors_is_refused(path):
     save(path, {})
     for name, message in (None, "none of the 0 tensors"), ("wte.weight", "has no tensor 'wte"):
@@ -390,6 +425,9 @@ def test_axis_names_that_make_no_table_are_refused(path):
         '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": true}',
         '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": 0, '
         '"bias": ["y"]}',
+        '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": 0}',
+        '{"name": "x", "axes": {"a": 4, "b": 6}, "vocabulary_axis": "a", "padding_rows": 0, '
+        '"bia#": null}',
     ],
 )
 def test_metadata_that_do_not_fit_the_tensor_are_refused(noted, path):
@@ -401,8 +439,8 @@ def test_metadata_that_do_not_fit_the_tensor_are_refused(noted, path):
 
 
 def test_metadata_of_one_tensor_say_nothing_of_another(path):
-    noted = {"name": "x", "axes": {"bytes": 4, "d": 6}, "vocabulary_axis": "bytes"}
-    noted["padding_rows"] = 1
+    noted: dict[str, Any] = {"name": "x", "axes": {"bytes": 4, "d": 6}, "vocabulary_axis": "bytes"}
+    noted |= {"padding_rows": 1, "bias": None}
     tensors = {name: np.ones((4, 6), np.float32) for name in "xy"}
     save(path, tensors, {"eqx_embedding": json.dumps(noted)})
     x, y = (load_safetensors(path, name) for name in "xy")
@@ -586,6 +624,49 @@ save_safetensors(table, {str(path)!r})
     assert left.is_dir() and re.fullmatch(r"table.safetensors\.\w+\.partial", left.name)
     save_safetensors(make_table("last"), path)  # what is left is in nobody's way
     assert eqx.tree_equal(load_safetensors(path), make_table("last"))
+
+
+@pytest.mark.slow
+def test_saves_that_are_killed_at_any_moment_leave_a_whole_file(path):
+    """A process saves two tables in turn, and is killed 30 times."""
+    code = f"""
+import os, signal, sys, time
+import numpy as np
+from eqx_embedding import EmbeddingTable, save_safetensors
+def make(number):
+    rows, bias = np.full((5000, 20), number, np.float32), np.full(5000, number, np.float32)
+    return EmbeddingTable(rows, ("vocabulary", "embedding"), bias=bias)
+tables = make(0), make(1)
+save_safetensors(tables[0], {str(path)!r})
+for wait in np.random.default_rng(0).uniform(0, 0.02, 30):
+    child = os.fork()
+    if child == 0:
+        while True:
+            for table in tables:
+                save_safetensors(table, {str(path)!r})
+    time.sleep(0.005 + wait)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print("killed", flush=True)
+    sys.stdin.readline()
+"""
+    seen = set()
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=python_environment(),
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for _ in process.stdout:
+            loaded: Any = load_safetensors(path)
+            [number] = np.unique(loaded.embeddings)
+            np.testing.assert_array_equal(loaded.bias, np.full(5000, number))
+            seen.add(int(number))
+            process.stdin.write("\n")
+            process.stdin.flush()
+    assert process.returncode == 0 and seen == {0, 1}
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from .helpers import (
     make_hidden,
     make_layer as make_any_layer,
     plain_scores,
-    quick_jit,
     rounding,
     scores_reference,
     VOCAB_SIZE,
@@ -60,7 +59,7 @@ def score_of(layer, hidden, targets, weights=None, **options) -> TokenScores:
     return layer.score(hidden, targets, weights=weights, **options)
 
 
-score = quick_jit(score_of)
+score = eqx.filter_jit(score_of)
 
 
 def assert_scores(actual, expected, rtol=1e-5, atol=1e-6):
@@ -282,10 +281,10 @@ def differentiate(scores_of, layer, hidden, targets, cotangents):
     return gradients((layer, hidden))
 
 
-ours = quick_jit(
+ours: Any = eqx.filter_jit(
     functools.partial(differentiate, functools.partial(score_of, chunk_size=CHUNK_SIZE))
 )
-plain = quick_jit(functools.partial(differentiate, plain_scores))
+plain: Any = eqx.filter_jit(functools.partial(differentiate, plain_scores))
 
 
 def make_cotangents(zeros=(), dtype="float32"):
@@ -382,7 +381,7 @@ def test_weights_and_top_tokens_have_no_gradient():
         accuracy = jnp.mean(jnp.where(scores.is_top, 1.0, 0.0))
         return accuracy + 0 * jnp.sum(scores.log_prob)
 
-    for_hidden, for_weights = quick_jit(jax.grad(total, (0, 1)))(hidden, jnp.full(BATCH, 0.5))
+    for_hidden, for_weights = eqx.filter_jit(jax.grad(total, (0, 1)))(hidden, jnp.full(BATCH, 0.5))
     assert not np.any(for_hidden) and not np.any(for_weights)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,6 @@ from .helpers import (
     float64,
     make_array,
     make_table,
-    quick_jit,
     temporaries,
 )
 
@@ -53,7 +53,7 @@ def as_logits(*logits):
 @pytest.mark.parametrize("k", [1, 2, 40, V])
 def test_the_likeliest_tokens_are_those_of_the_logits(dtype, k):
     decode, hidden = make_operands(dtype.name)
-    log_probs, tokens = quick_jit(EmbeddingDecode.top_k)(decode, hidden, k)
+    log_probs, tokens = eqx.filter_jit(EmbeddingDecode.top_k)(decode, hidden, k)
     expected = from_logits(decode, hidden)
     tolerance = 1e-12 if dtype == "float64" else 3e-6
     assert log_probs.dtype == (dtype if dtype == "float64" else "float32")
@@ -85,8 +85,10 @@ def test_chunks_change_no_token(chunk_size):
         draw = functools.partial(decode.sample, hidden, key=jax.random.key(0), chunk_size=size)
         return decode.top_k(hidden, 3, chunk_size=size)[1], draw(), draw(top_k=9)
 
-    actual = quick_jit(search)(decode, hidden, chunk_size)
-    jax.tree.map(np.testing.assert_array_equal, actual, quick_jit(search)(decode, hidden, None))
+    actual = eqx.filter_jit(search)(decode, hidden, chunk_size)
+    jax.tree.map(
+        np.testing.assert_array_equal, actual, eqx.filter_jit(search)(decode, hidden, None)
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 130, 140])
@@ -158,7 +160,9 @@ def test_log_probabilities_have_gradients(k):
     def plain(decode, hidden):
         return total(lax.top_k(jax.nn.log_softmax(decode(hidden)), k)[0])
 
-    actual, expected = (quick_jit(jax.grad(f, (0, 1)))(decode, hidden) for f in (searched, plain))
+    actual, expected = (
+        eqx.filter_jit(jax.grad(f, (0, 1)))(decode, hidden) for f in (searched, plain)
+    )
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, 2e-5, 2e-5)
 
@@ -332,9 +336,9 @@ def test_under_vmap_each_example_is_searched_alone():
         draw = functools.partial(decode.sample, hidden, key=key, temperature=temperature)
         return decode.top_k(hidden, 3), decode.top_k(hidden, 1), draw(), draw(top_k=20)
 
-    expected = [quick_jit(search)(*example) for example in zip(hidden, keys, temperature)]
+    expected = [eqx.filter_jit(search)(*example) for example in zip(hidden, keys, temperature)]
     expected = jax.tree.map(lambda *parts: jnp.stack(parts), *expected)
-    actual = quick_jit(jax.vmap(search))(hidden, keys, temperature)
+    actual = eqx.filter_jit(jax.vmap(search))(hidden, keys, temperature)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-5), actual, expected)
 
 

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,6 @@ from .helpers import (
     make_array,
     make_table,
     plain_logits,
-    quick_jit,
     rounding,
     VOCAB_SIZE,
 )
@@ -62,7 +62,7 @@ def value_and_gradients(layer, hidden, targets, target_weights, **options):
     def loss(layer, hidden, target_weights):
         return layer.cross_entropy(hidden, targets, target_weights=target_weights, **options)
 
-    value, (d_layer, *others) = quick_jit(jax.value_and_grad(loss, (0, 1, 2)))(
+    value, (d_layer, *others) = eqx.filter_jit(jax.value_and_grad(loss, (0, 1, 2)))(
         layer, hidden, target_weights
     )
     return value, others[0], d_layer.table.embeddings, d_layer.table.bias, others[1]
@@ -135,7 +135,7 @@ def test_a_target_of_weight_zero_has_no_part(reduction, traced):
 
     def gradients(targets, target_weights):
         function = functools.partial(jax.value_and_grad(total, (1, 2, 3)))
-        function = quick_jit(function) if traced else function
+        function = eqx.filter_jit(function) if traced else function
         return function(targets, layer, hidden, jnp.asarray(target_weights))
 
     value, (d_layer, d_hidden, d_weights) = gradients(given, target_weights)
@@ -224,7 +224,7 @@ def test_mapped_examples_are_tokens_of_one_call():
             hidden, targets, target_weights=target_weights, return_scores=True, weights=WEIGHTS
         )
 
-    mapped = quick_jit(jax.vmap(loss, (None, 0, 0, 0)))(layer, hidden, targets, target_weights)
+    mapped = eqx.filter_jit(jax.vmap(loss, (None, 0, 0, 0)))(layer, hidden, targets, target_weights)
     alone = [loss(layer, *example) for example in zip(hidden, targets, target_weights)]
     jax.tree.map(assert_close, mapped, jax.tree.map(lambda *parts: jnp.stack(parts), *alone))
 
@@ -236,7 +236,8 @@ def test_mapped_examples_are_tokens_of_one_call():
         return jnp.sum(jnp.stack([loss(layer, *example)[0] for example in examples]))
 
     gradients = [
-        quick_jit(jax.grad(function, (0, 1)))(layer, hidden) for function in (total, one_by_one)
+        eqx.filter_jit(jax.grad(function, (0, 1)))(layer, hidden)
+        for function in (total, one_by_one)
     ]
     jax.tree.map(assert_close, *gradients)
 
@@ -256,7 +257,7 @@ def test_the_second_derivative_is_that_from_logits():
         def norm(*arguments):
             return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(*arguments))
 
-        return quick_jit(jax.grad(norm, (0, 1)))(hidden, target_weights)
+        return eqx.filter_jit(jax.grad(norm, (0, 1)))(hidden, target_weights)
 
     jax.tree.map(assert_close, squared(ours), squared(plain))
 

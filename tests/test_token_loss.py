@@ -23,7 +23,6 @@ from .helpers import (
     make_layer as make_any_layer,
     make_table,
     plain_loss,
-    quick_jit,
     scores_reference,
     VOCAB_SIZE,
 )
@@ -162,8 +161,8 @@ def ours(fn, layer, hidden, targets, *data, **options):
     return layer.token_loss(fn, hidden, targets, *data, chunk_size=CHUNK_SIZE, **options)
 
 
-@quick_jit
-def differentiate(token_loss, make, reduction, operands, targets=TARGETS, cotangent=None):
+@eqx.filter_jit
+def differentiate(token_loss, make, reduction, operands, targets=TARGETS, cotangent=None) -> Any:
     """The loss, and its gradients with respect to all operands."""
 
     def loss(operands):
@@ -264,7 +263,7 @@ def test_a_batch_may_have_any_shape(batch, reduction):
         loss = token_loss(fn, layer, hidden, targets, data, reduction=reduction)
         return jnp.sum(loss), loss
 
-    run = quick_jit(lambda f, *a: jax.value_and_grad(loss, (1, 2), has_aux=True)(f, *a))
+    run = eqx.filter_jit(lambda f, *a: jax.value_and_grad(loss, (1, 2), has_aux=True)(f, *a))
     (_, value), gradients = run(ours, hidden, data)
     if 0 in batch:
         assert value.shape == (batch if reduction == "none" else ()) and not np.any(value)
@@ -282,7 +281,7 @@ def test_integers_and_keys_may_be_data_or_closed_over(masked, reduction):
     classes, costs = jnp.asarray([2, 0, 1]), make_array((3,), seed=5)
     flags = jnp.asarray(MASK)
 
-    @quick_jit
+    @eqx.filter_jit
     @eqx.filter_value_and_grad
     def loss(operands, token_loss, key, keys, classes):
         hidden, a, costs = operands
@@ -335,7 +334,7 @@ def test_scores_come_with_the_loss_and_without_gradient(method, reduction):
     cotangent = 1.0 if reduction == "mean" else np.asarray(make_cotangent(reduction))
     options = dict(ignore_index=-100, weights=weights, reduction=reduction, return_scores=True)
 
-    @quick_jit
+    @eqx.filter_jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(hidden):
         losses = {
@@ -515,7 +514,7 @@ def test_masked_data_may_be_outside_of_a_domain(reduction):
     layer, hidden, weights, a, *_ = make_operands()
     c, data = jnp.asarray([0.5, 2.0]), np.where(MASK, 2 + np.abs(a), -1)
 
-    @quick_jit
+    @eqx.filter_jit
     @jax.value_and_grad
     def loss(c, data):
         def fn(scores, x):
@@ -550,7 +549,7 @@ def test_examples_without_tokens_may_be_outside_of_a_domain(mapped, reduction):
         axis = 0 if mapped == "examples and closure" else None
         total = jax.vmap(total, (axis, 0, 0, 0, 0))
     c = jnp.ones(3) if mapped == "examples and closure" else jnp.ones(())
-    gradient = quick_jit(jax.grad(lambda *x: jnp.sum(total(*x)), (0, 3)))
+    gradient = eqx.filter_jit(jax.grad(lambda *x: jnp.sum(total(*x)), (0, 3)))
     for_c, for_weights = gradient(c, jnp.asarray(hidden), TARGETS, weights, data)
     expected = plain_loss(lambda scores: scores.entropy, layer, hidden[:1], TARGETS[:1])
     count = 1 if reduction == "mean" else BATCH[1]
@@ -791,7 +790,7 @@ def test_functions_that_compute_something_else_are_told_apart():
 # Transformations
 
 
-@quick_jit
+@eqx.filter_jit
 def second_derivative(mode, token_loss, make, reduction, operands, direction):
     """The product of the matrix of second derivatives with a direction."""
     params, static = eqx.partition(operands, eqx.is_array)
@@ -833,7 +832,7 @@ def test_it_works_under_scan_and_checkpoint():
     """Also if the loss closes over what the scan carries, and over its inputs."""
     layer, hidden, weights, a, b, c = make_operands(padding=0.0)
 
-    @quick_jit
+    @eqx.filter_jit
     @eqx.filter_value_and_grad
     def total(operands, token_loss):
         layer, batches, c = operands

@@ -22,7 +22,6 @@ from .helpers import (
     make_layer as make_any_layer,
     NAMES,
     plain_loss,
-    quick_jit,
     temporaries,
     VOCAB_SIZE,
 )
@@ -81,7 +80,7 @@ def ours(fn, layer, hidden, targets, *data, **options):
     return layer.token_loss(fn, hidden, targets, *data, chunk_size=CHUNK_SIZE, **options)
 
 
-@quick_jit
+@eqx.filter_jit
 def differentiate(losses, layer, hidden, targets, *others):
     """The losses of all examples, and the gradients of a sum of them with respect to all."""
 
@@ -171,7 +170,7 @@ def test_a_bare_cross_entropy_is_that_of_each_example(padding_rows, options):
         arrays = dict(embeddings=layer.table.embeddings[..., :VOCAB_SIZE], bias=None)
         layer = EmbeddingDecode(dataclasses.replace(layer.table, **arrays, padding_rows=0))
     loss = functools.partial(layer.cross_entropy, **options)
-    losses = quick_jit(jax.vmap(loss))(hidden, targets)
+    losses = eqx.filter_jit(jax.vmap(loss))(hidden, targets)
     one_by_one = [loss(h, t) for h, t in zip(hidden, targets, strict=True)]
     assert_close(losses, np.stack(one_by_one))
 
@@ -249,7 +248,7 @@ def test_second_derivatives_of_a_vmap_are_those_of_plain_logits():
     layer, (hidden, *others) = make_layer(0.0), make_examples("htwdc")
     direction = make_array(hidden.shape, seed=6)
 
-    @quick_jit
+    @eqx.filter_jit
     def product(token_loss, hidden):
         def total(hidden):
             loss = functools.partial(loss_of_example, token_loss)
@@ -284,7 +283,7 @@ def test_scores_of_examples_are_those_of_the_batch(mapped):
         )
         return of_example(*repeated)
 
-    run = quick_jit(jax.value_and_grad(total, has_aux=True))
+    run = eqx.filter_jit(jax.value_and_grad(total, has_aux=True))
     actual = run(hidden, jax.vmap(of_example, in_axes(mapped)[1:4]))
     assert_trees_close(actual, run(hidden, loop))
 
@@ -305,9 +304,14 @@ def test_scores_come_with_the_losses_of_examples(mapped, reduction):
         # the scores have no gradient
         return jnp.sum(losses) + jnp.sum(scores.entropy), (losses, scores)
 
-    (_, (losses, scores)), gradient = quick_jit(jax.value_and_grad(total, has_aux=True))(hidden)
+    run = eqx.filter_jit(jax.value_and_grad(total, has_aux=True))
+    (_, (losses, scores)), gradient = run(hidden)
     expected, wanted, for_hidden = [], [], []
-    one = quick_jit(lambda *x: (loss(*x), jax.grad(lambda h: jnp.sum(loss(h, *x[1:])[0]))(x[0])))
+
+    @eqx.filter_jit
+    def one(*x) -> Any:
+        return loss(*x), jax.grad(lambda h: jnp.sum(loss(h, *x[1:])[0]))(x[0])
+
     for i in range(EXAMPLES):
         arguments = [
             x[i] if name in mapped else x
@@ -335,7 +339,7 @@ def test_vmap_of_grad_gives_each_example_its_own_gradients():
         hidden, targets, *others = examples
         of_example = eqx.filter_value_and_grad(loss)
         of_all = eqx.filter_vmap(of_example, in_axes=((None, 0, 0, 0, 0), 0))
-        return quick_jit(of_all)((layer, hidden, *others), targets)
+        return eqx.filter_jit(of_all)((layer, hidden, *others), targets)
 
     examples = make_examples("htwdc")
     values, actual = gradients(ours, make_layer(), examples)
@@ -445,7 +449,7 @@ def test_chunks_of_masked_tokens_are_skipped(gradients):
         options: Any = dict(weights=weights, chunk_size=CHUNK_SIZE)
         return layer.token_loss(fn, hidden, targets, **options)
 
-    run = quick_jit(jax.value_and_grad(loss) if gradients else loss)
+    run = eqx.filter_jit(jax.value_and_grad(loss) if gradients else loss)
     hidden = make_array((96, 2, 3))
 
     def count(*counted):

@@ -20,9 +20,9 @@ From a call to the numbers, top down:
 from ._batch import (
     sample_tokens as sample_tokens,
     score_tokens as score_tokens,
+    token_losses as token_losses,
     top_k_tokens as top_k_tokens,
-    total_loss as total_loss,
-    weighted_losses as weighted_losses,
+    Wanted as Wanted,
 )
 from ._devices import widen as widen
 from ._function import (

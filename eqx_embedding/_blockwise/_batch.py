@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from .._inputs import at_least_float32
-from .._sharding import Axes, flat, Layout, remaining, Split, sum_over
+from .._sharding import Arrangement, Axes, flat, remaining, Split, sum_over
 from .._suggest import explain_spmd
+from ._chunks import only
 from ._device_losses import device_losses
 from ._device_scores import device_scores
 from ._device_search import device_sample, device_top_k
@@ -31,132 +32,143 @@ from ._scores import Used
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> Scores:
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
-
-    def scores(options: Options, operands: Operands) -> Scores:
-        return device_scores(options, used, operands)
-
-    return _of_each_token(options, split, scores, ("hidden", "targets", "mask"), operands)
+    names = "hidden", "targets", "mask"
+    return _map_tokens(options, split, device_scores, used, names, operands)
 
 
 @explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def top_k_tokens(options: Options, split: Split, k: int, operands: Operands) -> tuple[Array, Array]:
     """The `k` largest log-probabilities and their tokens, each `*batch k`."""
-
-    def top_k(options: Options, operands: Operands) -> tuple[Array, Array]:
-        return device_top_k(options, k, operands)
-
-    return _of_each_token(options, split, top_k, ("hidden", "targets"), operands)
+    return _map_tokens(options, split, device_top_k, k, ("hidden", "targets"), operands)
 
 
 @explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def sample_tokens(options: Options, split: Split, k: int | None, operands: Operands) -> Array:
     """A token drawn among the `k` likeliest, or all, with the keys and temperatures in the data."""
-
-    def sample(options: Options, operands: Operands) -> Array:
-        return device_sample(options, k, operands)
-
-    return _of_each_token(options, split, sample, ("hidden", "targets", "data"), operands)
+    names = "hidden", "targets", "data"
+    return _map_tokens(options, split, device_sample, k, names, operands)
 
 
-def _of_each_token(
+def _map_tokens(
     options: Options,
     split: Split,
-    of_device: Callable[[Options, Operands], PyTree],
+    of_device: Callable[[Options, Any, Operands], PyTree],
+    wanted: Any,
     names: tuple[str, ...],
     operands: Operands,
 ) -> PyTree:
-    """`of_device(options, operands)`, whose arrays are (N, ...), for all tokens of a batch.
+    """`of_device(options, wanted, operands)`, arrays (N, ...), for all tokens of a batch.
 
     `names` are the operands that have a value for each token.
     """
-    layout = split.arrange(math.prod(operands.batch), len(operands.rows))
+    arrangement = split.arrange(math.prod(operands.batch), len(operands.rows))
 
     def on_one_device(operands: Operands) -> PyTree:
-        local, flat = _prepare(options, split, layout, operands)
-        return _unflatten(operands.batch, of_device(local, flat))
+        local, flat = _prepare(options, split, arrangement, operands)
+        return _unflatten(operands.batch, of_device(local, wanted, flat))
 
     def on_devices(operands: Operands) -> PyTree:
-        operands = _match_rows(split, layout, operands)
-        return split.map(on_one_device, (_specs(split, layout),), P(*split.batch), (operands,))
+        operands = _match_rows(split, arrangement, operands)
+        return split.map(on_one_device, (_specs(split, arrangement),), P(*split.batch), (operands,))
 
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
-        if any(jax.tree.leaves((mapped.rows, mapped.bias, mapped.teacher))):
-            return None  # each example has a table of its own
-        each = _of_examples(size, mapped, operands, *names)
-        return _of_each_token(options, split.with_examples(mesh_axes), of_device, names, each)
+        if _has_own_table(mapped):
+            return None
+        each = _add_example_axis(size, mapped, operands, *names)
+        wider = split.with_examples(mesh_axes)
+        return _map_tokens(options, wider, of_device, wanted, names, each)
 
     return call_as_one(on_devices, operands, vmap_rule=on_examples)
 
 
+class Wanted(NamedTuple):
+    """What to compute from the scores of tokens."""
+
+    function: TokenFunction
+    total: bool  # whether to sum the weighted losses
+    scores: bool  # whether to return the scores, too
+
+    @property
+    def used(self) -> Used:
+        return self.function.used(self.scores)
+
+
 @explain_spmd
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def total_loss(
-    options: Options,
-    split: Split,
-    function: TokenFunction,
-    return_scores: bool,
-    operands: Operands,
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def token_losses(
+    options: Options, split: Split, wanted: Wanted, operands: Operands
 ) -> tuple[Array, Scores | None]:
-    """The weighted sum of the losses, and the scores without gradient."""
-    layout = split.arrange(math.prod(operands.batch), len(operands.rows))
+    """The weighted losses, `*batch`, or their sum; and the scores without gradient."""
+    arrangement = split.arrange(math.prod(operands.batch), len(operands.rows))
 
     def on_one_device(operands: Operands) -> tuple[Array, Scores | None]:
-        local, flat = _prepare(options, split, layout, operands)
-        both: Any = device_total(local, function, return_scores, flat)
-        total, scores = both
-        return sum_over(split.all_batch, total), _unflatten(operands.batch, scores)
+        local, flat = _prepare(options, split, arrangement, operands)
+        if wanted.total:
+            both: Any = device_total(local, wanted.function, wanted.scores, flat)
+            total, scores = both
+            return sum_over(split.all_batch, total), _unflatten(operands.batch, scores)
+        scores = device_scores(local, wanted.used, _score_operands(flat))
+        of_tokens = scores, flat.weights, flat.data, flat.closure, flat.mask
+        losses = device_losses(wanted.function, None, local.outer_axes, *of_tokens)
+        return _unflatten(operands.batch, (losses, scores if wanted.scores else None))
 
     def on_devices(operands: Operands) -> Any:
-        specs, operands = _specs(split, layout), _match_rows(split, layout, operands)
-        return split.map(on_one_device, (specs,), (P(), P(*split.batch)), (operands,))
+        specs, operands = _specs(split, arrangement), _match_rows(split, arrangement, operands)
+        batch = P(*split.batch)
+        of_losses = P() if wanted.total else batch
+        return split.map(on_one_device, (specs,), (of_losses, batch), (operands,))
 
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
-        if any(jax.tree.leaves((mapped.rows, mapped.bias, mapped.teacher))):
+        if _has_own_table(mapped):
             return None
         wider = split.with_examples(mesh_axes)
-        return _totals_of_examples(options, wider, function, return_scores, size, mapped, operands)
+        return _losses_of_examples(options, wider, wanted, size, mapped, operands)
 
-    total, scores = call_as_one(on_devices, operands, vmap_rule=on_examples)
-    return total, jax.tree.map(lax.stop_gradient, scores)
+    losses, scores = call_as_one(on_devices, operands, vmap_rule=on_examples)
+    return losses, jax.tree.map(lax.stop_gradient, scores)
 
 
-def _totals_of_examples(
+def _score_operands(operands: Operands) -> Operands:
+    """Without what only losses depend on."""
+    return operands._replace(weights=None, data=(), closure=())
+
+
+def _losses_of_examples(
     options: Options,
     split: Split,
-    function: TokenFunction,
-    return_scores: bool,
+    wanted: Wanted,
     size: int,
     mapped: Operands,
     operands: Operands,
 ) -> tuple[Array, Scores | None]:
-    """`total_loss` of each example. Their cotangents differ, so scores of tokens stay apart.
+    """`token_losses` of each example. Their cotangents differ, so scores of tokens stay apart.
 
     `split` is that of the batch with the axis of examples in front.
     """
-    used, mask = function.used(return_scores), operands.mask
-    of_scores = operands._replace(weights=None, data=(), closure=())
+    used, mask, of_scores = wanted.used, operands.mask, _score_operands(operands)
     if mapped.hidden or mapped.targets:
-        each = _of_examples(size, mapped, of_scores, "hidden", "targets", "mask")
+        each = _add_example_axis(size, mapped, of_scores, "hidden", "targets", "mask")
         scores = score_tokens(options, split, used, each)
     else:  # the scores are those of all examples alike
         some = of_scores._replace(mask=jnp.any(mask, axis=0) if mapped.mask else mask)
         scores = score_tokens(options, split._replace(batch=split.batch[1:]), used, some)
         scores = jax.tree.map(functools.partial(_repeat, size, False), scores)
-    each = _of_examples(size, mapped, operands, "weights", "data", "mask")
+    each = _add_example_axis(size, mapped, operands, "weights", "data", "mask")
     of_tokens = scores, each.weights, each.data, operands.closure, each.mask
     of_example = mapped.closure if any(mapped.closure) else None
-    losses = weighted_losses(split, function, of_example, *of_tokens)
-    total = sum_over(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
-    if not return_scores:
-        return total, None
-    return total, jax.tree.map(functools.partial(_zero_unless, each.mask), scores)
+    losses = _weighted_losses(split, wanted.function, of_example, *of_tokens)
+    if wanted.total:
+        losses = sum_over(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
+    if not wanted.scores:
+        return losses, None
+    return losses, jax.tree.map(functools.partial(only, each.mask), scores)
 
 
 @explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def weighted_losses(
+def _weighted_losses(
     split: Split,
     function: TokenFunction,
     of_example: tuple[bool, ...] | None,
@@ -195,22 +207,22 @@ def weighted_losses(
         *of_tokens, mask = _repeat(size, (*tokens_mapped, mask_mapped), (*of_tokens, mask))
         flags = closure_mapped if any(closure_mapped) else None
         wider = split.with_examples(mesh_axes)
-        return weighted_losses(wider, function, flags, *of_tokens, closure, mask)
+        return _weighted_losses(wider, function, flags, *of_tokens, closure, mask)
 
     operands = scores, weights, data, closure, mask
     return call_as_one(on_devices, operands, vmap_rule=on_examples)
 
 
-def _specs(split: Split, layout: Layout) -> Operands:
+def _specs(split: Split, arrangement: Arrangement) -> Operands:
     """How each operand is split over the devices. The teacher has the rows of the student."""
-    batch, rows, row = P(*split.batch), layout.spec, P(*layout.spec[:1])
+    batch, rows, row = P(*split.batch), arrangement.spec, P(*arrangement.spec[:1])
     return Operands(batch, rows, row, batch, batch, batch, batch, P(), row)
 
 
-def _match_rows(split: Split, layout: Layout, operands: Operands) -> Operands:
+def _match_rows(split: Split, arrangement: Arrangement, operands: Operands) -> Operands:
     """Gives a table of a teacher the padding rows of the student, if rows are split."""
     V = len(operands.rows)
-    if operands.teacher is None or not (layout.vocabulary or layout.table[0]):
+    if operands.teacher is None or not (arrangement.vocabulary or arrangement.table[0]):
         return operands
 
     def match(array: Array) -> Array:
@@ -223,24 +235,24 @@ def _match_rows(split: Split, layout: Layout, operands: Operands) -> Operands:
 
 
 def _prepare(
-    options: Options, split: Split, layout: Layout, operands: Operands
+    options: Options, split: Split, arrangement: Arrangement, operands: Operands
 ) -> tuple[Options, Operands]:
     """Of one device: what it knows, and its operands, of N tokens, in a wide dtype."""
     head = jax.tree.map(functools.partial(widen, options.wide), operands[:3])
     _, _, _, *of_tokens, closure, teacher = operands
     tokens = *of_tokens, _widen_closure(closure)
-    same = remaining(layout.vocabulary, [layout.tokens])
+    same = remaining(arrangement.vocabulary, [arrangement.tokens])
     (hidden, rows, bias), tokens = _mark_shared(same, head, tokens)
-    rows = gather(options.dtype, layout.gathered, rows)
-    bias = bias if bias is None else gather(options.wide, layout.gathered[:1], bias)
-    teacher = jax.tree.map(lambda a: gather(a.dtype, layout.gathered[:1], a), teacher)
+    rows = gather(options.dtype, arrangement.gathered, rows)
+    bias = bias if bias is None else gather(options.wide, arrangement.gathered[:1], bias)
+    teacher = jax.tree.map(lambda a: gather(a.dtype, arrangement.gathered[:1], a), teacher)
     flat_operands = _flatten(Operands(hidden, rows, bias, *tokens, teacher=teacher))
     local = options._replace(
-        mesh=jax.sharding.get_abstract_mesh() if layout.vocabulary else None,
-        vocabulary_axes=layout.vocabulary,
-        token_axes=layout.tokens,
+        mesh=jax.sharding.get_abstract_mesh() if arrangement.vocabulary else None,
+        vocabulary_axes=arrangement.vocabulary,
+        token_axes=arrangement.tokens,
         rows_dtype=operands.rows.dtype if is_alone(rows) else options.wide,
-        gathered=bool(flat(layout.gathered)),
+        gathered=bool(flat(arrangement.gathered)),
         outer_axes=_outer_axes(split, head),
     )
     return local, flat_operands
@@ -293,17 +305,15 @@ def _widen_closure(closure: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(map(widen_float, closure))
 
 
-def _of_examples(size: int, mapped: Operands, operands: Operands, *names: str) -> Operands:
+def _has_own_table(mapped: Operands) -> bool:
+    """Whether each example has a table of its own."""
+    return any(jax.tree.leaves((mapped.rows, mapped.bias, mapped.teacher)))
+
+
+def _add_example_axis(size: int, mapped: Operands, operands: Operands, *names: str) -> Operands:
     """The operands, of which those that are named have an axis of examples in front."""
     new = {name: _repeat(size, getattr(mapped, name), getattr(operands, name)) for name in names}
     return operands._replace(**new)
-
-
-def _zero_unless(mask: Array | None, array: Array) -> Array:
-    if mask is None:
-        return array
-    mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
-    return jnp.where(mask, array, jnp.zeros((), array.dtype))
 
 
 def _repeat(size: int, mapped: PyTree, arrays: PyTree) -> PyTree:

@@ -93,8 +93,7 @@ class Chunks:
         array = array.reshape(-1, *array.shape[2:])
         if self.mask is None:
             return array[: self.num_tokens]
-        mask = jnp.expand_dims(self.mask, range(1, array.ndim))
-        return jnp.where(mask, array[self.place], jnp.zeros((), array.dtype))
+        return only(self.mask, array[self.place])
 
     def is_token(self, i: Any) -> Array | None:
         """Which places of chunk `i` have a token, or `None` if all have."""
@@ -133,8 +132,9 @@ class Chunks:
         return sums, jax.tree.map(self.join, results)
 
 
-def only(is_token: Array | None, array: Array) -> Array:
-    """The array, with zeros in places that have no token."""
-    if is_token is None:
+def only(mask: Array | None, array: Array) -> Array:
+    """The array, with zeros for the tokens that the mask leaves out."""
+    if mask is None:
         return array
-    return jnp.where(jnp.expand_dims(is_token, range(is_token.ndim, array.ndim)), array, 0.0)
+    mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
+    return jnp.where(mask, array, jnp.zeros((), array.dtype))

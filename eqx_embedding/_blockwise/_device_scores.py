@@ -23,10 +23,10 @@ from ._scores import Used
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def device_scores(options: Options, used: Used, operands: Operands) -> Scores:
     """The scores of N tokens; zeros for those that the mask leaves out."""
-    return _all_scores(options, used, operands)
+    return all_scores(options, used, operands)
 
 
-def _all_scores(options: Options, used: Used, operands: Operands) -> Scores:
+def all_scores(options: Options, used: Used, operands: Operands) -> Scores:
     scores = functools.partial(_scores, used)
     return on_device(scores, options, device_type(operands.targets), operands)
 
@@ -50,7 +50,7 @@ def save_operands(options: Options, operands: Operands) -> tuple[Static, Operand
 
 
 def _device_scores_forward(options: Options, used: Used, operands: Operands) -> Any:
-    return _all_scores(options, used, operands), save_operands(options, operands)
+    return all_scores(options, used, operands), save_operands(options, operands)
 
 
 def device_scores_backward(

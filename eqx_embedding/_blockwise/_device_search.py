@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ._device_scores import device_scores_backward, save_operands
+from ._device_scores import all_scores, device_scores_backward, save_operands
 from ._devices import device_type
 from ._logits import chunks_of, Head, make_head, on_device, Operands, Options
 from ._reference import TokenScores
@@ -16,20 +17,43 @@ from ._scores import Used
 from ._search import draw_among, draw_token, Draws, find_likeliest
 
 
+ONLY_LOG_PROB = Used(mean_log_prob=False, entropy=False, is_top=False)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def device_top_k(
     options: Options, k: int, operands: Operands
 ) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
     """The `k` largest log-probabilities of N vectors, and their tokens."""
+    return _top_k(options, k, operands)
 
+
+def _top_k(options: Options, k: int, operands: Operands) -> Any:
     def find(options: Options, head: Head, x: Array) -> Any:
         return find_likeliest(options, k, head, x)
 
-    return _of_chunks(find, options, operands)
+    log_probs, tokens = _map_chunks(find, options, lax.stop_gradient(operands))
+    return _of_targets(options, operands._replace(targets=tokens), log_probs), tokens
+
+
+# For derivatives of the gradient, which has a rule of its own
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _of_targets(options: Options, operands: Operands, log_probs: Array) -> Array:
+    """These log-probabilities, with the derivative of those of the targets."""
+    return log_probs
+
+
+@_of_targets.defjvp
+def _of_targets_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    def log_probs(operands: Operands) -> Array:
+        return all_scores(options, ONLY_LOG_PROB, operands)[0]
+
+    _, tangent = jax.jvp(log_probs, primals[:1], tangents[:1])
+    return primals[1], tangent
 
 
 def _device_top_k_forward(options: Options, k: int, operands: Operands) -> Any:
-    found: Any = device_top_k(options, k, operands)
+    found = _top_k(options, k, operands)
     _, tokens = found
     return found, save_operands(options, operands._replace(targets=tokens))
 
@@ -40,9 +64,8 @@ def _device_top_k_backward(
     """That of the log-probabilities of `k` targets."""
     cotangent, _ = cotangents
     zeros = jnp.zeros_like(cotangent[:, 0])
-    none = Used(mean_log_prob=False, entropy=False, is_top=False)
     scores = TokenScores(cotangent, zeros, zeros, zeros, zeros)
-    return device_scores_backward(options, none, saved, scores)
+    return device_scores_backward(options, ONLY_LOG_PROB, saved, scores)
 
 
 device_top_k.defvjp(_device_top_k_forward, _device_top_k_backward)
@@ -56,10 +79,12 @@ def device_sample(options: Options, k: int | None, operands: Operands) -> Int[Ar
             return draw_token(options, head, x, draws)
         return draw_among(*find_likeliest(options, k, head, x), draws)
 
-    return _of_chunks(find, options, operands, Draws(*operands.data))
+    return _map_chunks(find, options, operands, Draws(*operands.data))
 
 
-def _of_chunks(find: Callable[..., Any], options: Options, operands: Operands, *tokens: Any) -> Any:
+def _map_chunks(
+    find: Callable[..., Any], options: Options, operands: Operands, *tokens: Any
+) -> Any:
     """`find(options, head, x, *tokens)` for the vectors and tokens of each chunk."""
     options = options._replace(gathered=True)  # No gradient has a buffer that logits could use.
 

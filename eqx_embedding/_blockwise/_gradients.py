@@ -26,15 +26,7 @@ from ._logits import (
     without_padding,
 )
 from ._reference import Scores, TokenScores
-from ._scores import (
-    as_scores,
-    find_statistics,
-    LOWEST,
-    Statistics,
-    Targets,
-    targets_first,
-    Used,
-)
+from ._scores import as_scores, find_statistics, LOWEST, Statistics, Targets, targets_first, Used
 
 
 class HeadGradient(NamedTuple):

@@ -22,7 +22,7 @@ from ._devices import (
     sum_to_owners,
     without_devices,
 )
-from ._plan import make_plan, Platform
+from ._plan import make_plan, Platform, Work
 
 
 class Comparison(NamedTuple):
@@ -60,18 +60,10 @@ class Options(NamedTuple):
         (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
         masked, devices = operands.mask is not None, self.count_devices(self.token_axes)
         heads = 1 if self.comparison is None else 2  # logits of a token for each row
-        plan = make_plan(
-            platform,
-            N * devices * heads,
-            V,
-            D,
-            self.dtype,
-            self.wide,
-            self.tiles,
-            masked,
-            self.gathered,
-            self.chunk_size,
-        )
+        num_tokens, chunk_size = N * devices * heads, self.chunk_size
+        dtypes = self.dtype, self.wide
+        work = Work(num_tokens, V, D, *dtypes, self.tiles, masked, self.gathered, chunk_size)
+        plan = make_plan(platform, work)
         if self.chunk_size is None:
             plan = plan._replace(chunk_size=max(plan.chunk_size // heads, 1))
         return self._replace(plan=plan)
@@ -99,8 +91,8 @@ class Operands(NamedTuple):
     hidden: Any  # *batch *embedding
     rows: Any  # V *embedding
     bias: Any  # V, or `None`
-    targets: Any  # *batch; *batch k for k targets of a token; or hidden vectors of a teacher
-    mask: Any  # *batch, which tokens count; `None` if all do
+    targets: Any = None  # *batch; *batch k for k targets of a token; or hidden vectors of a teacher
+    mask: Any = None  # *batch, which tokens count; `None` if all do
     weights: Any = None  # *batch; `None` where only scores are asked for
     data: Any = ()  # arrays *batch ..., of which a function gets one row for each token
     closure: Any = ()  # arrays, which a function gets as they are

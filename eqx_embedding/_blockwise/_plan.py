@@ -20,45 +20,34 @@ class Plan(NamedTuple):
     round_early: bool  # whether a gradient of the table from one product is rounded at once
 
 
-def make_plan(
-    platform: Platform,
-    N: Any,
-    V: int,
-    D: int,
-    dtype: DTypeLike,
-    wide: DTypeLike,
-    tiles: bool,
-    masked: bool,
-    gathered: bool,
-    chunk_size: int | None,
-) -> Plan:
-    """What is fast for these sizes, and factors of `dtype` summed in `wide`.
+class Work(NamedTuple):
+    """What is to be cut."""
 
-    `tiles` says whether a device can cut its rows into tiles, `masked` whether some tokens may not
-    count, and `gathered` whether the rows are a copy of the parts of other devices. A `chunk_size`
-    was asked for. A symbolic N of `jax.export` is an error of JAX.
-    """
+    N: Any  # a symbolic one, of `jax.export`, is an error of JAX
+    V: int
+    D: int
+    dtype: DTypeLike  # of the factors of the logits
+    wide: DTypeLike  # of their sums
+    tiles: bool  # whether a device can cut its rows into tiles
+    masked: bool  # whether some tokens may not count
+    gathered: bool  # whether the rows are a copy of the parts of other devices
+    chunk_size: int | None  # that was asked for
+
+
+def make_plan(platform: Platform, work: Work) -> Plan:
+    """What is fast."""
     if platform == "cpu":
-        return _cpu_plan(N, V, D, dtype, wide, tiles, masked, chunk_size)
+        return _cpu_plan(work)
     # float16 would lose the small probabilities.
-    dtype = wide if dtype == jnp.float16 else dtype
-    chunk_size = chunk_size or _accelerator_chunk(platform, N, V, D, gathered)
+    dtype = work.wide if work.dtype == jnp.float16 else work.dtype
+    chunk_size = work.chunk_size or _accelerator_chunk(platform, work)
     # A TPU rounds factors to bfloat16 in any case. Told to round one before, XLA can write a copy.
     d_logits_dtype = at_least_float32(dtype) if platform == "tpu" else dtype
     round_early = dtype == jnp.bfloat16
-    return Plan(chunk_size, V, dtype, d_logits_dtype, transpose=False, round_early=round_early)
+    return Plan(chunk_size, work.V, dtype, d_logits_dtype, transpose=False, round_early=round_early)
 
 
-def _cpu_plan(
-    N: Any,
-    V: int,
-    D: int,
-    dtype: DTypeLike,
-    wide: DTypeLike,
-    tiles: bool,
-    masked: bool,
-    chunk_size: int | None,
-) -> Plan:
+def _cpu_plan(work: Work) -> Plan:
     """Chosen on two cores of an AMD EPYC, by `benchmarks/cross_entropy.py`.
 
     Each chunk reads and writes the gradient of the table once, so larger chunks are faster, up to
@@ -72,6 +61,7 @@ def _cpu_plan(
     A small problem is one chunk and one tile, the plain way: if all its logits are no more than
     those, or than the vectors of a chunk and their gradient.
     """
+    N, V, D, dtype, wide, tiles, masked, _, chunk_size = work
     largest = 128 if masked else 256
     C = max(min(max(D * 13 // 16, 128), largest), 2**20 // V)
     is_small = N * V <= max(2**20, 2 * C * D)
@@ -86,7 +76,7 @@ def _cpu_plan(
 SMALLEST = 1024  # tokens; smaller products starve an accelerator
 
 
-def _accelerator_chunk(platform: Platform, N: Any, V: int, D: int, gathered: bool) -> int:
+def _accelerator_chunk(platform: Platform, work: Work) -> int:
     """Chosen by the memory of programs compiled for them, by `benchmarks/accelerators.py`.
 
     Each chunk reads and writes the gradient of the table in float32, 8VD bytes, beside 6CVD
@@ -108,8 +98,9 @@ def _accelerator_chunk(platform: Platform, N: Any, V: int, D: int, gathered: boo
     Where the table is gathered, the result is only the part of a device: no logits fit into its
     place, and chunks are as small as they may be.
     """
-    if gathered:
+    if work.gathered:
         return SMALLEST
+    N, V, D, *_ = work
     quarter = -(-N // 512) * 128  # rounded up: four chunks are enough
     C = min(max(min(D // 256 * 128, quarter), SMALLEST), 2048)
     sums = 4 * D + 4 * N * D // V

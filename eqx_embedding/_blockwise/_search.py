@@ -21,12 +21,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from .._inputs import HOTTEST, nan_where
 from ._chunks import over_tiles, tile
-from ._devices import (
-    gather_over_devices,
-    max_over_devices,
-    min_over_devices,
-    sum_over_devices,
-)
+from ._devices import gather_over_devices, max_over_devices, min_over_devices, sum_over_devices
 from ._logits import all_tokens, Head, Options, own_tokens, tile_logits
 from ._scores import find_statistics, Used
 
@@ -103,11 +98,11 @@ def draw_token(
     relative = (blocks.largest - largest[None]) * draws.coldness[None]
     weights = jnp.where(draws.is_random[None], jnp.log(blocks.total), 0.0)
     scores = relative + weights + draws.noise(0, len(relative), z.dtype).T
-    rows = _rows(jnp.argmax(scores, axis=0)[:, None])
+    rows = _rows_of_blocks(jnp.argmax(scores, axis=0)[:, None])
 
     relative = (_take(z, rows - head.start) - largest[:, None]) * draws.coldness[:, None]
     scores = relative + draws.noise(1, BLOCK, z.dtype)
-    tokens = _of_best_device(
+    tokens = _pick_best_device(
         options, jnp.max(scores, axis=1), _pick(rows, jnp.argmax(scores, axis=1))
     )
 
@@ -136,7 +131,7 @@ def _likeliest_some(options: Options, k: int, head: Head, x: Array) -> tuple[Arr
     if k < len(blocks.largest):
         _, block = lax.top_k(blocks.largest.T, k)
         # In the order of tokens: of equal logits, the first is taken.
-        rows = _rows(jnp.sort(block, axis=1)) - _shift(options, head)
+        rows = _rows_of_blocks(jnp.sort(block, axis=1)) - _shift(options, head)
         values, rows = _largest(k, _take(z, rows), rows)
     else:
         values, rows = lax.top_k(z.T, min(k, len(z)))
@@ -212,7 +207,7 @@ def _shift(options: Options, head: Head) -> Any:
     return head.start % BLOCK if options.vocabulary_axes else 0
 
 
-def _rows(blocks: Int[Array, "C k"]) -> Int[Array, "C rows"]:
+def _rows_of_blocks(blocks: Int[Array, "C k"]) -> Int[Array, "C rows"]:
     rows = blocks[:, :, None] * BLOCK + np.arange(BLOCK, dtype=np.int32)[None, None]
     return rows.reshape(len(blocks), blocks.shape[1] * BLOCK)
 
@@ -242,7 +237,7 @@ def _largest(k: int, values: Array, tokens: Array) -> tuple[Array, Array]:
     return values, jnp.take_along_axis(tokens, place, axis=1)
 
 
-def _of_best_device(options: Options, score: Array, token: Array) -> Array:
+def _pick_best_device(options: Options, score: Array, token: Array) -> Array:
     """The token of the device with the highest score."""
     mesh, axes = options.mesh, options.vocabulary_axes
     is_best = score == max_over_devices(mesh, axes, score)

@@ -1,5 +1,6 @@
 """Divergences and soft targets over eight devices equal those of one."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode
 
-from ..helpers import compile_by_default, quick_jit
+from ..helpers import compile_by_default
 from .helpers import (
     assert_trees_close,
     collectives,
@@ -67,7 +68,7 @@ def on_mesh(setting, kind, axis="model", of_teacher="model", rules=RULES, reduct
         loss = jax.shard_map(
             loss, in_specs=(P(axis), data, data, data, P(of_teacher)), out_specs=P()
         )
-    return quick_jit(jax.value_and_grad(loss, (0, 1)))
+    return eqx.filter_jit(jax.value_and_grad(loss, (0, 1)))
 
 
 def place_all(mesh, arguments, axis="model", of_teacher="model"):
@@ -77,7 +78,7 @@ def place_all(mesh, arguments, axis="model", of_teacher="model"):
 
 
 def expect(arguments, kind, reduction="mean"):
-    return quick_jit(jax.value_and_grad(make_loss(None, kind, reduction), (0, 1)))(*arguments)
+    return eqx.filter_jit(jax.value_and_grad(make_loss(None, kind, reduction), (0, 1)))(*arguments)
 
 
 @settings
@@ -172,11 +173,11 @@ def test_soft_targets_give_the_same(setting, reduction):
     loss = make(None if setting in ("automatic", "explicit") else RULES, mesh_axes)
     mesh = make_mesh(setting)
     batched = hidden, targets, target_weights, weights
-    expected = quick_jit(jax.value_and_grad(make(None), (0, 1, 3)))(table, *batched)
+    expected = eqx.filter_jit(jax.value_and_grad(make(None), (0, 1, 3)))(table, *batched)
     if setting == "manual":
         data = P("data")
         loss = jax.shard_map(loss, in_specs=(P("model"), *[data] * 4), out_specs=P())
     with jax.set_mesh(mesh):
         placed = place(mesh, table, "model"), *(place(mesh, array, "data") for array in batched)
-        actual = quick_jit(jax.value_and_grad(loss, (0, 1, 3)))(*placed)
+        actual = eqx.filter_jit(jax.value_and_grad(loss, (0, 1, 3)))(*placed)
     assert_trees_close(actual, expected)

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup
 
-from ..helpers import quick_jit
 from .helpers import (
     assert_trees_close,
     make_batch,
@@ -90,7 +90,7 @@ def differentiate(function, closed, *operands):
         return jnp.vdot(results[0], random(results[0].shape, seed=6)), results
 
     gradient = jax.value_and_grad(total, (0, 1, 2, 4, 5), has_aux=True)
-    return quick_jit(gradient)(closed, *operands)
+    return eqx.filter_jit(gradient)(closed, *operands)
 
 
 @functools.cache
@@ -164,7 +164,7 @@ def test_a_shard_map_may_take_one_of_the_axes_that_split_a_table(layout, length)
         decode = EmbeddingDecode(table)
         return decode.cross_entropy(hidden, targets, rules=rules, chunk_size=CHUNK_SIZE)
 
-    expected = quick_jit(jax.value_and_grad(functools.partial(loss, None), (0, 1)))(
+    expected = eqx.filter_jit(jax.value_and_grad(functools.partial(loss, None), (0, 1)))(
         table, hidden, targets
     )
     mesh = make_mesh("rules")
@@ -178,7 +178,7 @@ def test_a_shard_map_may_take_one_of_the_axes_that_split_a_table(layout, length)
     with jax.set_mesh(mesh):
         table = jax.device_put(table, table.shardings(mesh, rules))
         operands = table, place(mesh, hidden, "data"), place(mesh, targets, "data")
-        assert_trees_close(quick_jit(jax.value_and_grad(mapped, (0, 1)))(*operands), expected)
+        assert_trees_close(eqx.filter_jit(jax.value_and_grad(mapped, (0, 1)))(*operands), expected)
 
 
 @pytest.mark.slow
@@ -207,12 +207,12 @@ def test_second_derivatives_equal_those_of_one_device(setting, layout, length):
         function = on_mesh(setting, rules, loss, P())
         return second(functools.partial(function, jnp.zeros(())), *operands)
 
-    expected = quick_jit(functools.partial(total, "alone"))(table, hidden, targets)
+    expected = eqx.filter_jit(functools.partial(total, "alone"))(table, hidden, targets)
     mesh = make_mesh(setting)
     with jax.set_mesh(mesh):
         table = jax.device_put(table, table.shardings(mesh, rules))
         operands = table, *(place(mesh, x, rules["batch"]) for x in (hidden, targets))
-        actual = quick_jit(functools.partial(total, setting))(*operands)
+        actual = eqx.filter_jit(functools.partial(total, setting))(*operands)
         assert_trees_close(actual, expected)
 
 
@@ -229,13 +229,15 @@ def test_small_gradients_in_float16_are_not_lost(layout):
             hidden
         )
 
-    expected = np.asarray(quick_jit(functools.partial(gradient, None))(table, hidden), "float32")
+    expected = np.asarray(
+        eqx.filter_jit(functools.partial(gradient, None))(table, hidden), "float32"
+    )
     assert np.sum((expected != 0) & (np.abs(expected) < 6e-5)) > expected.size / 8
     mesh = make_mesh("rules")
     with jax.set_mesh(mesh):
         table = jax.device_put(table, table.shardings(mesh, rules))
         hidden = place(mesh, hidden, "data")
-        actual = quick_jit(functools.partial(gradient, rules))(table, hidden)
+        actual = eqx.filter_jit(functools.partial(gradient, rules))(table, hidden)
     np.testing.assert_allclose(np.asarray(actual, "float32"), expected, atol=5e-7)
 
 

@@ -4,6 +4,7 @@ import functools
 import re
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
-from ..helpers import compile_by_default, quick_jit
+from ..helpers import compile_by_default
 from .helpers import (
     assert_trees_close,
     collectives,
@@ -57,7 +58,7 @@ def make_fn(closed):
     return fn
 
 
-def on_mesh(setting, function, out_specs: Any = P(), rules=RULES):
+def on_mesh(setting, function, out_specs: Any = P(), rules=RULES) -> Any:
     """`function(rules, table, closed, *batched)` in one of the `SETTINGS`."""
     if setting != "manual":
         given = rules if setting == "rules" else None
@@ -81,7 +82,7 @@ def differentiate(function, operands):
         losses = results[0]
         return jnp.vdot(losses, random(losses.shape, seed=6)), results
 
-    return quick_jit(jax.value_and_grad(total, (0, 1, 2, 4, 5), has_aux=True))(*operands)
+    return eqx.filter_jit(jax.value_and_grad(total, (0, 1, 2, 4, 5), has_aux=True))(*operands)
 
 
 @functools.cache
@@ -153,16 +154,16 @@ def test_scores_equal_those_of_one_device(setting):
     table = EmbeddingTable(embeddings, table.axis_names)
     hidden = hidden.at[0].set(100.0)
     targets = jnp.asarray(np.arange(B * T).reshape(B, T) % V, "int32").at[0, 3].set(90)
-    expected = quick_jit(functools.partial(scores, None))(table, hidden, targets)
+    expected = eqx.filter_jit(functools.partial(scores, None))(table, hidden, targets)
     assert expected.is_top[0].tolist() == [i == 3 for i in [0, 1, 2, 90, 4, 5, 6, 7, 8, 9]]
     targets = targets.at[0, 4].set(3)
-    expected = quick_jit(functools.partial(scores, None))(table, hidden, targets)
+    expected = eqx.filter_jit(functools.partial(scores, None))(table, hidden, targets)
     assert np.flatnonzero(expected.is_top[0]).tolist() == [4]
     with split(setting, table, hidden, targets) as (table, *batched):
         function = functools.partial(on_mesh, setting)(
             lambda rules, table, _, *x: scores(rules, table, *x), P("data")
         )
-        assert_trees_close(quick_jit(function)(table, jnp.zeros(()), *batched), expected)
+        assert_trees_close(eqx.filter_jit(function)(table, jnp.zeros(()), *batched), expected)
 
 
 @pytest.mark.slow
@@ -201,6 +202,20 @@ def loss_of_example(reduction, rules, table, closed, hidden, targets, weights, d
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_devices_are_entered_once(reduction):
+    table, _, hidden, targets, weights, _ = make_operands()
+
+    def loss(*arguments):
+        return EmbeddingDecode(table).cross_entropy(
+            *arguments, weights=weights, reduction=reduction, rules=RULES
+        )
+
+    with jax.set_mesh(make_mesh("rules")):
+        program = str(jax.make_jaxpr(loss)(hidden, targets))
+    assert program.count("shard_map[") == 1
+
+
 @functools.cache
 def mapped_on_one_device(reduction):
     loss = functools.partial(loss_of_example, reduction, None)
@@ -219,11 +234,11 @@ def test_each_example_of_an_explicit_mesh_has_its_own_gradients(reduction):
         return jax.vmap(gradient, (None, None, 0, 0, 0, 0))(*operands)
 
     table, closed, *batched = make_operands()
-    expected = quick_jit(gradients)(table, closed, *batched)
+    expected = eqx.filter_jit(gradients)(table, closed, *batched)
     assert expected[1][0].embeddings.shape == (B, V, D)
     with split("explicit", table, *batched) as (table, *batched):
         closed = place(make_mesh("explicit"), closed)
-        assert_trees_close(quick_jit(gradients)(table, closed, *batched), expected)
+        assert_trees_close(eqx.filter_jit(gradients)(table, closed, *batched), expected)
 
 
 def test_a_batch_may_be_split_over_an_axis_without_a_rule():
@@ -241,7 +256,7 @@ def test_a_batch_may_be_split_over_an_axis_without_a_rule():
                 hidden, targets, target_weights=shares, chunk_size=CHUNK_SIZE, rules=rules
             )
 
-        return quick_jit(jax.value_and_grad(loss, (0, 1)))(*operands)
+        return eqx.filter_jit(jax.value_and_grad(loss, (0, 1)))(*operands)
 
     expected = run(None, table, hidden, several, weights)
     with jax.set_mesh(mesh):
@@ -296,7 +311,7 @@ def test_a_target_out_of_range_is_nan_whatever_the_loss(setting):
     table, closed, hidden, targets, weights, data = make_operands()
     wrong = targets.at[0, 0].set(table.vocab_size)
     with split(setting, table, hidden, wrong, weights, data) as (table, *batched):
-        losses = quick_jit(on_mesh(setting, function, P("data")))(table, closed, *batched)
+        losses = eqx.filter_jit(on_mesh(setting, function, P("data")))(table, closed, *batched)
     assert np.argwhere(np.isnan(np.asarray(losses))).tolist() == [[0, 0]]
 
 
@@ -313,10 +328,10 @@ def test_a_loss_may_close_over_an_array_that_a_mesh_splits(axis):
         return EmbeddingDecode(table).token_loss(fn, hidden, targets, weights=weights)
 
     run = jax.value_and_grad(loss, (0, 1, 2))
-    expected = quick_jit(run)(table, closed, *batched)
+    expected = eqx.filter_jit(run)(table, closed, *batched)
     with split("explicit", table, *batched) as (table, *batched):
         closed = place(make_mesh("explicit"), closed, axis)
-        value, gradients = quick_jit(run)(table, closed, *batched)
+        value, gradients = eqx.filter_jit(run)(table, closed, *batched)
         assert jax.typeof(gradients[1]).sharding.spec == P(axis)
         assert_trees_close((value, gradients), expected)
 
@@ -332,12 +347,12 @@ def test_a_loss_may_hand_what_it_closes_over_to_a_function_with_its_own_derivati
 
         return (EmbeddingDecode(table).token_loss(fn, hidden, targets, rules=rules),)
 
-    run = quick_jit(jax.value_and_grad(lambda *x: loss(None, *x)[0], (0, 1)))
+    run = eqx.filter_jit(jax.value_and_grad(lambda *x: loss(None, *x)[0], (0, 1)))
     expected = run(table, closed, hidden, targets)
     with split(setting, table, hidden, targets) as (table, *batched):
         closed = place(make_mesh(setting), closed)
         on_devices = on_mesh(setting, loss)
-        run = quick_jit(jax.value_and_grad(lambda *x: on_devices(*x)[0], (0, 1)))
+        run = eqx.filter_jit(jax.value_and_grad(lambda *x: on_devices(*x)[0], (0, 1)))
         if setting == "explicit":
             with pytest.raises(ValueError, match=r"explicit mesh, .* one of the data"):
                 run(table, closed, *batched)
@@ -372,7 +387,7 @@ def test_arrays_on_a_mesh_that_is_not_set_need_no_split(use):
         result = function(*operands)
         return jnp.sum(result**2), result
 
-    run = quick_jit(jax.value_and_grad(total, (0, 1, 2, 4, 5), has_aux=True))
+    run = eqx.filter_jit(jax.value_and_grad(total, (0, 1, 2, 4, 5), has_aux=True))
     expected = run(*operands)
     placed = place(make_mesh("explicit"), operands)
     assert_trees_close(run(*placed), expected)

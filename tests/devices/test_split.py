@@ -283,6 +283,33 @@ def test_a_table_may_be_split_in_any_way(padding_rows, setting, axes):
         assert_trees_close(function(table, hidden, targets), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ("model",),
+        (None, "model"),
+        ("data",),
+        (None, "data"),
+        ("data", "model"),
+        ("model", "data"),
+        (("data", "model"),),
+        (("model", "data"),),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(8, 1), (1, 8), (4, 2)], ids=str)
+@pytest.mark.parametrize("setting", ["automatic", "explicit"])
+def test_a_mesh_may_have_any_shape(setting, sizes, axes):
+    *arguments, _ = arguments_of_a_loss(padding_rows=3)
+    expected = tied_loss_on_one_device(3)
+    data, model = sizes
+    with split(setting, *arguments, data=data, model=model) as (table, hidden, targets):
+        table = place(make_mesh(setting, data, model), table, *axes)
+        function = eqx.filter_jit(jax.value_and_grad(tied_loss, (0, 1)))
+        assert_trees_close(function(table, hidden, targets), expected)
+
+
 def test_vectors_are_split_as_their_tokens_and_the_embedding_are():
     mesh = make_mesh("explicit")
     with jax.set_mesh(mesh):
