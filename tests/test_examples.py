@@ -49,8 +49,10 @@ def only_what_scripts_show():
     with pytest.MonkeyPatch.context() as context:
         context.setattr(sys, "__unraisablehook__", show)
         context.setattr(sys, "unraisablehook", terminal.show_ignored)
+        gc.freeze()  # what is there takes seconds to collect
         yield
         gc.collect()  # else what orbax left behind would be shown in another file
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -59,14 +59,16 @@ def _cpu_plan(work: Work) -> Plan:
     more than to transpose it first.
 
     A small problem is one chunk and one tile, the plain way: if all its logits are no more than
-    those, or than the vectors of a chunk and their gradient.
+    those, or than the vectors of a chunk and their gradient. In a loop, XLA makes float32 copies of
+    a table and of vectors in bfloat16; logits of no more numbers than these are small as well.
     """
     N, V, D, dtype, wide, tiles, masked, _, chunk_size = work
     largest = 128 if masked else 256
     C = max(min(max(D * 13 // 16, 128), largest), 2**20 // V)
-    is_small = N * V <= max(2**20, 2 * C * D)
+    narrow = dtype == jnp.bfloat16
+    copies = (N + V) * D if narrow and not masked else 0
+    is_small = N * V <= max(2**20, 2 * C * D, copies)
     if is_small and N <= (chunk_size or N):
-        narrow = dtype == jnp.bfloat16
         factors = dtype if narrow else wide
         return Plan(max(N, 1), V, factors, wide, D < 256 and not narrow, round_early=narrow)
     tile_size = min(V, max(min(2**18 // D, 1024), 256)) if tiles else V
