@@ -56,21 +56,26 @@ def _cpu_plan(work: Work) -> Plan:
     that smaller chunks save more than they cost. Tiles of 2**18 numbers of the table fit the
     cache, and are work enough for a few threads. For the gradients, products in float32 are faster
     than in anything narrower. With a short D, XLA's product with a transposed left factor costs
-    more than to transpose it first.
+    more than to transpose it first; with a small V it holds more.
 
-    A small problem is one chunk and one tile, the plain way: if all its logits are no more than
-    those, or than the vectors of a chunk and their gradient. In a loop, XLA makes float32 copies of
-    a table and of vectors in bfloat16; logits of no more numbers than these are small as well.
+    A small problem is one chunk and one tile, the plain way: if it has no more logits than those,
+    or than numbers that a loop would hold. These are vectors of a chunk and their gradient; with
+    several chunks also the gradient of all vectors, and the logits of a chunk; and float32 copies
+    that XLA makes of tables and vectors in bfloat16. A mask needs chunks, to skip some.
     """
     N, V, D, dtype, wide, tiles, masked, _, chunk_size = work
     largest = 128 if masked else 256
     C = max(min(max(D * 13 // 16, 128), largest), 2**20 // V)
     narrow = dtype == jnp.bfloat16
-    copies = (N + V) * D if narrow and not masked else 0
-    is_small = N * V <= max(2**20, 2 * C * D, copies)
-    if is_small and N <= (chunk_size or N):
+    held = 2 * C * D
+    if not masked:
+        chunks = max(-(-N // C), 1)
+        several = N * D + N // chunks * (V + D) if chunks > 1 else 0
+        held = max(held, several) + (N + V) * D * narrow
+    if N * V <= max(2**20, held) and N <= (chunk_size or N):
         factors = dtype if narrow else wide
-        return Plan(max(N, 1), V, factors, wide, D < 256 and not narrow, round_early=narrow)
+        transpose = 4 * V < 3 * D or (D < 256 and not narrow)
+        return Plan(max(N, 1), V, factors, wide, transpose, narrow and not transpose)
     tile_size = min(V, max(min(2**18 // D, 1024), 256)) if tiles else V
     return Plan(chunk_size or C, tile_size, wide, wide, transpose=D < 256, round_early=False)
 
