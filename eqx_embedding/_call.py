@@ -73,7 +73,12 @@ class Call(NamedTuple):
         comparison = Comparison(kind, temperature, padded, options.soft_cap, options.dtype)
         teacher = rows, bias if bias is None else bias.astype(wide)
         return self._replace(
-            options=self.options._replace(padded=padded, wide=wide, comparison=comparison),
+            options=self.options._replace(
+                padded=padded,
+                wide=wide,
+                transposed=self.options.transposed or options.transposed,
+                comparison=comparison,
+            ),
             operands=self.operands._replace(targets=hidden, teacher=teacher),
         )
 
@@ -132,7 +137,9 @@ class Call(NamedTuple):
                 f"vocabulary, but differ along {sorted(differs)}."
             )
         keys = keys_of_tokens(key, self.operands.batch, split.manual_batch)
-        return sample_tokens(self.options, split, k, self._without_targets((keys, temperature)))
+        # Tokens have no gradient, and JAX cannot differentiate the maximum over devices
+        operands = lax.stop_gradient(self._without_targets((keys, temperature)))
+        return sample_tokens(self.options, split, k, operands)
 
     def check_k(self, name: str, k: Whole) -> int:
         if isinstance(k, bool):

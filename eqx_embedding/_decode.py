@@ -30,7 +30,7 @@ from ._inputs import (
 from ._product import drop_padding, multiply, Product
 from ._sharding import explicit_axes, find_split, manual_rules, remaining, Split, whole_axes
 from ._suggest import suggest, suggest_array, suggest_key, suggest_number, suggest_tokens
-from ._table import EmbeddingTable, Rules
+from ._table import EmbeddingTable, RowAxis, Rules
 
 
 # With a larger soft cap or z-loss, float32 would round the logits away.
@@ -618,4 +618,5 @@ class EmbeddingDecode(eqx.Module):
             wide=wide,
             chunk_size=None if chunk_size is None else as_int(chunk_size),
             tiles=split.known,
+            transposed=self.table._row_axis != RowAxis(0),
         )

@@ -29,6 +29,7 @@ def join_trees(
     check_structures("fresh", tree, fresh, is_table, advice)
     tables = [find_tables(x, vocabulary_axis, required=False) for x in (tree, fresh)]
     if not any(tables):
+        _check_same_shapes(tree, fresh)
         return tree  # as that of SGD, which has no state
     first, new_first = (next(iter(found.values())) for found in tables)
     sizes: dict[int, str] = {}  # of the old vocabulary, as the leaves say
@@ -68,6 +69,18 @@ def join_trees(
     joined = jax.tree_util.tree_map_with_path(join_node, tree, fresh, is_leaf=is_table)
     _check_old_rows(sizes, kept_shapes, tokens, first.padding_rows)
     return joined
+
+
+def _check_same_shapes(tree: PyTree, fresh: PyTree) -> None:
+    """Raises a `ValueError` for a state without tables that depends on their size all the same."""
+    leaves, new_leaves = map(jax.tree_util.tree_leaves_with_path, (tree, fresh))
+    for (path, old), (_, new) in zip(leaves, new_leaves, strict=True):
+        if is_array(old) and is_array(new) and tuple(old.shape) != tuple(new.shape):
+            raise ValueError(
+                f"tree{jax.tree_util.keystr(path)} has the shape {tuple(old.shape)}, and "
+                f"{tuple(new.shape)} in fresh, but is in no table, so its rows cannot be found. "
+                "Use fresh as the new state."
+            )
 
 
 def _check_old_rows(

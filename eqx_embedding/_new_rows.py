@@ -41,7 +41,7 @@ def check_pieces(
     """Raises a `ValueError` unless each piece is an old token, and stands for a new one."""
     if not pieces:
         return None
-    parts_of = {as_int(token): [*map(as_int, parts)] for token, parts in pieces.items()}
+    parts_of = {as_int(token): _as_ints(parts) for token, parts in pieces.items()}
     for token, parts in parts_of.items():
         if not old_tokens <= token < tokens:
             raise ValueError(
@@ -60,6 +60,11 @@ def check_pieces(
         np.repeat(np.arange(len(parts_of), dtype=np.int32), lengths),
         lengths,
     )
+
+
+def _as_ints(parts: Sequence[Whole] | np.ndarray | Array) -> list[int]:
+    # An element of a JAX array is an array
+    return [*map(as_int, np.asarray(parts) if isinstance(parts, jax.Array) else parts)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -408,10 +408,19 @@ def test_the_tied_gradient_of_100_000_repeats_loses_no_more_than_its_roundings(d
     assert np.abs(for_lookup[3]).min() > 4096, "where half precision would have stopped counting"
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Compiles new programs as for a GPU. Others should not have their shapes."""
+
+    def run(*operands, cpu, default, tpu=None):
+        return default(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", run)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_the_plan_for_an_accelerator_gives_the_same_numbers(dtype, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    layer, hidden = flat_layer(50257, 4, dtype), make_array((64, 4), dtype, seed=2)
+def test_the_plan_for_an_accelerator_gives_the_same_numbers(dtype, as_on_a_gpu):
+    layer, hidden = flat_layer(50261, 4, dtype), make_array((64, 4), dtype, seed=2)
     targets = np.arange(64)
     value, for_hidden, embeddings, *_ = value_and_gradients(layer, hidden, targets)
     losses, d_logits = token_losses_reference(layer, hidden, targets)
@@ -424,6 +433,39 @@ def test_the_plan_for_an_accelerator_gives_the_same_numbers(dtype, monkeypatch):
         smallest = float(jnp.finfo(actual.dtype).smallest_subnormal)
         atol = 0.5 * smallest + factors * np.abs(wanted).max()
         assert_close(actual, wanted, 0.6 * rounding(dtype) + 20 * rounding("float32"), atol)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_table_with_the_vocabulary_last_runs_in_half_precision(dtype, tokens):
+    """For which XLA for CPUs, as it compiles by default, can make a product that it cannot run."""
+    table = EmbeddingTable(make_array((8, 24)), NAMES[::-1])
+    layer, hidden = EmbeddingDecode(table, dtype=dtype), make_array((tokens, 8), seed=2)
+    targets = np.arange(tokens) % 24
+
+    @jax.jit
+    def losses(layer, hidden):
+        loss, gradient = jax.value_and_grad(lambda x: x.cross_entropy(hidden, targets))(layer)
+        divergence = layer.divergence(hidden, layer, 2 * hidden)
+        return loss, gradient, divergence, layer.top_k(hidden, 3)
+
+    loss, gradient, divergence, _ = compile_by_default(losses.lower(layer, hidden))(layer, hidden)
+    expected, _, for_table, *_ = cross_entropy_reference(EmbeddingDecode(table), hidden, targets)
+    assert_close(loss, expected, 10 * rounding(dtype))
+    assert_close(gradient.table.embeddings, for_table, 10 * rounding(dtype), 4 * rounding(dtype))
+    assert divergence > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+def test_an_accelerator_keeps_small_probabilities_beside_narrow_factors(dtype, as_on_a_gpu):
+    layer, hidden = flat_layer(311, 4), make_array((61, 4), seed=2)
+    targets = np.arange(61)
+    narrow = EmbeddingDecode(layer.table, dtype=dtype)
+    actual = value_and_gradients(narrow, hidden, targets)
+    rounded = EmbeddingDecode(EmbeddingTable(flat_layer(311, 4, dtype).table.embeddings, NAMES))
+    expected = cross_entropy_reference(rounded, hidden.astype(dtype), targets)
+    for one, other in zip(actual[:3], expected[:3], strict=True):
+        assert_close(one, other, atol=1e-7)
 
 
 # Transformations

@@ -147,7 +147,7 @@ def test_new_tokens_raise_the_loss_by_what_jensen_allows(getkey):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pieces_make_rows_that_are_means_of_theirs(layout, getkey):
     table: Any = make_table(layout, with_bias=True)
-    pieces = {9: (1, 2, 2), 8: np.asarray([6]), np.int64(10): [0, 5]}
+    pieces = {9: (1, 2, 2), 8: np.asarray([6]), np.int64(10): jnp.asarray([0, 5])}
     new = resize_vocabulary(table, 12, key=getkey(), pieces=pieces, pad_to_multiple_of=1)
     without = resize_vocabulary(table, 12, pieces=pieces, pad_to_multiple_of=1)
     rows, bias = float64(raw_rows(table)), float64(table.bias)
@@ -631,6 +631,16 @@ def resize_what_does_not_fit(case):
 def test_fresh_states_that_do_not_fit_are_refused(case, message):
     with pytest.raises(ValueError, match=message):
         resize_what_does_not_fit(case)
+
+
+def test_a_flattened_state_is_refused(getkey):
+    model = eqx.filter(Model(getkey()), eqx.is_array)
+    larger = resize_vocabulary(model, 17, key=getkey(), pad_to_multiple_of=1)
+    old, new = map(optax.flatten(optax.adam(1e-3)).init, (model, larger))
+    with pytest.raises(ValueError, match=r"tree\[0\].mu has the shape .* Use fresh"):
+        resize_vocabulary(old, 17, fresh=new)
+    plain = optax.sgd(1e-3, momentum=None)
+    assert resize_vocabulary(plain.init(model), 17, fresh=plain.init(larger)) == plain.init(model)
 
 
 def test_skeletons_grow_with_fresh_skeletons():

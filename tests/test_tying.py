@@ -321,6 +321,24 @@ def test_a_float8_table_is_summed_in_float32(dtype):
     assert_close(layer.cross_entropy(hidden, np.asarray([0, 1])), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_the_gradient_of_a_float8_table_is_rounded_once(dtype):
+    table = EmbeddingTable(jnp.zeros((4, 1), dtype), NAMES)
+    tokens, weights = 100_000, 1 / 1024
+
+    @jax.jit
+    @jax.grad
+    def gradient(table):
+        layer, hidden = EmbeddingDecode(table, dtype="bfloat16"), jnp.ones((tokens, 1))
+        targets = jnp.zeros(tokens, "int32")
+        return layer.cross_entropy(
+            hidden, targets, weights=jnp.full(tokens, weights), reduction="sum"
+        )
+
+    exact = jnp.asarray([[-0.75], [0.25], [0.25], [0.25]]) * (tokens * weights)
+    np.testing.assert_array_equal(float64(gradient(table).embeddings), exact.astype(dtype))
+
+
 def test_a_vocabulary_of_one_token_has_no_loss():
     table = EmbeddingTable(make_array((3, 4)), NAMES, padding_rows=2)
     hidden, zeros = make_array((5, 4), seed=1), np.zeros(5, int)

@@ -59,10 +59,10 @@ def _device_top_k_forward(options: Options, k: int, operands: Operands) -> Any:
 
 
 def _device_top_k_backward(
-    options: Options, k: int, saved: Any, cotangents: tuple[Array, Array]
+    options: Options, k: int, saved: Any, cotangents: tuple[Array, Any]
 ) -> tuple[Operands]:
     """That of the log-probabilities of `k` targets."""
-    cotangent, _ = cotangents
+    cotangent, _ = cotangents  # tokens are integers, which have none
     zeros = jnp.zeros_like(cotangent[:, 0])
     scores = TokenScores(cotangent, zeros, zeros, zeros, zeros)
     return device_scores_backward(options, ONLY_LOG_PROB, saved, scores)

@@ -37,10 +37,12 @@ class HeadGradient(NamedTuple):
 def zero_gradient(options: Options, head: Head, num_chunks: int) -> HeadGradient:
     """Zeros to add gradients of chunks to. If that is one product, it may be rounded as it is made.
 
-    Else XLA would hold it in float32 first.
+    Else XLA would hold it in float32 first. A product that is rounded to less than its factors,
+    such as float8, would be computed from factors of that dtype.
     """
-    alone = num_chunks == 1 and options.plan.round_early
-    dtype = options.rows_dtype if alone else options.wide
+    plan = options.plan
+    rounded = num_chunks == 1 and plan.round_early and options.rows_dtype == plan.dtype
+    dtype = options.rows_dtype if rounded else options.wide
     bias = None if head.bias is None else jnp.zeros(len(head.rows), options.wide)
     return HeadGradient(jnp.zeros(head.rows.shape, dtype), bias)
 

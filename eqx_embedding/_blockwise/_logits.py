@@ -46,6 +46,7 @@ class Options(NamedTuple):
     wide: DTypeLike  # of all else: float32 or float64
     chunk_size: int | None  # `None` leaves it to the plan
     tiles: bool  # whether a device can cut its rows into tiles
+    transposed: bool = False  # whether the table is stored with another axis first
     comparison: Comparison | None = None  # `None` for scores of targets
     rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
     gathered: bool = False  # whether the rows are a copy of the parts of other devices
@@ -138,10 +139,15 @@ def on_device(
 def make_head(options: Options, operands: Operands) -> Head:
     rows = operands.rows
     start = index_of_device(options.mesh, options.vocabulary_axes) * np.int32(len(rows))
+
+    def keep(array: Array) -> Array:
+        kept = options.transposed and options.plan.keep_copy and array.dtype == jnp.bfloat16
+        return lax.optimization_barrier(array) if kept else array
+
     teacher = None
     if operands.teacher is not None:
-        teacher = Head(operands.teacher[0], operands.teacher[1], start)
-    return Head(rows.astype(options.dtype), operands.bias, start, teacher)
+        teacher = Head(keep(operands.teacher[0]), operands.teacher[1], start)
+    return Head(keep(rows.astype(options.dtype)), operands.bias, start, teacher)
 
 
 def chunks_of(options: Options, operands: Operands) -> Chunks:

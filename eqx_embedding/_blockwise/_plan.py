@@ -18,6 +18,7 @@ class Plan(NamedTuple):
     d_logits_dtype: DTypeLike  # of their other factor
     transpose: bool  # whether to transpose a tile before its product with the table
     round_early: bool  # whether a gradient of the table from one product is rounded at once
+    keep_copy: bool = False  # whether no product may undo the copy of a transposed table
 
 
 class Work(NamedTuple):
@@ -37,9 +38,11 @@ class Work(NamedTuple):
 def make_plan(platform: Platform, work: Work) -> Plan:
     """What is fast."""
     if platform == "cpu":
-        return _cpu_plan(work)
-    # float16 would lose the small probabilities.
-    dtype = work.wide if work.dtype == jnp.float16 else work.dtype
+        # XLA for CPUs cannot run such a product in bfloat16, though it makes one
+        return _cpu_plan(work)._replace(keep_copy=True)
+    # float16 and float8 would lose the small probabilities.
+    keeps_range = work.dtype == jnp.bfloat16 or jnp.finfo(work.dtype).bits >= 32
+    dtype = work.dtype if keeps_range else work.wide
     chunk_size = work.chunk_size or _accelerator_chunk(platform, work)
     # A TPU rounds factors to bfloat16 in any case. Told to round one before, XLA can write a copy.
     d_logits_dtype = at_least_float32(dtype) if platform == "tpu" else dtype

@@ -176,3 +176,23 @@ def test_log_probabilities_have_the_gradients_of_one_device(setting, second):
     expected = gradients(functools.partial(function, None), table, hidden)
     with split(setting, table, hidden) as operands:
         assert_equal(gradients(on_mesh(setting, function, ["data"]), *operands), expected)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_loss_may_draw_its_targets(top_k):
+    table, hidden, _ = make_operands()
+    hidden = jnp.where(jnp.isnan(hidden), 1.0, hidden)
+    rules = {"batch": "data", "vocabulary": "model"}
+
+    def gradients(rules, *operands):
+        def loss(operands):
+            table, hidden = operands
+            decode = EmbeddingDecode(table)
+            tokens = decode.sample(hidden, key=jax.random.key(3), top_k=top_k, rules=rules)
+            return decode.cross_entropy(hidden, tokens, rules=rules)
+
+        return eqx.filter_jit(eqx.filter_grad(loss))(operands)
+
+    expected = gradients(None, table, hidden)
+    with split("explicit", table, hidden, data=2, model=4) as operands:
+        assert_equal(gradients(rules, *operands), expected)
