@@ -41,7 +41,7 @@ with install_import_hook(("support", "generate", "toy_transformer"), "beartype.b
     from support.folder import write_whole
     from support.memory import keep_memory
     from support.pictures import Curves, curves_picture
-    from support.settings import require
+    from support.settings import require, require_finite
     from support.terminal import run_script
     from support.text_data import read_text_of, tokenize, Tokens, windows
     from toy_transformer import ModelConfig, Transformer
@@ -220,6 +220,7 @@ def train(
         bar.set_postfix_str(f"loss {float(loss):.3f}")
         if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
             reports.append(report(f"student, {name}", step + 1, student, teacher, held_out))
+            require_finite(float(loss), reports[-1]["bits_per_byte"], reports[-1]["divergence"])
             line = "{model}: step {step}, held out {bits_per_byte:.3f} bits per byte"
             bar.write(line.format(**reports[-1]))
     return student, reports
@@ -247,6 +248,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     with Checkpoints(config.out, exists=False) as out:
         text = read_text_of(config.run, identity, config.text)
         train_text, held_out = tokenize(text, tokenizer, length)
+        out.claim()
         print("the teacher reads the text, and its largest probabilities are stored")
         data = with_top_k(teacher, train_text.values, config.top_k)
         share = float(jnp.exp(data.log_probs).sum(axis=-1).mean())

@@ -35,7 +35,7 @@ with install_import_hook(("support", "generate", "toy_transformer"), "beartype.b
     from support.checkpoints import Checkpoints
     from support.folder import write_whole
     from support.pictures import growth_picture
-    from support.settings import require
+    from support.settings import require, require_finite
     from support.terminal import run_script
     from support.text_data import (
         cut_text,
@@ -180,6 +180,7 @@ def train_rows(
         bar.set_postfix_str(f"loss {float(loss):.3f}")
         if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
             reports.append((step + 1, bits_per_byte(combine_rows(trained, frozen), text.held_out)))
+            require_finite(float(loss), reports[-1][1])
             bar.write(f"step {step + 1}: held out {reports[-1][1]:.3f} bits per byte")
     return combine_rows(trained, frozen), reports
 
@@ -219,6 +220,7 @@ def main(config: Config) -> list[tuple[int, float]]:
         parts, old_parts = (Parts(*tokenize(t, tokenizer, length)) for t in (text, old_text))
         before, old_before = (bits_per_byte(model, t.held_out) for t in (parts, old_parts))
         grown = more_tokens(config, tokenizer, text, parts.train)
+        out.claim()
         new = range(len(tokenizer.pieces), len(grown.pieces))
         parts, old_parts = (Parts(*tokenize(t, grown, length)) for t in (text, old_text))
         print(f"{text.name}: {new.start:,} tokens, {before:.3f} bits per byte; {len(new)} new ones")

@@ -219,6 +219,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     with Checkpoints(config.out, exists=False) as out:
         text = read_text_of(config.run, identity, config.text)
         train_text, held_out = tokenize(text, tokenizer, length)
+        out.claim()
         model, metrics = tune(config, start, tokenizer, train_text.values)
         identity["script"] = "policy_gradient.py"  # so that train_lm.py does not --resume here
         about = {"identity": identity, "tokenizer": tokenizer.json, "metrics": []}

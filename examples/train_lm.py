@@ -40,7 +40,7 @@ with install_import_hook(("support", "toy_transformer"), "beartype.beartype"):
     from support.memory import keep_memory
     from support.meshes import Devices, MeshConfig
     from support.processes import join
-    from support.settings import require
+    from support.settings import require, require_finite
     from support.terminal import run_script
     from support.text_data import Text, Tokens
     from support.tokenizer import named_tokenizer, Tokenizer, train_bpe
@@ -242,6 +242,7 @@ def train(
         if (step + 1) % config.run.report_every == 0 or step + 1 == config.run.steps:
             speed = len(losses) * batch[:, 1:].size / (time.perf_counter() - began)
             measured = evaluate(eqx.combine(params, static), *held_out)
+            require_finite(*losses, float(measured[0]))  # before it replaces a good checkpoint
             line = report(data, step + 1, sum(losses) / len(losses), measured, speed)
             about = about | {"metrics": [*about["metrics"], line]}
             checkpoints.save(step + 1, about, model=params, optimizer=opt_state)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # before the imports that take seconds
     from support.terminal import stop_on_interrupt
 
-    stop_on_interrupt("stopped. Nothing was written.")
+    stop_on_interrupt("stopped. Files that are in the folder already are whole.")
 
 import equinox as eqx
 import jax
@@ -45,8 +45,9 @@ from eqx_embedding import EmbeddingLookup, EmbeddingTable, put_rows, take_rows, 
 with install_import_hook(("support",), "beartype.beartype"):
     from support.folder import new_folder, write_whole
     from support.memory import keep_memory
+    from support.meshes import find_all_devices
     from support.pictures import words_picture
-    from support.settings import require
+    from support.settings import require, require_finite
     from support.terminal import run_script
     from support.text_data import read_text
 
@@ -285,8 +286,7 @@ def train(
         began = now
         bar.set_postfix_str(f"loss {losses[-1]:.3f}")
         if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
-            if not np.isfinite(losses).all():
-                raise SystemExit("the loss is not finite: try a lower --learning-rate.")
+            require_finite(*losses)
             # The median, because the first step includes compilation
             milliseconds = 1e3 * float(np.median(seconds))
             line = {"step": step + 1, "loss": sum(losses) / len(losses), "ms": milliseconds}
@@ -346,6 +346,7 @@ def as_text(vectors: Float[np.ndarray, "words embedding"], names: list[str]) -> 
 def main(config: Config) -> list[dict[str, Any]]:
     """Learns the vectors, and returns what metrics.jsonl says: a dict for each report."""
     keep_memory()
+    find_all_devices()
     began = time.perf_counter()
     words = read_words(config)
     shown = words_to_show(config, words)

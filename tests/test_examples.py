@@ -212,6 +212,21 @@ def test_a_run_is_not_overwritten(finished):
     assert content(config.run.out) == before
 
 
+def test_a_loss_that_is_not_finite_replaces_no_checkpoint(text, tmp_path):
+    config = tiny(text, tmp_path / "out", steps=3, report_every=1, learning_rate=1e30)
+    with pytest.raises(SystemExit, match="the loss is not finite: try a lower --learning-rate."):
+        train_lm.main(changed(config, warmup=0.5))
+    model = generate.load(config.run.out).model
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves(model))
+
+
+def test_what_another_script_wrote_is_not_overwritten(text, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(SystemExit, match="holds a run: choose another --out."):
+        train_lm.main(tiny(text, tmp_path))
+    assert content(tmp_path) == {tmp_path / "metrics.jsonl": b"{}"}
+
+
 @pytest.mark.parametrize("create", [False, True], ids=["missing", "empty"])
 def test_resuming_without_a_checkpoint_is_an_error_and_creates_nothing(text, tmp_path, create):
     out = tmp_path / "nothing"
@@ -297,6 +312,23 @@ def test_resuming_from_metadata_without_a_key_is_an_error_and_changes_nothing(
             run()
         assert "\n" not in str(error.value)
     assert content(config.run.out) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"JAX_ENABLE_X64": "1"}, "finished was written with JAX_ENABLE_X64=0: set it to the same"),
+        ({"JAX_PLATFORMS": "none"}, "JAX finds no devices, with JAX_PLATFORMS=none: "),
+    ],
+)
+def test_an_environment_that_does_not_fit_breaks_no_checkpoint(finished, environment, message):
+    command = [sys.executable, EXAMPLES / "generate.py", f"--run={finished[0].run.out}"]
+    failed = subprocess.run(
+        command, capture_output=True, text=True, env=python_environment(**environment)
+    )
+    assert failed.returncode == 1 and failed.stdout == ""
+    assert message in failed.stderr and failed.stderr.count("\n") == 1
 
 
 # What the file system does
@@ -475,6 +507,36 @@ def test_a_terminal_shows_what_it_can_show(finished_bpe, tmp_path, environment):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("error", [MemoryError("x"), RuntimeError("Out of memory\nallocating")])
+def test_too_little_memory_is_said_in_one_line(error, monkeypatch):
+    def main(config):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--run=run"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored afterwards
+    with pytest.raises(SystemExit, match="not enough memory: try a smaller model"):
+        terminal.run_script(main, generate.Config, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "streams, code, said",
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, "3 times"),
+        (">&- 2>&- <&-", 0, ""),
+        (">/dev/full", 1, "cannot print: No space left on device.\n"),
+    ],
+)
+def test_a_terminal_may_be_closed_or_full(finished, streams, code, said):
+    script, run = EXAMPLES / "generate.py", finished[0].run.out
+    shell = f"{sys.executable} {script} --run={run} --prompt='3 times' --length=1 {streams}"
+    options: Any = {"capture_output": True, "text": True, "env": python_environment()}
+    done = subprocess.run(["sh", "-c", shell], **options)
+    assert done.returncode == code, done.stderr
+    assert (done.stdout + done.stderr)[: len(said) or None] == said
+
+
 def test_the_model_looks_back_only_and_its_loss_is_that_of_its_logits(getkey):
     model = Transformer(256, ModelConfig(16, 1, 2, 8), key=getkey())
     tokens = jax.random.randint(getkey(), (3, 17), 0, 256)
@@ -614,6 +676,10 @@ def test_a_text_is_not_cut_for_tokens_that_reach_over_spaces(bpe):
     other = tokenizers.Tokenizer.from_str(bpe.json)
     other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
     assert not Tokenizer(other.to_str())._may_cut
+
+
+def test_a_vocabulary_larger_than_memory_is_as_large_as_the_text_allows():
+    assert len(train_bpe(b"one one two two", 10**15).pieces) < 256 + 15
 
 
 def test_a_tokenizer_of_bytes_needs_no_package(monkeypatch):

@@ -267,6 +267,19 @@ def test_metrics_and_a_picture_are_written(fixture, picture, request):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, train", [(distill, "train"), (policy_gradient, "tune")], ids=["distill", "tune"]
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_training(
+    script, train, run, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(script, train, lambda *_: pytest.fail("it trains"))
+    with pytest.raises(SystemExit, match="cannot write to .*out: Not a directory"):
+        script.main(settings(script, run, tmp_path / "file" / "out"))
+
+
+@pytest.mark.slow
 def test_training_does_not_go_on_from_a_tuned_model(run, tuned):
     config = dataclasses.replace(run.run, out=tuned[0].out, resume=True)
     message = "cannot resume: .* script is None here and policy_gradient.py there"
@@ -288,6 +301,7 @@ REFUSED = [
         *((script, *refused) for script in SCRIPTS for refused in REFUSED),
         (distill, {"top_k": 257}, "--top-k must be at most the 256 tokens of .*run"),
         (policy_gradient, {"prompt_length": 16}, "--prompt-length must be below the 16 positions"),
+        (distill, {"learning_rate": 1e30}, "the loss is not finite: try a lower --learning-r"),
         (policy_gradient, {"learning_rate": 1e30}, "the logits are NaN: try a lower --learning-r"),
     ],
 )
@@ -295,7 +309,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(script, run, changes, messag
     config = dataclasses.replace(settings(script, run, tmp_path / "out"), **changes)
     with pytest.raises(SystemExit, match=message) as error:
         script.main(config)
-    assert "\n" not in str(error.value) and not config.out.exists()
+    assert "\n" not in str(error.value) and not list(config.out.glob("*"))
 
 
 @pytest.mark.slow

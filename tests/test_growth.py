@@ -98,6 +98,7 @@ def test_added_tokens_leave_the_rest_of_a_text_as_it_was():
     [
         ({"run": Path("missing")}, "missing holds no checkpoint"),
         ({"text": Path("missing")}, "cannot read the text missing: No such file"),
+        ({"learning_rate": 1e30}, "the loss is not finite: try a lower --learning-rate"),
         ({"old_text": None}, "the built-in text is not what .* learned from: give --old-text"),
     ],
 )
@@ -105,7 +106,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(run, changes, message, tmp_p
     config = dataclasses.replace(run, out=tmp_path / "out", **changes)
     with pytest.raises(SystemExit, match=message) as error:
         grow_vocabulary.main(config)
-    assert "\n" not in str(error.value) and not config.out.exists()
+    assert "\n" not in str(error.value) and not list(config.out.glob("*"))
 
 
 def test_a_run_is_not_overwritten_and_settings_out_of_range_are_refused(grown):
@@ -113,6 +114,13 @@ def test_a_run_is_not_overwritten_and_settings_out_of_range_are_refused(grown):
         grow_vocabulary.main(grown[0])
     with pytest.raises(ValueError, match="--new-tokens must be above 0, got 0"):
         dataclasses.replace(grown[0], new_tokens=0)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(grow_vocabulary, "train_rows", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(SystemExit, match="cannot write to .*out: Not a directory"):
+        grow_vocabulary.main(dataclasses.replace(run, out=tmp_path / "file" / "out"))
 
 
 def test_training_does_not_go_on_from_a_grown_model(grown):

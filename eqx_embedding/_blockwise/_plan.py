@@ -19,6 +19,7 @@ class Plan(NamedTuple):
     transpose: bool  # whether to transpose a tile before its product with the table
     round_early: bool  # whether a gradient of the table from one product is rounded at once
     keep_copy: bool = False  # whether no product may undo the copy of a transposed table
+    hold_logits: bool = False  # whether a gradient holds them after their bias, cap and mask
 
 
 class Work(NamedTuple):
@@ -47,7 +48,10 @@ def make_plan(platform: Platform, work: Work) -> Plan:
     # A TPU rounds factors to bfloat16 in any case. Told to round one before, XLA can write a copy.
     d_logits_dtype = at_least_float32(dtype) if platform == "tpu" else dtype
     round_early = dtype == jnp.bfloat16
-    return Plan(chunk_size, work.V, dtype, d_logits_dtype, transpose=False, round_early=round_early)
+    # In a branch, which tokens that may not count need, XLA for TPUs would hold both the logits
+    # before their padding is masked, and after.
+    hold_logits = platform == "tpu" and work.masked
+    return Plan(chunk_size, work.V, dtype, d_logits_dtype, False, round_early, hold_logits)
 
 
 def _cpu_plan(work: Work) -> Plan:

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from support.folder import lock, one_line
+from support.meshes import find_all_devices
 
 
 TIMEOUT = 30  # seconds, for a folder to be seen by all who share it
@@ -39,6 +40,7 @@ class Checkpoints:
         Unless the checkpoints are only read, no other run may write to `out` from now on.
         """
         self.out, self.folder, self.reads_only = out, out.absolute() / "checkpoints", reads_only
+        find_all_devices()  # else a wrong JAX_PLATFORMS would look like a broken checkpoint
         self._broken: list[int] = []
         self._lock: int | None = None
         try:
@@ -73,9 +75,7 @@ class Checkpoints:
         # It makes the folder: so it waits until there is something to write.
         with one_line(f"write to {self.out}"):
             if jax.process_index() == 0 and not self.steps:
-                self.out.mkdir(parents=True, exist_ok=True)
-                self.steps = self._open()
-                self._must_be_new()  # no other run came first
+                self.claim()
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=2, cleanup_tmp_directories=not self.reads_only
             )
@@ -88,9 +88,23 @@ class Checkpoints:
             time.sleep(0.1)
         return manager
 
+    def claim(self) -> None:
+        """Makes the folder of a new run, unless this run has done so already.
+
+        Called before long work, it finds a folder that cannot be written to while nothing is lost.
+        """
+        with one_line(f"write to {self.out}"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.steps = self._open()
+            self._must_be_new()  # no other run came first
+
     def save(self, step: int, about: dict[str, Any], **trees: PyTree) -> None:
         """Writes in the background, from copies. What goes into `about` is JSON."""
-        about = {**about, "digests": {name: _digest(tree) for name, tree in trees.items()}}
+        about = {
+            **about,
+            "x64": _x64(),
+            "digests": {name: _digest(tree) for name, tree in trees.items()},
+        }
         about["digest"] = _digest_of_json(about)
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         manager = self.manager
@@ -152,19 +166,27 @@ class Checkpoints:
             raise SystemExit(
                 f"{self.out} holds a run: go on with --resume, or choose another --out."
             )
+        if (self.out / "metrics.jsonl").exists():  # it would be written again
+            raise SystemExit(f"{self.out} holds a run: choose another --out.")
 
     def _about(self, step: int) -> dict[str, Any]:
         about = self._read(step, "about", ocp.args.JsonRestore())
         if not isinstance(about, dict) or about.pop("digest", None) != _digest_of_json(about):
             raise ValueError("what it says of itself has changed, or is of another version")
+        there = about.get("x64", False)
+        if there != _x64():
+            raise SystemExit(
+                f"{self.out} was written with JAX_ENABLE_X64={int(there)}: set it to the same."
+            )
         return about
 
     def _read(self, step: int, name: str, args: Any) -> Any:
         def not_read(error: Exception) -> None:
             raise ValueError(f"{type(error).__name__} in its {name}") from error
 
+        manager = self.manager  # not a broken checkpoint, if this fails
         with errors_of_orbax(not_read):
-            return self.manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+            return manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
     def _go_back(self, error: ValueError) -> None:
         """Says that the last checkpoint is broken, and takes the one before it for the last."""
@@ -230,6 +252,11 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
         elif one != other:
             found.append(f"{name} is {one} here and {other} there")
     return "; ".join(found)
+
+
+def _x64() -> bool:
+    """Whether numbers have 64 bits by default: others cannot be read in their place."""
+    return jax.dtypes.canonicalize_dtype("float64") == "float64"
 
 
 def _digest(tree: PyTree) -> str:

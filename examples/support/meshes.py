@@ -119,6 +119,18 @@ class Devices:
         return jax.tree.map(np.asarray, tree)
 
 
+def find_all_devices() -> list[Any]:
+    """The devices of JAX, or one line if it has none."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or "it was not installed for them"
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise SystemExit(
+            f"JAX finds no devices, with JAX_PLATFORMS={platforms}: {reason}."
+        ) from None
+
+
 def find_devices(mesh: MeshConfig) -> Devices:
     """The devices of a mesh, or one line if there are too few of them. Without accelerators, the
     CPU stands for as many as it takes."""
@@ -127,7 +139,7 @@ def find_devices(mesh: MeshConfig) -> Devices:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
             jax.config.update("jax_num_cpu_devices", mesh.devices // mesh.num_processes)
-    devices = jax.devices()
+    devices = find_all_devices()
     # each process needs its part of the mesh
     if len(devices) < mesh.devices or (mesh.num_processes > 1 and len(devices) > mesh.devices):
         data, model = mesh.shape

@@ -7,6 +7,12 @@ from typing import Any
 Number = int | float
 
 
+def require_finite(*losses: float) -> None:
+    """Stops the program with one line if a loss is not finite: what follows would be worthless."""
+    if not all(map(math.isfinite, losses)):
+        raise SystemExit("the loss is not finite: try a lower --learning-rate.")
+
+
 def require(
     config: Any,
     *names: str,

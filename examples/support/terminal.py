@@ -1,5 +1,7 @@
 """How a script meets its terminal: options, Ctrl-C, characters that cannot be shown."""
 
+import contextlib
+import errno
 import inspect
 import os
 import signal
@@ -16,11 +18,23 @@ def stop_on_interrupt(message: str) -> None:
     """
 
     def stop(*_: Any) -> None:
-        os.write(2, f"\n{message}\n".encode())
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, f"\n{message}\n".encode())
         os._exit(130)
 
+    _open_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is not ignored
         signal.signal(signal.SIGINT, stop)
+
+
+def _open_streams() -> None:
+    """Opens what the shell has closed, as by `>&-`.
+
+    Else the next file would take its number, and with it what libraries print.
+    """
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def from_command_line(config: type[Any], description: str | None) -> Any:
@@ -47,3 +61,15 @@ def run_script(main: Callable[[Any], Any], config: type[Any], description: str |
         sys.stdout.flush()
     except BrokenPipeError:
         os._exit(1)  # the reader has seen enough; Python's own exit would complain
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        # stdout is a file on a full disk, or a terminal that is gone
+        with contextlib.suppress(OSError):
+            os.write(2, f"cannot print: {error.strerror}.\n".encode())
+        os._exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
+            raise
+        reason = "not enough memory: try a smaller model, table or batch."
+        raise SystemExit(reason) from None

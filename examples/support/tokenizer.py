@@ -112,7 +112,7 @@ def train_bpe(data: bytes, vocab_size: int) -> Tokenizer:
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoder.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=min(vocab_size, 256 + len(data)),  # there cannot be more, and it makes room
         min_frequency=2,
         initial_alphabet=_chars_of_bytes(),
         show_progress=False,
