@@ -13,7 +13,7 @@ import numpy as np
 
 from eqx_embedding import EmbeddingDecode, EmbeddingTable, TokenScores
 
-from .flags import COMPILER
+from .flags import COMPILER, QUICK
 
 
 class Keys:
@@ -89,10 +89,9 @@ def make_hidden(layer: EmbeddingDecode, batch: tuple[int, ...], dtype="float32")
 
 
 # As XLA compiles by default, whatever flags the tests have.
-DEFAULT_COMPILER: dict[str, Any] = {
-    "xla_backend_optimization_level": 3,
-    "xla_cpu_use_fusion_emitters": True,
-}
+DEFAULT_COMPILER: dict[str, Any] = {"xla_backend_optimization_level": 3}
+if "xla_cpu_use_fusion_emitters" in QUICK:
+    DEFAULT_COMPILER["xla_cpu_use_fusion_emitters"] = True
 
 
 def compile_by_default(lowered):

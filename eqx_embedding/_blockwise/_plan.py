@@ -51,7 +51,8 @@ def make_plan(platform: Platform, work: Work) -> Plan:
     # In a branch, which tokens that may not count need, XLA for TPUs would hold both the logits
     # before their padding is masked, and after.
     hold_logits = platform == "tpu" and work.masked
-    return Plan(chunk_size, work.V, dtype, d_logits_dtype, False, round_early, hold_logits)
+    plan = Plan(chunk_size, work.V, dtype, d_logits_dtype, False, round_early)
+    return plan._replace(hold_logits=hold_logits)
 
 
 def _cpu_plan(work: Work) -> Plan:

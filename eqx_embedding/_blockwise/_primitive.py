@@ -97,8 +97,9 @@ def _map(axis, arguments, dims, *, jaxpr, rule):
     return results, [0] * len(results)
 
 
-def _drop_unused(used_results, operation):
+def _drop_unused(used_results, *others):
     """What nobody uses is not computed, such as the gradient of a table that is frozen."""
+    operation = others[-1]  # from JAX 0.11 on, after which of its arguments are read later
     jaxpr, rule = operation.params["jaxpr"], operation.params["rule"]
     if rule is not None:  # it takes all arguments, and returns all results
         return [True] * len(operation.invars), operation
