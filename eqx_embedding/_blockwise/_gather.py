@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .._sharding import Axes, flat
-from ._devices import widen
+from ._devices import can_scatter, widen
 
 
 def gather_wide(
@@ -42,12 +42,13 @@ def gather(dtype: DTypeLike, mesh_axes: tuple[Axes, ...], array: Array) -> Array
         return sent.astype(array.dtype)
 
     def backward(_: None, cotangent: Array) -> tuple[Array]:
+        default = _scatter if can_scatter(cotangent) else _scatter_in_rings
         for position, axes in enumerate(mesh_axes):
             if axes:
                 cotangent = lax.platform_dependent(
                     cotangent,
                     tpu=functools.partial(_scatter_in_rings, axes, position),
-                    default=functools.partial(_scatter, axes, position),
+                    default=functools.partial(default, axes, position),
                 )
         return (cotangent,)
 
