@@ -49,26 +49,35 @@ def join_trees(
         return join_arrays(row_axis, min(old_tokens, tokens), old, new)
 
     def join_node(path: Any, old: Any, new: Any) -> Any:
-        name = "tree" + jax.tree_util.keystr(path)
-        if not is_table(old):
-            return join_leaf(_Leaf(name, old, new, first, new_first))
-
-        def join_field(field: str) -> Any:
-            def join(path: Any, part: Any, new_part: Any) -> Any:
-                where = f"{name}.{field}{jax.tree_util.keystr(path)}"
-                whole = None if path else field
-                return join_leaf(_Leaf(where, part, new_part, old, new, True, whole))
-
-            fields = getattr(old, field), getattr(new, field)
-            inner = f"fresh{jax.tree_util.keystr(path)}.{field}"
-            check_structures(inner, *fields, lambda _: False, advice)
-            return jax.tree_util.tree_map_with_path(join, *fields)
-
-        return map_fields(join_field, new)
+        if is_table(old):
+            return _join_table(join_leaf, advice, path, old, new)
+        return join_leaf(_Leaf("tree" + jax.tree_util.keystr(path), old, new, first, new_first))
 
     joined = jax.tree_util.tree_map_with_path(join_node, tree, fresh, is_leaf=is_table)
     _check_old_rows(sizes, kept_shapes, tokens, first.padding_rows)
     return joined
+
+
+def _join_table(
+    join_leaf: Callable[["_Leaf"], Any],
+    advice: str,
+    path: Any,
+    table: EmbeddingTable,
+    new_table: EmbeddingTable,
+) -> Any:
+    name = jax.tree_util.keystr(path)
+
+    def join_field(field: str) -> Any:
+        def join(path: Any, old: Any, new: Any) -> Any:
+            where = f"tree{name}.{field}{jax.tree_util.keystr(path)}"
+            whole = None if path else field
+            return join_leaf(_Leaf(where, old, new, table, new_table, True, whole))
+
+        fields = getattr(table, field), getattr(new_table, field)
+        check_structures(f"fresh{name}.{field}", *fields, lambda _: False, advice)
+        return jax.tree_util.tree_map_with_path(join, *fields)
+
+    return map_fields(join_field, new_table)
 
 
 def _check_same_shapes(tree: PyTree, fresh: PyTree) -> None:

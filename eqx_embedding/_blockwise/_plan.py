@@ -47,12 +47,10 @@ def make_plan(platform: Platform, work: Work) -> Plan:
     chunk_size = work.chunk_size or _accelerator_chunk(platform, work)
     # A TPU rounds factors to bfloat16 in any case. Told to round one before, XLA can write a copy.
     d_logits_dtype = at_least_float32(dtype) if platform == "tpu" else dtype
-    round_early = dtype == jnp.bfloat16
+    plan = Plan(chunk_size, work.V, dtype, d_logits_dtype, False, round_early=dtype == jnp.bfloat16)
     # In a branch, which tokens that may not count need, XLA for TPUs would hold both the logits
     # before their padding is masked, and after.
-    hold_logits = platform == "tpu" and work.masked
-    plan = Plan(chunk_size, work.V, dtype, d_logits_dtype, False, round_early)
-    return plan._replace(hold_logits=hold_logits)
+    return plan._replace(hold_logits=platform == "tpu" and work.masked)
 
 
 def _cpu_plan(work: Work) -> Plan:
