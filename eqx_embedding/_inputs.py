@@ -209,16 +209,23 @@ def _zero_unless(
     """The weights, with zero for tokens that do not count. Host data stays in NumPy."""
     if isinstance(counts, np.ndarray) and isinstance(weights, np.ndarray):
         return np.where(counts, weights, np.zeros((), weights.dtype))
-    weights = place(jnp.asarray(weights.astype(dtype)))
+    weights = place(_widen_weights(jnp.asarray(weights), dtype))
     return jnp.where(place(jnp.asarray(counts)), weights, 0)
+
+
+def _widen_weights(weights: Array, dtype: DTypeLike) -> Array:
+    """In `dtype`, but for those in float64, which could overflow before they are scaled."""
+    return weights.astype(weights.dtype if weights.dtype == np.float64 else dtype)
 
 
 def _narrow_weights(
     weights: Array | np.ndarray, dtype: DTypeLike, scale: bool, mesh_axes: tuple[str, ...]
 ) -> Array:
     """The weights in `dtype`. With `scale`, the largest becomes 1, so that no sum overflows."""
-    xp = np if isinstance(weights, np.ndarray) else jnp
-    weights = weights.astype(np.float64 if xp is np else dtype)
+    if isinstance(weights, np.ndarray):
+        xp, weights = np, weights.astype(np.float64)
+    else:
+        xp, weights = jnp, _widen_weights(weights, dtype)
     if scale:
         largest = xp.max(xp.abs(weights), initial=0)
         if xp is jnp:

@@ -44,6 +44,13 @@ def device_count(request):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """XLA maps memory for each of them, and Linux ends a process that has too many such maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     return Keys()

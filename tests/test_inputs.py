@@ -59,6 +59,20 @@ def test_weights_from_the_64_bit_mode_are_not_narrowed():
             jax.jit(lambda w: layer.cross_entropy(hidden, FOUR_TARGETS, weights=w))(given)
 
 
+@pytest.mark.parametrize("scale", [1e39, 1e-50])
+@pytest.mark.parametrize("ignore_index", [None, int(FOUR_TARGETS[1])])
+def test_float64_weights_are_scaled_before_they_are_narrowed(scale, ignore_index):
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
+    weights = np.asarray([1.0, 2.0, 0.5, 0.0])
+    counts = np.asarray(FOUR_TARGETS) != ignore_index
+    expected, *_ = cross_entropy_reference(layer, hidden, FOUR_TARGETS, weights * counts)
+    with jax.enable_x64(True):
+        loss = layer.cross_entropy(
+            hidden, FOUR_TARGETS, weights=jnp.asarray(weights * scale), ignore_index=ignore_index
+        )
+    assert_close(loss, expected)
+
+
 def test_complex_weights_are_refused():
     layer = EmbeddingDecode(make_table("first"))
     with pytest.raises(TypeError, match="weights must be bool, integer or floating, got complex64"):

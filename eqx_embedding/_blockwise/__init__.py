@@ -11,7 +11,8 @@ From a call to the numbers, top down:
   device, and what has derivatives of our own: sums of losses; scores and losses that stay apart;
   the likeliest tokens, and draws.
 - `_gradients.py`, `_scores.py`, `_divergence.py`, `_search.py`, `_logits.py`: a chunk of tokens.
-- `_gather.py`: a table that is split over the devices of the batch.
+- `_gather.py`, `_scatter.py`: a table that is split over the devices of the batch, and its
+  gradient.
 - `_chunks.py`, `_plan.py`: loops over chunks and tiles, and how the work is cut.
 - `_function.py`: a loss function as a value.
 - `_devices.py`, `_primitive.py`: what JAX has to be told.

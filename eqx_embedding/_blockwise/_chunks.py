@@ -35,7 +35,7 @@ class Chunks:
 
     Chunk `i` has every `count`-th token, so that tokens which are split over devices stay where
     they are. With a `mask`, tokens that it leaves out cost no time: the others fill the first
-    chunks, and the rest are skipped.
+    chunks, and the rest are skipped. A single chunk never is: XLA holds more for a branch.
 
     Places without a token repeat one that counts; what is computed there is thrown away.
 
@@ -58,11 +58,13 @@ class Chunks:
             C = N if count == 1 else C
         self.num_tokens, self.count, self.size = N, count, C
         self.mask = mask if N > 0 else None
-        self.none = None  # whether this device has no tokens for the chunks of others
+        self.none = None  # whether no token counts, in chunks that are computed in any case
         if self.mask is not None:
             self._gather(self.mask)
+            if in_step is not None or count == 1:
+                self.none = self.used == 0
             if in_step is not None:
-                self.none, self.used = self.used == 0, in_step(self.used)
+                self.used = in_step(self.used)
 
     def _gather(self, mask: Bool[Array, " N"]) -> None:
         """Puts the tokens of the mask first, chunk after chunk."""
@@ -128,7 +130,8 @@ class Chunks:
             lambda a: jnp.zeros((a.shape[0], self.count, *a.shape[1:]), a.dtype), shapes
         )
         carry = sums, results
-        sums, results = loop(self.count, step if self.mask is None else step_if_used, carry)
+        always = self.mask is None or self.count == 1
+        sums, results = loop(self.count, step if always else step_if_used, carry)
         return sums, jax.tree.map(self.join, results)
 
 

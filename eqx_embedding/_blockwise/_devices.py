@@ -18,12 +18,13 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from .._sharding import varying_axes
 from ._primitive import call_as_one
+from ._scatter import scatter
 
 
 NO_MESH = AbstractMesh((), ())
@@ -119,20 +120,10 @@ def gather_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array:
 def sum_to_owners(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
     """The sum of an array over the devices. Each gets a part of its first axis."""
 
-    def scatter(array: Array, axes: tuple[str, ...]) -> Array:
-        if can_scatter(array):
-            return lax.psum_scatter(array, axes, tiled=True)
-        size = len(array) // lax.axis_size(axes)
-        total = cast_to_varying(frozenset(axes), lax.psum(array, axes))
-        return lax.dynamic_slice_in_dim(total, lax.axis_index(axes) * np.int32(size), size)
+    def sum_and_scatter(array: Array, axes: tuple[str, ...]) -> Array:
+        return scatter(axes, 0, array)
 
-    return _collective(scatter, mesh, axes, array)
-
-
-def can_scatter(array: Array) -> bool:
-    """Whether JAX can compile a `psum_scatter` of an array. JAX 0.12 fails beside explicit axes."""
-    types = jax.typeof(array).sharding.mesh.axis_types
-    return jax.__version_info__ < (0, 11) or AxisType.Explicit not in types
+    return _collective(sum_and_scatter, mesh, axes, array)
 
 
 def index_of_device(mesh: AbstractMesh | None, axes: tuple[str, ...]) -> Any:

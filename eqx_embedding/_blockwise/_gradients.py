@@ -81,7 +81,6 @@ def chunk_gradients(
     x, targets = all_tokens(options, (x, targets))
     (C, D), (V, _) = x.shape, head.rows.shape
     z = tile_logits(options, head, x, 0, V)
-    z = lax.optimization_barrier(z) if options.plan.hold_logits else z
     if options.comparison is None:
         scores, pull_back = _score_targets(options, used, head, targets, z)
     else:

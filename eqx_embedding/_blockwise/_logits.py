@@ -59,15 +59,19 @@ class Options(NamedTuple):
     def for_platform(self, platform: Platform, operands: "Operands") -> "Options":
         """With a plan for the operands of a device."""
         (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
-        masked, devices = operands.mask is not None, self.count_devices(self.token_axes)
-        heads = 1 if self.comparison is None else 2  # logits of a token for each row
-        num_tokens, chunk_size = N * devices * heads, self.chunk_size
-        dtypes = self.dtype, self.wide
-        work = Work(num_tokens, V, D, *dtypes, self.tiles, masked, self.gathered, chunk_size)
-        plan = make_plan(platform, work)
-        if self.chunk_size is None:
-            plan = plan._replace(chunk_size=max(plan.chunk_size // heads, 1))
-        return self._replace(plan=plan)
+        work = Work(
+            N=N * self.count_devices(self.token_axes),
+            V=V,
+            D=D,
+            heads=1 if self.comparison is None else 2,
+            dtype=self.dtype,
+            wide=self.wide,
+            tiles=self.tiles,
+            masked=operands.mask is not None,
+            gathered=self.gathered,
+            chunk_size=self.chunk_size,
+        )
+        return self._replace(plan=make_plan(platform, work))
 
     @property
     def temperature(self) -> float:
@@ -200,7 +204,8 @@ def tile_logits(
     )[:, :C]
     z = z if head.bias is None else z + tile(head.bias, start, size)[:, None]
     z = z if options.soft_cap is None else options.soft_cap * jnp.tanh(z / options.soft_cap)
-    return without_padding(options, head, z, start, -jnp.inf)
+    z = without_padding(options, head, z, start, -jnp.inf)
+    return lax.optimization_barrier(z) if options.plan.hold_logits else z
 
 
 def without_padding(options: Options, head: Head, array: Array, start: Any, fill: float) -> Array:

@@ -19,7 +19,7 @@ class Plan(NamedTuple):
     transpose: bool  # whether to transpose a tile before its product with the table
     round_early: bool  # whether a gradient of the table from one product is rounded at once
     keep_copy: bool = False  # whether no product may undo the copy of a transposed table
-    hold_logits: bool = False  # whether a gradient holds them after their bias, cap and mask
+    hold_logits: bool = False  # whether they are held after their bias, cap and mask
 
 
 class Work(NamedTuple):
@@ -28,6 +28,7 @@ class Work(NamedTuple):
     N: Any  # a symbolic one, of `jax.export`, is an error of JAX
     V: int
     D: int
+    heads: int  # how many logits a token has for each row: those of a student, and of its teacher
     dtype: DTypeLike  # of the factors of the logits
     wide: DTypeLike  # of their sums
     tiles: bool  # whether a device can cut its rows into tiles
@@ -48,9 +49,8 @@ def make_plan(platform: Platform, work: Work) -> Plan:
     # A TPU rounds factors to bfloat16 in any case. Told to round one before, XLA can write a copy.
     d_logits_dtype = at_least_float32(dtype) if platform == "tpu" else dtype
     plan = Plan(chunk_size, work.V, dtype, d_logits_dtype, False, round_early=dtype == jnp.bfloat16)
-    # In a branch, which tokens that may not count need, XLA for TPUs would hold both the logits
-    # before their padding is masked, and after.
-    return plan._replace(hold_logits=platform == "tpu" and work.masked)
+    # XLA for TPUs would hold both the logits before their bias, cap and mask, and after.
+    return plan._replace(hold_logits=platform == "tpu")
 
 
 def _cpu_plan(work: Work) -> Plan:
@@ -62,26 +62,29 @@ def _cpu_plan(work: Work) -> Plan:
     that smaller chunks save more than they cost. Tiles of 2**18 numbers of the table fit the
     cache, and are work enough for a few threads. For the gradients, products in float32 are faster
     than in anything narrower. With a short D, XLA's product with a transposed left factor costs
-    more than to transpose it first; with a small V it holds more.
+    more than to transpose it first; in half precision with a small V it holds more. XLA transposes
+    the logits of the plain way in float32 as well, if V is at least 2D.
 
     A small problem is one chunk and one tile, the plain way: if it has no more logits than those,
     or than numbers that a loop would hold. These are vectors of a chunk and their gradient; with
     several chunks also the gradient of all vectors, and the logits of a chunk; and float32 copies
     that XLA makes of tables and vectors in bfloat16. A mask needs chunks, to skip some.
     """
-    N, V, D, dtype, wide, tiles, masked, _, chunk_size = work
+    N, V, D, heads, dtype, wide, tiles, masked, _, chunk_size = work
     largest = 128 if masked else 256
-    C = max(min(max(D * 13 // 16, 128), largest), 2**20 // V)
+    C = max(min(max(heads * D * 13 // 16, 128), largest), 2**20 // V)
     narrow = dtype == jnp.bfloat16
     held = 2 * C * D
     if not masked:
         chunks = max(-(-N // C), 1)
         several = N * D + N // chunks * (V + D) if chunks > 1 else 0
         held = max(held, several) + (N + V) * D * narrow
-    if N * V <= max(2**20, held) and N <= (chunk_size or N):
+    if heads * N * V <= max(2**20, held) and N <= (chunk_size or N):
         factors = dtype if narrow else wide
-        transpose = 4 * V < 3 * D or (D < 256 and not narrow)
-        return Plan(max(N, 1), V, factors, wide, transpose, narrow and not transpose)
+        half = jnp.finfo(dtype).bits <= 16
+        transpose = 4 * V < 3 * D if half else D < 256 and 2 * D <= V
+        left = factors if transpose else wide
+        return Plan(max(N, 1), V, factors, left, transpose, narrow and not transpose)
     tile_size = min(V, max(min(2**18 // D, 1024), 256)) if tiles else V
     return Plan(chunk_size or C, tile_size, wide, wide, transpose=D < 256, round_early=False)
 
@@ -112,8 +115,9 @@ def _accelerator_chunk(platform: Platform, work: Work) -> int:
     place, and chunks are as small as they may be.
     """
     if work.gathered:
-        return SMALLEST
-    N, V, D, *_ = work
+        return SMALLEST // work.heads
+    N, V, D, heads, *_ = work
+    N = N * heads
     quarter = -(-N // 512) * 128  # rounded up: four chunks are enough
     C = min(max(min(D // 256 * 128, quarter), SMALLEST), 2048)
     sums = 4 * D + 4 * N * D // V
@@ -121,4 +125,4 @@ def _accelerator_chunk(platform: Platform, work: Work) -> int:
         is_plain = 6 * N <= sums + max(4 * C - 2 * D, 0) + 2 * C
     else:
         is_plain = 4 * N <= sums + (8 * C if 4 * C > 2 * D else 0)
-    return max(N, 1) if is_plain else C
+    return max(work.N, 1) if is_plain else C // heads
