@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-# Of functions that are defined in others, too: those would be built again in each call, and take
-# half of the time to trace a loss.
+# Checks that are built already. A function inside another is defined again in each call; to build
+# its check each time would take half of the time to trace a loss.
 checks: dict[Any, Callable[..., Any]] = {}
 
 

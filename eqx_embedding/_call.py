@@ -15,11 +15,13 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from ._blockwise import (
     close_over,
     Comparison,
+    Draws,
     Operands,
     Options,
     sample_tokens,
     score_tokens,
     shapes_of_scores,
+    Teacher,
     token_losses,
     TokenScores,
     top_k_tokens,
@@ -71,7 +73,7 @@ class Call(NamedTuple):
         padded = self.options.padded or options.padded
         wide = np.promote_types(self.options.wide, options.wide)
         comparison = Comparison(kind, temperature, padded, options.soft_cap, options.dtype)
-        teacher = rows, bias if bias is None else bias.astype(wide)
+        teacher = Teacher(hidden, rows, None if bias is None else bias.astype(wide))
         return self._replace(
             options=self.options._replace(
                 padded=padded,
@@ -79,11 +81,14 @@ class Call(NamedTuple):
                 transposed=self.options.transposed or options.transposed,
                 comparison=comparison,
             ),
-            operands=self.operands._replace(targets=hidden, teacher=teacher),
+            operands=self.operands._replace(teacher=teacher),
         )
 
     def with_weights(self, weights: ArrayLike | None, reduction: str) -> "Call":
-        """With weights, divided by their sum for a mean, and the mask of those that are not 0."""
+        """With weights, divided by their sum for a mean, and the mask of those that are not 0.
+
+        After `with_targets`, whose mask it narrows.
+        """
         batch, split, operands = self.operands.batch, self.split, self.operands
         if weights is not None and np.shape(weights) != batch:
             raise ValueError(_wrong_shape("weights", weights, batch))
@@ -109,9 +114,9 @@ class Call(NamedTuple):
         options, split, operands, weights, _ = self
         data = tuple(as_data(i, array, weights.shape) for i, array in enumerate(data))
         data_of_token = [jax.ShapeDtypeStruct(x.shape[weights.ndim :], x.dtype) for x in data]
-        of_token = None if operands.teacher else operands.targets.shape[weights.ndim :]
-        of_token = shapes_of_scores(options.wide, of_token)
-        function, closure = close_over(fn, options.wide, of_token, tuple(data_of_token))
+        of_targets = None if operands.targets is None else operands.targets.shape[weights.ndim :]
+        scores_of_token = shapes_of_scores(options.wide, of_targets)
+        function, closure = close_over(fn, options.wide, scores_of_token, tuple(data_of_token))
         wanted = Wanted(function, reduction != "none", return_scores)
         operands = operands._replace(weights=weights, data=data, closure=closure)
         loss, scores = token_losses(options, split, wanted, operands)
@@ -121,13 +126,14 @@ class Call(NamedTuple):
         """The scores of tokens with k targets each, as those of one target."""
         weights, mask = lax.stop_gradient(self.target_weights), self.operands.mask
         log_prob = jnp.sum(weights * scores.log_prob, axis=-1)
-        log_prob = log_prob if mask is None else jnp.where(mask, log_prob, 0)  # weights of NaN
+        # A masked token may have weights of NaN
+        log_prob = log_prob if mask is None else jnp.where(mask, log_prob, 0)
         k = lax.broadcasted_iota(np.int32, weights.shape, weights.ndim - 1)
         largest = k == jnp.argmax(weights, axis=-1, keepdims=True)
         return scores._replace(log_prob=log_prob, is_top=jnp.any(scores.is_top & largest, axis=-1))
 
     def top_k(self, k: int) -> tuple[Array, Array]:
-        return top_k_tokens(self.options, self.split, k, self._without_targets(()))
+        return top_k_tokens(self.options, self.split, k, self.operands)
 
     def sample(self, k: int | None, key: PRNGKeyArray, temperature: Array) -> Array:
         split = self.split
@@ -138,7 +144,8 @@ class Call(NamedTuple):
             )
         keys = keys_of_tokens(key, self.operands.batch, split.manual_batch)
         # Tokens have no gradient, and JAX cannot differentiate the maximum over devices
-        operands = lax.stop_gradient(self._without_targets((keys, temperature)))
+        draws = Draws(self._place(keys), self._place(temperature))
+        operands = lax.stop_gradient(self.operands._replace(draws=draws))
         return sample_tokens(self.options, split, k, operands)
 
     def check_k(self, name: str, k: Whole) -> int:
@@ -153,11 +160,6 @@ class Call(NamedTuple):
 
     def _place(self, array: Array) -> Array:
         return self.split.place(array, self.split.batch)
-
-    def _without_targets(self, data: tuple[Array, ...]) -> Operands:
-        targets = jnp.zeros(self.operands.batch, "int32")  # only how devices split them matters
-        targets, *data_placed = map(self._place, (targets, *data))
-        return self.operands._replace(targets=targets, data=tuple(data_placed))
 
 
 def _check_targets(

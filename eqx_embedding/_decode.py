@@ -33,9 +33,9 @@ from ._suggest import suggest, suggest_array, suggest_key, suggest_number, sugge
 from ._table import EmbeddingTable, RowAxis, Rules
 
 
-# With a larger soft cap or z-loss, float32 would round the logits away.
+# With a larger soft cap, z-loss or temperature, float32 would round the logits away.
 LARGEST = 1e30
-SMALLEST = 1e-30  # the temperature of a divergence
+LOWEST_TEMPERATURE = 1e-30  # of a divergence
 
 KINDS = "forward", "reverse", "jensen_shannon"  # of divergences
 
@@ -198,7 +198,7 @@ class EmbeddingDecode(eqx.Module):
 
         As [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         """
-        call = self._plan(hidden, chunk_size, rules)
+        call = self._start_call(hidden, chunk_size, rules)
         call = call.with_targets(targets, None, ignore_index).with_weights(weights, "none")
         return call.scores(Used(mean_log_prob=True, entropy=True, is_top=True))
 
@@ -259,7 +259,7 @@ class EmbeddingDecode(eqx.Module):
         As [`eqx_embedding.EmbeddingDecode.cross_entropy`][]; a `TypeError` if `fn` returns
         something other than a real scalar, and a `ValueError` for data of another shape.
         """
-        call = self._plan(hidden, chunk_size, rules)
+        call = self._start_call(hidden, chunk_size, rules)
         call = call.with_targets(targets, None, ignore_index).with_weights(weights, reduction)
         return call.loss(fn, data, reduction, return_scores)
 
@@ -378,7 +378,7 @@ class EmbeddingDecode(eqx.Module):
                 loss = loss - smoothing * scores.mean_log_prob
             return loss if z_loss == 0 else loss + z_loss * scores.logsumexp**2
 
-        call = self._plan(hidden, chunk_size, rules)
+        call = self._start_call(hidden, chunk_size, rules)
         call = call.with_targets(targets, target_weights, ignore_index)
         call = call.with_weights(weights, reduction)
         if target_weights is None:
@@ -419,7 +419,7 @@ class EmbeddingDecode(eqx.Module):
         A `ValueError` for a `k` out of its range; else as
         [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         """
-        call = self._plan(hidden, chunk_size, rules)
+        call = self._start_call(hidden, chunk_size, rules)
         return call.top_k(call.check_k("k", k))
 
     @_suggest
@@ -464,7 +464,7 @@ class EmbeddingDecode(eqx.Module):
         A `ValueError` for a temperature that is negative or not finite, and for a `top_k` out of
         its range; else as [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         """
-        call = self._plan(hidden, chunk_size, rules)
+        call = self._start_call(hidden, chunk_size, rules)
         k = None if top_k is None else call.check_k("top_k", top_k)
         temperatures = as_temperature(temperature, call.operands.batch, call.options.wide)
         if isinstance(temperature, Real) and temperature == 0:
@@ -538,11 +538,12 @@ class EmbeddingDecode(eqx.Module):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
         temperature = as_real(temperature)
-        if not SMALLEST <= temperature <= LARGEST:
+        if not LOWEST_TEMPERATURE <= temperature <= LARGEST:
             raise ValueError(
-                f"temperature must be at least {SMALLEST} and at most {LARGEST}, got {temperature}."
+                f"temperature must be at least {LOWEST_TEMPERATURE} and at most {LARGEST}, got "
+                f"{temperature}."
             )
-        call = self._plan(hidden, chunk_size, rules)
+        call = self._start_call(hidden, chunk_size, rules)
         of_teacher = teacher._as_teacher(teacher_hidden, call, rules)
         call = call.with_teacher(kind, float(temperature), *of_teacher)
         call = call.with_weights(weights, reduction)
@@ -574,7 +575,7 @@ class EmbeddingDecode(eqx.Module):
         is_double = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
         return factors, np.dtype(np.float64 if is_double else np.float32)
 
-    def _plan(self, hidden: Hidden, chunk_size: Whole | None, rules: Rules | None) -> Call:
+    def _start_call(self, hidden: Hidden, chunk_size: Whole | None, rules: Rules | None) -> Call:
         """Checks the arguments that most methods have, and finds how devices split the arrays."""
         operands = self._operands("hidden", hidden, rules)
         if chunk_size is not None and chunk_size < 1:
@@ -617,6 +618,6 @@ class EmbeddingDecode(eqx.Module):
             dtype=dtype,
             wide=wide,
             chunk_size=None if chunk_size is None else as_int(chunk_size),
-            tiles=split.known,
+            tiles=split.can_tile,
             transposed=self.table._row_axis != RowAxis(0),
         )

@@ -106,7 +106,7 @@ def _draw_near_mean(
     mean = jnp.sum(jnp.where(finite[:, None], rows / jnp.sum(finite, dtype=rows.dtype), 0), axis=0)
 
     def draw(i: Array) -> Array:
-        # The key of a token is itself two random words
+        # The first two words of a key that was folded in are random numbers themselves
         index, size, *_ = jax.random.key_data(jax.random.fold_in(key, i))
         row = index % len(rows)
         # In float32, so that the numbers do not depend on the dtype of the table

@@ -31,7 +31,7 @@ class Split(NamedTuple):
     table: tuple[Axes, ...] = ()  # explicit and automatic ones that split the axes of the table
     manual_batch: Axes = ()  # manual ones that split the batch
     manual_table: tuple[Axes, ...] = ()  # manual ones that split the axes of the table
-    known: bool = True  # whether no other axis can split the vocabulary
+    can_tile: bool = True  # whether no automatic axis without a rule can split the vocabulary
 
     @property
     def mapped(self) -> set[str]:
@@ -64,9 +64,12 @@ class Split(NamedTuple):
         """Decides which rows each device works on.
 
         Of mesh axes that split the table as well as the batch, no device has all that its tokens
-        need. Then the table is gathered, or the tokens are: the fewer. Both numbers are those of
-        the arrays that are handed over, which are the part of a device along manual axes. The
-        number of tokens may be symbolic where nothing is split.
+        need. Then the table is gathered, or the tokens are: the fewer. If `data` splits the batch
+        and the rows, and `model` the rows, then a device works on the rows that all devices of its
+        `model` have together; or on its own rows, with the tokens of all devices.
+
+        Both numbers are those of the arrays that are handed over, which are the part of a device
+        along manual axes. The number of tokens may be symbolic where nothing is split.
         """
         batch = flat(self.batch)
         shared = [common(axes, batch) for axes in self.table]
@@ -80,7 +83,7 @@ class Split(NamedTuple):
         if divides(vocabulary + flat(others)):
             vocabulary += flat(others)
         gathered = tuple(map(operator.add, manual_shared, shared))
-        # Rows are split by manual axes first: between those gathered, none may stay.
+        # A gathered manual axis must be the last that splits the rows, so none may follow it.
         kept = () if manual_shared[0] else vocabulary
         whole = Arrangement((kept + shared[0], *shared[1:]), manual + kept, gathered, ())
         if not flat(gathered) or flat(manual_shared[1:]) or not divides(vocabulary):
@@ -268,7 +271,7 @@ def find_split(
     _check_rules(rules, ("batch", *names), types)
     if mesh is None:
         none = ((),) * len(names)
-        return Split(None, table=none, manual_table=none, known=jax.device_count() == 1)
+        return Split(None, table=none, manual_table=none, can_tile=jax.device_count() == 1)
     explicit = row_axis.first(explicit_axes(embeddings))
     table_axes = dict(zip(names, explicit, strict=True))
     split = _read_split(mesh, table_axes, batched, batch_axes, rules)
@@ -309,7 +312,7 @@ def _read_split(
         # NumPy arrays and Python numbers are the same on all devices.
         manual_batch=() if batched is None else ruled(AxisType.Manual, "batch"),
         manual_table=tuple(ruled(AxisType.Manual, name) for name in table_axes),
-        known=jax.device_count() == 1 or bool(vocabulary) or not remaining(automatic, batch),
+        can_tile=jax.device_count() == 1 or bool(vocabulary) or not remaining(automatic, batch),
     )
 
 

@@ -1,7 +1,8 @@
 """What is computed from logits that never all exist at once.
 
-Pure functions of plain arrays. N, D and V are the numbers of tokens, of features of an embedding,
-and of rows of the table that one device has; C is the number of tokens of a chunk.
+Pure functions of arrays; below `_batch.py`, of those of one device. N, D and V are the numbers of
+tokens, of features of an embedding, and of rows of the table that one device has; C is the number
+of tokens of a chunk. The plain way is one chunk: all logits at once.
 
 From a call to the numbers, top down:
 
@@ -26,12 +27,14 @@ from ._batch import (
     Wanted as Wanted,
 )
 from ._devices import widen as widen
-from ._function import (
-    close_over as close_over,
-    shapes_of_scores as shapes_of_scores,
-    TokenFunction as TokenFunction,
-)
+from ._function import close_over as close_over, shapes_of_scores as shapes_of_scores
 from ._gather import gather_wide as gather_wide
-from ._logits import Comparison as Comparison, Operands as Operands, Options as Options
+from ._logits import (
+    Comparison as Comparison,
+    Operands as Operands,
+    Options as Options,
+    Teacher as Teacher,
+)
 from ._reference import TokenScores as TokenScores
 from ._scores import Used as Used
+from ._search import Draws as Draws

@@ -22,7 +22,7 @@ from ._device_total import device_total
 from ._devices import cast_to_varying, device_type, is_alone, widen
 from ._function import TokenFunction
 from ._gather import gather
-from ._logits import Operands, Options
+from ._logits import Operands, Options, Teacher
 from ._primitive import call_as_one
 from ._reference import Scores
 from ._scores import Used
@@ -32,23 +32,21 @@ from ._scores import Used
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> Scores:
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
-    names = "hidden", "targets", "mask"
-    return _map_tokens(options, split, device_scores, used, names, operands)
+    return _map_tokens(options, split, device_scores, used, operands)
 
 
 @explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def top_k_tokens(options: Options, split: Split, k: int, operands: Operands) -> tuple[Array, Array]:
     """The `k` largest log-probabilities and their tokens, each `*batch k`."""
-    return _map_tokens(options, split, device_top_k, k, ("hidden", "targets"), operands)
+    return _map_tokens(options, split, device_top_k, k, operands)
 
 
 @explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def sample_tokens(options: Options, split: Split, k: int | None, operands: Operands) -> Array:
-    """A token drawn among the `k` likeliest, or all, with the keys and temperatures in the data."""
-    names = "hidden", "targets", "data"
-    return _map_tokens(options, split, device_sample, k, names, operands)
+    """A token drawn among the `k` likeliest, or all."""
+    return _map_tokens(options, split, device_sample, k, operands)
 
 
 def _map_tokens(
@@ -56,13 +54,9 @@ def _map_tokens(
     split: Split,
     of_device: Callable[[Options, Any, Operands], PyTree],
     wanted: Any,
-    names: tuple[str, ...],
     operands: Operands,
 ) -> PyTree:
-    """`of_device(options, wanted, operands)`, arrays (N, ...), for all tokens of a batch.
-
-    `names` are the operands that have a value for each token.
-    """
+    """`of_device(options, wanted, operands)`, arrays (N, ...), for all tokens of a batch."""
     arrangement = split.arrange(math.prod(operands.batch), len(operands.rows))
 
     def on_one_device(operands: Operands) -> PyTree:
@@ -71,14 +65,14 @@ def _map_tokens(
 
     def on_devices(operands: Operands) -> PyTree:
         operands = _match_rows(split, arrangement, operands)
-        return split.map(on_one_device, (_specs(split, arrangement),), P(*split.batch), (operands,))
+        specs = _specs(split, arrangement, operands)
+        return split.map(on_one_device, (specs,), P(*split.batch), (operands,))
 
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
         if _has_own_table(mapped):
             return None
-        each = _add_example_axis(size, mapped, operands, *names)
-        wider = split.with_examples(mesh_axes)
-        return _map_tokens(options, wider, of_device, wanted, names, each)
+        each = _add_example_axis(size, mapped, operands)
+        return _map_tokens(options, split.with_examples(mesh_axes), of_device, wanted, each)
 
     return call_as_one(on_devices, operands, vmap_rule=on_examples)
 
@@ -115,7 +109,8 @@ def token_losses(
         return _unflatten(operands.batch, (losses, scores if wanted.scores else None))
 
     def on_devices(operands: Operands) -> Any:
-        specs, operands = _specs(split, arrangement), _match_rows(split, arrangement, operands)
+        operands = _match_rows(split, arrangement, operands)
+        specs = _specs(split, arrangement, operands)
         batch = P(*split.batch)
         of_losses = P() if wanted.total else batch
         return split.map(on_one_device, (specs,), (of_losses, batch), (operands,))
@@ -148,14 +143,14 @@ def _losses_of_examples(
     `split` is that of the batch with the axis of examples in front.
     """
     used, mask, of_scores = wanted.used, operands.mask, _score_operands(operands)
-    if mapped.hidden or mapped.targets:
-        each = _add_example_axis(size, mapped, of_scores, "hidden", "targets", "mask")
+    if mapped.hidden or mapped.goals:
+        each = _add_example_axis(size, _score_operands(mapped), of_scores)
         scores = score_tokens(options, split, used, each)
     else:  # the scores are those of all examples alike
         some = of_scores._replace(mask=jnp.any(mask, axis=0) if mapped.mask else mask)
         scores = score_tokens(options, split._replace(batch=split.batch[1:]), used, some)
         scores = jax.tree.map(functools.partial(_repeat, size, False), scores)
-    each = _add_example_axis(size, mapped, operands, "weights", "data", "mask")
+    each = _add_example_axis(size, mapped, operands)
     of_tokens = scores, each.weights, each.data, operands.closure, each.mask
     of_example = mapped.closure if any(mapped.closure) else None
     losses = _weighted_losses(split, wanted.function, of_example, *of_tokens)
@@ -213,16 +208,27 @@ def _weighted_losses(
     return call_as_one(on_devices, operands, vmap_rule=on_examples)
 
 
-def _specs(split: Split, arrangement: Arrangement) -> Operands:
+def _specs(split: Split, arrangement: Arrangement, operands: Operands) -> Operands:
     """How each operand is split over the devices. The teacher has the rows of the student."""
     batch, rows, row = P(*split.batch), arrangement.spec, P(*arrangement.spec[:1])
-    return Operands(batch, rows, row, batch, batch, batch, batch, P(), row)
+    return Operands(
+        hidden=batch,
+        rows=rows,
+        bias=row,
+        targets=batch,
+        mask=batch,
+        weights=batch,
+        data=batch,
+        closure=P(),
+        teacher=None if operands.teacher is None else Teacher(batch, row, row),
+        draws=batch,
+    )
 
 
 def _match_rows(split: Split, arrangement: Arrangement, operands: Operands) -> Operands:
     """Gives a table of a teacher the padding rows of the student, if rows are split."""
-    V = len(operands.rows)
-    if operands.teacher is None or not (arrangement.vocabulary or arrangement.table[0]):
+    V, teacher = len(operands.rows), operands.teacher
+    if teacher is None or not (arrangement.vocabulary or arrangement.table[0]):
         return operands
 
     def match(array: Array) -> Array:
@@ -231,55 +237,68 @@ def _match_rows(split: Split, arrangement: Arrangement, operands: Operands) -> O
         array = split.place(array, [()])[:V]
         return jnp.pad(array, [(0, V - len(array))] + [(0, 0)] * (array.ndim - 1))
 
-    return operands._replace(teacher=jax.tree.map(match, operands.teacher))
+    rows, bias = jax.tree.map(match, (teacher.rows, teacher.bias))
+    return operands._replace(teacher=Teacher(teacher.hidden, rows, bias))
 
 
 def _prepare(
     options: Options, split: Split, arrangement: Arrangement, operands: Operands
 ) -> tuple[Options, Operands]:
     """Of one device: what it knows, and its operands, of N tokens, in a wide dtype."""
-    head = jax.tree.map(functools.partial(widen, options.wide), operands[:3])
-    _, _, _, *of_tokens, closure, teacher = operands
-    tokens = *of_tokens, _widen_closure(closure)
+    head = operands.hidden, operands.rows, operands.bias
+    head = jax.tree.map(functools.partial(widen, options.wide), head)
+    others = operands._replace(hidden=None, rows=None, bias=None)
+    others = others._replace(closure=_widen_closure(operands.closure))
     same = remaining(arrangement.vocabulary, [arrangement.tokens])
-    (hidden, rows, bias), tokens = _mark_shared(same, head, tokens)
-    rows = gather(options.dtype, arrangement.gathered, rows)
-    bias = bias if bias is None else gather(options.wide, arrangement.gathered[:1], bias)
-    teacher = jax.tree.map(lambda a: gather(a.dtype, arrangement.gathered[:1], a), teacher)
-    flat_operands = _flatten(Operands(hidden, rows, bias, *tokens, teacher=teacher))
+    (hidden, rows, bias), others = _mark_shared(same, head, others)
+    kind, gathered = device_type(hidden, rows), arrangement.gathered
+    rows = gather(options.dtype, gathered, rows)
+    bias = bias if bias is None else gather(options.wide, gathered[:1], bias)
+    whole = others._replace(hidden=hidden, rows=rows, bias=bias)
+    if whole.teacher is not None:
+        teacher, *of_rows = whole.teacher
+        of_rows = jax.tree.map(lambda array: gather(array.dtype, gathered[:1], array), of_rows)
+        whole = whole._replace(teacher=Teacher(teacher, *of_rows))
     local = options._replace(
         mesh=jax.sharding.get_abstract_mesh() if arrangement.vocabulary else None,
         vocabulary_axes=arrangement.vocabulary,
         token_axes=arrangement.tokens,
         rows_dtype=operands.rows.dtype if is_alone(rows) else options.wide,
-        gathered=bool(flat(arrangement.gathered)),
+        room=not flat(gathered),
         outer_axes=_outer_axes(split, head),
+        token_type=kind._replace(varying=kind.varying - {*same}),
     )
-    return local, flat_operands
+    return local, _flatten(whole)
 
 
 def _outer_axes(split: Split, operands: PyTree) -> frozenset[str]:
-    """Of a `jax.shard_map` around that which this call enters."""
+    """The manual axes of a `jax.shard_map` of the user, around the one that this call enters."""
     return device_type(operands).varying - split.mapped if split.mapped else frozenset()
 
 
 def _flatten(operands: Operands) -> Operands:
     """`*batch` as N, and the axes of an embedding as D."""
-    batch = operands.batch
-    N, D = math.prod(batch), math.prod(operands.rows.shape[1:])
+    batch, N = operands.batch, math.prod(operands.batch)
 
-    def flatten(array: Array) -> Array:
-        return array.reshape(N, *array.shape[len(batch) :])
+    def of_tokens(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda array: array.reshape(N, *array.shape[len(batch) :]), tree)
 
-    tokens = operands.targets, operands.mask, operands.weights, operands.data
-    targets, mask, weights, data = jax.tree.map(flatten, tokens)
-    hidden, rows = operands.hidden.reshape(N, D), operands.rows.reshape(len(operands.rows), D)
+    def of_head(hidden: Array, rows: Array) -> tuple[Array, Array]:
+        D = math.prod(rows.shape[1:])
+        return hidden.reshape(N, D), rows.reshape(len(rows), D)
+
+    hidden, rows = of_head(operands.hidden, operands.rows)
     teacher = operands.teacher
-    if teacher is not None:
-        E = math.prod(teacher[0].shape[1:])
-        targets, teacher = targets.reshape(N, E), (teacher[0].reshape(-1, E), teacher[1])
-    closure = operands.closure
-    return Operands(hidden, rows, operands.bias, targets, mask, weights, data, closure, teacher)
+    return operands._replace(
+        hidden=hidden,
+        rows=rows,
+        targets=of_tokens(operands.targets),
+        mask=of_tokens(operands.mask),
+        weights=of_tokens(operands.weights),
+        data=of_tokens(operands.data),
+        teacher=teacher and Teacher(*of_head(teacher.hidden, teacher.rows), teacher.bias),
+        draws=of_tokens(operands.draws),
+    )
 
 
 def _unflatten(batch: tuple[Any, ...], tree: PyTree) -> PyTree:
@@ -287,9 +306,10 @@ def _unflatten(batch: tuple[Any, ...], tree: PyTree) -> PyTree:
 
 
 def _mark_shared(same: Axes, head: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree]:
-    """Marks arrays that devices share as differing between them, but tokens not along some axes.
+    """Tells JAX that all arrays differ from device to device; tokens not along the axes `same`.
 
-    So JAX sums their gradients over the devices: once, and in the wide dtype that they have here.
+    Where an array is in fact shared, JAX then sums its gradient over the devices: once, and in the
+    wide dtype that it has here.
     """
     axes = device_type(head, tokens).varying
     return cast_to_varying(axes, head), cast_to_varying(axes - {*same}, tokens)
@@ -307,13 +327,19 @@ def _widen_closure(closure: tuple[Array, ...]) -> tuple[Array, ...]:
 
 def _has_own_table(mapped: Operands) -> bool:
     """Whether each example has a table of its own."""
-    return any(jax.tree.leaves((mapped.rows, mapped.bias, mapped.teacher)))
+    of_teacher = mapped.teacher and mapped.teacher[1:]
+    return any(jax.tree.leaves((mapped.rows, mapped.bias, of_teacher)))
 
 
-def _add_example_axis(size: int, mapped: Operands, operands: Operands, *names: str) -> Operands:
-    """The operands, of which those that are named have an axis of examples in front."""
+def _add_example_axis(size: int, mapped: Operands, operands: Operands) -> Operands:
+    """The operands of a batch of examples: all that each token has, with one more axis in front."""
+    names = "hidden", "targets", "mask", "weights", "data", "draws"
     new = {name: _repeat(size, getattr(mapped, name), getattr(operands, name)) for name in names}
-    return operands._replace(**new)
+    teacher = operands.teacher
+    if teacher is not None:
+        hidden = _repeat(size, mapped.teacher.hidden, teacher.hidden)
+        teacher = teacher._replace(hidden=hidden)
+    return operands._replace(**new, teacher=teacher)
 
 
 def _repeat(size: int, mapped: PyTree, arrays: PyTree) -> PyTree:

@@ -18,7 +18,7 @@ from ._reference import Scores
 from ._scores import nan_if_unknown
 
 
-# For tokens that do not count, if no token does. The loss of these numbers is thrown away.
+# What `fn` gets in place of masked tokens, if all are masked. The loss of that is thrown away.
 PLAIN_SCORES = -0.5, -1.0, 0.5, 1.0, 0.0
 PLAIN_DATA = 0.5
 
@@ -99,7 +99,7 @@ def _losses(
     numbers = type(scores)(*map(counted, scores, PLAIN_SCORES))
     data = tuple(counted(array, PLAIN_DATA) for array in data)
     losses = only(mask, of_tokens(numbers, data, _cut_if_none(mask, closure)))
-    # The NaN must not hide the gradient: that of a vector which is not finite is NaN.
+    # The NaN is added without a gradient, so that those of the losses stay as they are.
     nan = jax.lax.stop_gradient(nan_if_unknown(scores, jnp.zeros_like(losses)))
     return only(mask, weights * losses + nan)
 

@@ -28,7 +28,7 @@ def device_scores(options: Options, used: Used, operands: Operands) -> Scores:
 
 def all_scores(options: Options, used: Used, operands: Operands) -> Scores:
     scores = functools.partial(_scores, used)
-    return on_device(scores, options, device_type(operands.targets), operands)
+    return on_device(scores, options, options.token_type, operands)
 
 
 def _scores(used: Used, options: Options, operands: Operands) -> Scores:
@@ -37,7 +37,7 @@ def _scores(used: Used, options: Options, operands: Operands) -> Scores:
     def chunk(sums: Any, is_token: Array | None, x: Array, y: Array) -> Any:
         return sums, chunk_scores(options, used, head, x, y)
 
-    tokens = operands.hidden, operands.targets
+    tokens = operands.hidden, operands.goals
     _, scores = chunks_of(options, operands).run(chunk, tokens, ())
     return scores
 
@@ -82,7 +82,7 @@ def _score_gradients(
         d_x, d_head, _ = chunk_gradients(options, used, head, x, y, of_tokens, d_head)
         return d_head, d_x
 
-    tokens = operands.hidden, operands.targets, cotangents
+    tokens = operands.hidden, operands.goals, cotangents
     chunks = chunks_of(options, operands._replace(mask=mask))
     d_head, d_hidden = chunks.run(chunk, tokens, zero_gradient(options, head, chunks.count))
     d_rows, d_bias = d_head.rows.astype(options.wide), d_head.bias

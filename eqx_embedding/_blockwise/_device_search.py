@@ -10,7 +10,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ._device_scores import all_scores, device_scores_backward, save_operands
-from ._devices import device_type
 from ._logits import chunks_of, Head, make_head, on_device, Operands, Options
 from ._reference import TokenScores
 from ._scores import Used
@@ -79,14 +78,14 @@ def device_sample(options: Options, k: int | None, operands: Operands) -> Int[Ar
             return draw_token(options, head, x, draws)
         return draw_among(*find_likeliest(options, k, head, x), draws)
 
-    return _map_chunks(find, options, operands, Draws(*operands.data))
+    return _map_chunks(find, options, operands, operands.draws)
 
 
 def _map_chunks(
     find: Callable[..., Any], options: Options, operands: Operands, *tokens: Any
 ) -> Any:
     """`find(options, head, x, *tokens)` for the vectors and tokens of each chunk."""
-    options = options._replace(gathered=True)  # No gradient has a buffer that logits could use.
+    options = options._replace(room=False)  # for there is no gradient
 
     def run(options: Options, operands: Operands, *tokens: Any) -> Any:
         head = make_head(options, operands)
@@ -97,4 +96,4 @@ def _map_chunks(
         _, found = chunks_of(options, operands).run(chunk, (operands.hidden, *tokens), ())
         return found
 
-    return on_device(run, options, device_type(operands.targets), operands, *tokens)
+    return on_device(run, options, options.token_type, operands, *tokens)

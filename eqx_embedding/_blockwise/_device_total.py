@@ -29,7 +29,7 @@ def device_total(
 ) -> tuple[Array, Scores | None]:
     """The sum of the weighted losses of N tokens, and their scores."""
     total = functools.partial(_total, function, return_scores)
-    return on_device(total, options, device_type(operands.targets), operands)
+    return on_device(total, options, options.token_type, operands)
 
 
 def _total(
@@ -45,7 +45,7 @@ def _total(
         losses = only(is_token, nan_if_unknown(scores, losses))
         return total + jnp.sum(losses), scores if return_scores else None
 
-    tokens = operands.hidden, operands.targets, operands.weights, operands.data
+    tokens = operands.hidden, operands.goals, operands.weights, operands.data
     return chunks_of(options, operands).run(chunk, tokens, jnp.zeros((), options.wide))
 
 
@@ -55,9 +55,7 @@ def _device_total_forward(
     both = functools.partial(_total_and_gradients, function, return_scores)
     types = Operands(*map(device_type, operands))
     of_saved = Operands(*(kind.outside(options.outer_axes) for kind in types))
-    results, gradients = on_device(
-        both, options, (device_type(operands.targets), of_saved), operands
-    )
+    results, gradients = on_device(both, options, (options.token_type, of_saved), operands)
     return results, (Static(types), gradients)
 
 
@@ -87,7 +85,7 @@ def _total_and_gradients(
         of_chunk = d_x, losses, d_data, scores if return_scores else None
         return (total, d_closure, d_head), of_chunk
 
-    tokens = operands.hidden, operands.targets, operands.weights, operands.data
+    tokens = operands.hidden, operands.goals, operands.weights, operands.data
     closure = eqx.filter(operands.closure, eqx.is_inexact_array)
     chunks = chunks_of(options, operands)
     zeros = jax.tree.map(jnp.zeros_like, closure), zero_gradient(options, head, chunks.count)

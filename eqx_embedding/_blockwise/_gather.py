@@ -20,7 +20,7 @@ from ._scatter import scatter, scatter_in_rings
 def gather_wide(
     dtype: DTypeLike, wide: DTypeLike, mesh_axes: tuple[Axes, ...], array: Array | None
 ) -> Any:
-    """Like `gather`, of an array that has not been widened yet; it is if it is gathered."""
+    """Like `gather`, for a narrow array: it is widened if it has to be gathered."""
     if array is None or not flat(mesh_axes):
         return array
     return gather(dtype, mesh_axes, widen(wide, array))

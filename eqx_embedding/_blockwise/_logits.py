@@ -1,4 +1,4 @@
-"""The logits of some tokens and some rows of a table."""
+"""What a device computes with, and the logits of some tokens and some rows of a table."""
 
 import functools
 import math
@@ -16,9 +16,11 @@ from jaxtyping import Array, Float, PyTree
 from .._inputs import batch_shape
 from ._chunks import Chunks, tile
 from ._devices import (
+    DeviceType,
     gather_over_devices,
     index_of_device,
     max_over_devices,
+    NO_MESH,
     sum_to_owners,
     without_devices,
 )
@@ -49,12 +51,13 @@ class Options(NamedTuple):
     transposed: bool = False  # whether the table is stored with another axis first
     comparison: Comparison | None = None  # `None` for scores of targets
     rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
-    gathered: bool = False  # whether the rows are a copy of the parts of other devices
+    room: bool = True  # whether logits fit into the place of a gradient, before it is written
     plan: Any = None  # a `Plan` for a platform
     mesh: AbstractMesh | None = None
     vocabulary_axes: tuple[str, ...] = ()  # manual axes of the mesh that split the rows
     token_axes: tuple[str, ...] = ()  # those of them that split the tokens as well
     outer_axes: frozenset[str] = frozenset()  # of a `jax.shard_map` around that one
+    token_type: DeviceType = DeviceType(NO_MESH, frozenset())  # of results for each token
 
     def for_platform(self, platform: Platform, operands: "Operands") -> "Options":
         """With a plan for the operands of a device."""
@@ -68,7 +71,7 @@ class Options(NamedTuple):
             wide=self.wide,
             tiles=self.tiles,
             masked=operands.mask is not None,
-            gathered=self.gathered,
+            room=self.room,
             chunk_size=self.chunk_size,
         )
         return self._replace(plan=make_plan(platform, work))
@@ -87,6 +90,14 @@ class Options(NamedTuple):
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
 
 
+class Teacher(NamedTuple):
+    """What the logits of a teacher are computed from, in the dtypes of its product."""
+
+    hidden: Any  # *batch *embedding
+    rows: Any  # V *embedding
+    bias: Any  # V, or `None`
+
+
 class Operands(NamedTuple):
     """The arrays that scores and losses are computed from, or something for each of them.
 
@@ -96,16 +107,22 @@ class Operands(NamedTuple):
     hidden: Any  # *batch *embedding
     rows: Any  # V *embedding
     bias: Any  # V, or `None`
-    targets: Any = None  # *batch; *batch k for k targets of a token; or hidden vectors of a teacher
+    targets: Any = None  # *batch; *batch k for k targets of a token
     mask: Any = None  # *batch, which tokens count; `None` if all do
     weights: Any = None  # *batch; `None` where only scores are asked for
     data: Any = ()  # arrays *batch ..., of which a function gets one row for each token
     closure: Any = ()  # arrays, which a function gets as they are
-    teacher: Any = None  # rows and bias of a teacher, in the dtypes of its logits
+    teacher: Any = None  # a `Teacher`, in the place of targets
+    draws: Any = None  # what tokens are drawn with: `Draws`
 
     @property
     def batch(self) -> tuple[Any, ...]:
         return batch_shape(self.hidden, self.rows)
+
+    @property
+    def goals(self) -> Any:
+        """What each token is compared with: its target, or the hidden vector of a teacher."""
+        return self.targets if self.teacher is None else self.teacher.hidden
 
 
 class Head(NamedTuple):
@@ -150,7 +167,7 @@ def make_head(options: Options, operands: Operands) -> Head:
 
     teacher = None
     if operands.teacher is not None:
-        teacher = Head(keep(operands.teacher[0]), operands.teacher[1], start)
+        teacher = Head(keep(operands.teacher.rows), operands.teacher.bias, start)
     return Head(keep(rows.astype(options.dtype)), operands.bias, start, teacher)
 
 

@@ -33,12 +33,12 @@ class Work(NamedTuple):
     wide: DTypeLike  # of their sums
     tiles: bool  # whether a device can cut its rows into tiles
     masked: bool  # whether some tokens may not count
-    gathered: bool  # whether the rows are a copy of the parts of other devices
+    room: bool  # whether logits fit into the place of a gradient, before it is written
     chunk_size: int | None  # that was asked for
 
 
 def make_plan(platform: Platform, work: Work) -> Plan:
-    """What is fast."""
+    """The fastest plan that holds no more than the plain way: all logits, as one chunk."""
     if platform == "cpu":
         # XLA for CPUs cannot run such a product in bfloat16, though it makes one
         return _cpu_plan(work)._replace(keep_copy=True)
@@ -89,7 +89,7 @@ def _cpu_plan(work: Work) -> Plan:
     return Plan(chunk_size or C, tile_size, wide, wide, transpose=D < 256, round_early=False)
 
 
-SMALLEST = 1024  # tokens; smaller products starve an accelerator
+SMALLEST = 1024  # tokens; smaller products would leave an accelerator idle
 
 
 def _accelerator_chunk(platform: Platform, work: Work) -> int:
@@ -114,7 +114,7 @@ def _accelerator_chunk(platform: Platform, work: Work) -> int:
     Where the table is gathered, the result is only the part of a device: no logits fit into its
     place, and chunks are as small as they may be.
     """
-    if work.gathered:
+    if not work.room:
         return SMALLEST // work.heads
     N, V, D, heads, *_ = work
     N = N * heads

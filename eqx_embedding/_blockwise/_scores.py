@@ -83,10 +83,10 @@ def as_scores(options: Options, targets: Targets, statistics: Statistics) -> Tok
 
 def nan_if_unknown(scores: Scores, array: Array) -> Array:
     """A target out of range makes the loss NaN, even if the function does not look at it."""
-    is_unknown = jnp.isnan(scores[0])
-    if is_unknown.ndim > array.ndim:  # of k targets
-        is_unknown = jnp.any(is_unknown, axis=-1)
-    return nan_where(is_unknown, array)
+    is_nan = jnp.isnan(scores[0])
+    if is_nan.ndim > array.ndim:  # of k targets
+        is_nan = jnp.any(is_nan, axis=-1)
+    return nan_where(is_nan, array)
 
 
 # e to the power of this is zero, in float64 as well. Instead of -inf: zero times that is NaN.
