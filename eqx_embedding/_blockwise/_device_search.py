@@ -16,9 +16,6 @@ from ._scores import Used
 from ._search import draw_among, draw_token, Draws, find_likeliest
 
 
-ONLY_LOG_PROB = Used(mean_log_prob=False, entropy=False, is_top=False)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def device_top_k(
     options: Options, k: int, operands: Operands
@@ -45,7 +42,7 @@ def _of_targets(options: Options, operands: Operands, log_probs: Array) -> Array
 @_of_targets.defjvp
 def _of_targets_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Array, Array]:
     def log_probs(operands: Operands) -> Array:
-        return all_scores(options, ONLY_LOG_PROB, operands)[0]
+        return all_scores(options, Used(), operands)[0]
 
     _, tangent = jax.jvp(log_probs, primals[:1], tangents[:1])
     return primals[1], tangent
@@ -64,7 +61,7 @@ def _device_top_k_backward(
     cotangent, _ = cotangents  # tokens are integers, which have none
     zeros = jnp.zeros_like(cotangent[:, 0])
     scores = TokenScores(cotangent, zeros, zeros, zeros, zeros)
-    return device_scores_backward(options, ONLY_LOG_PROB, saved, scores)
+    return device_scores_backward(options, Used(), saved, scores)
 
 
 device_top_k.defvjp(_device_top_k_forward, _device_top_k_backward)

@@ -72,8 +72,7 @@ def _log_softmax(options: Options, head: Head, z: Array) -> Callable[[Array], Ar
         return cooled(tile(z, start, size))
 
     no_targets = jnp.zeros((z.shape[1], 0), "int32")
-    nothing = Used(mean_log_prob=False, entropy=False, is_top=False)
-    statistics = find_statistics(options, nothing, head, no_targets, logits)
+    statistics = find_statistics(options, Used(), head, no_targets, logits)
     maximum, log_total = statistics.maximum[None], jnp.log(statistics.total)[None]
     return lambda z: (cooled(z) - maximum) - log_total
 

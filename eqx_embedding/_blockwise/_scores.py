@@ -21,9 +21,9 @@ Targets = Int[Array, " C"] | Int[Array, "C k"]  # one target for each token, or 
 class Used(NamedTuple):
     """Which scores are needed beside `log_prob` and `logsumexp`, which cost nothing."""
 
-    mean_log_prob: bool
-    entropy: bool
-    is_top: bool
+    mean_log_prob: bool = False
+    entropy: bool = False
+    is_top: bool = False
 
 
 class Statistics(NamedTuple):

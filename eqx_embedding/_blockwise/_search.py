@@ -69,8 +69,10 @@ def find_likeliest(
 ) -> tuple[Float[Array, "C k"], Int[Array, "C k"]]:
     """The `k` largest log-probabilities and their tokens; NaN and -1 without a distribution."""
     x = all_tokens(options, x)
-    search = _likeliest_one if k == 1 else _likeliest_some
-    log_probs, tokens, total = search(options, k, head, x)
+    if k == 1:
+        log_probs, tokens, total = _likeliest_one(options, head, x)
+    else:
+        log_probs, tokens, total = _likeliest_some(options, k, head, x)
     has_none = ~(total > 0)[:, None]
     found = nan_where(has_none, log_probs), jnp.where(has_none, NO_TOKEN, tokens)
     return own_tokens(options, found)
@@ -111,15 +113,14 @@ def draw_token(
     return own_tokens(options, draws.if_valid(jnp.where(has_one, tokens, NO_TOKEN)))
 
 
-def _likeliest_one(options: Options, k: int, head: Head, x: Array) -> tuple[Array, Array, Array]:
+def _likeliest_one(options: Options, head: Head, x: Array) -> tuple[Array, Array, Array]:
     """Of logits that are not held."""
 
     def logits(start: Any, size: int) -> Array:
         return tile_logits(options, head, x, start, size)
 
-    used = Used(mean_log_prob=False, entropy=False, is_top=True)
     targets = jnp.full(len(x), NO_TOKEN)
-    statistics = find_statistics(options, used, head, targets, logits)
+    statistics = find_statistics(options, Used(is_top=True), head, targets, logits)
     total = statistics.total
     return -jnp.log(total)[:, None], statistics.top[:, None], total
 
