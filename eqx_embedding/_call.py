@@ -129,7 +129,7 @@ class Call(NamedTuple):
         # A masked token may have weights of NaN
         log_prob = log_prob if mask is None else jnp.where(mask, log_prob, 0)
         k = lax.broadcasted_iota(np.int32, weights.shape, weights.ndim - 1)
-        largest = k == jnp.argmax(weights, axis=-1, keepdims=True)
+        largest = k == jnp.argmax(weights, axis=-1, keepdims=True).astype(np.int32)
         return scores._replace(log_prob=log_prob, is_top=jnp.any(scores.is_top & largest, axis=-1))
 
     def top_k(self, k: int) -> tuple[Array, Array]:

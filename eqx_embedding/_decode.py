@@ -35,7 +35,8 @@ from ._table import EmbeddingTable, RowAxis, Rules
 
 # With a larger soft cap, z-loss or temperature, float32 would round the logits away.
 LARGEST = 1e30
-LOWEST_TEMPERATURE = 1e-30  # of a divergence
+# With a smaller soft cap or temperature of a divergence, its inverse would overflow in gradients.
+SMALLEST = 1e-30
 
 KINDS = "forward", "reverse", "jensen_shannon"  # of divergences
 
@@ -79,7 +80,7 @@ class EmbeddingDecode(eqx.Module):
     - `table`: the [`eqx_embedding.EmbeddingTable`][].
     - `soft_cap`: keeps the logits between `-soft_cap` and `soft_cap`, as
         `soft_cap * tanh(logits / soft_cap)`, like [Gemma 2](https://arxiv.org/abs/2408.00118). A
-        Python number, not traced, of at most 1e30. Defaults to `None`: logits are not capped.
+        Python number from 1e-30 to 1e30, not traced. Defaults to `None`: logits are not capped.
     - `logits_dtype`: the dtype of the logits. Losses and scores do not depend on it. Defaults to
         `None`: `dtype` if that is given, else JAX's promotion of the hidden vector, the embeddings
         and the bias.
@@ -90,8 +91,8 @@ class EmbeddingDecode(eqx.Module):
 
     **Raises:**
 
-    A `ValueError` for a soft cap that is not positive or above 1e30, and for a `logits_dtype` or
-    `dtype` that is not floating.
+    A `ValueError` for a soft cap below 1e-30 or above 1e30, and for a `logits_dtype` or `dtype`
+    that is not floating.
     """
 
     table: EmbeddingTable
@@ -100,10 +101,10 @@ class EmbeddingDecode(eqx.Module):
     dtype: DTypeLike | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        if self.soft_cap is not None and not 0 < self.soft_cap <= LARGEST:
+        if self.soft_cap is not None and not SMALLEST <= self.soft_cap <= LARGEST:
             raise ValueError(
-                f"soft_cap must be positive and at most {LARGEST}, got {self.soft_cap}. Use "
-                "None for no cap."
+                f"soft_cap must be at least {SMALLEST} and at most {LARGEST}, got {self.soft_cap}. "
+                "Use None for no cap."
             )
         if self.logits_dtype is not None:
             as_float_dtype("logits", "logits_dtype", self.logits_dtype)
@@ -190,9 +191,9 @@ class EmbeddingDecode(eqx.Module):
 
         **Returns:**
 
-        [`eqx_embedding.TokenScores`][], each of shape `*batch`, in float32, or in float64 if an
-        array is in float64. All scores of a token of weight zero are 0. A target out of range has
-        the log-probability NaN.
+        [`eqx_embedding.TokenScores`][], each of shape `*batch`, in float32, or in float64 if
+        `hidden` or the table is. All scores of a token of weight zero are 0. A target out of range
+        has the log-probability NaN.
 
         **Raises:**
 
@@ -250,8 +251,8 @@ class EmbeddingDecode(eqx.Module):
         **Returns:**
 
         The loss: a scalar, or of shape `*batch` for `reduction="none"`. It is in float32, or in
-        float64 if an array is in float64. It is NaN if a target is out of range, unless the weight
-        of that target is zero. With `return_scores=True`, `(loss, scores)`: the
+        float64 if `hidden` or the table is. It is NaN if a target is out of range, unless the
+        weight of that target is zero. With `return_scores=True`, `(loss, scores)`: the
         [`eqx_embedding.TokenScores`][] of the same pass, of shape `*batch` and without gradient.
 
         **Raises:**
@@ -350,7 +351,7 @@ class EmbeddingDecode(eqx.Module):
         **Returns:**
 
         The loss: a scalar, or of shape `*batch` for `reduction="none"`. It is computed and returned
-        in float32, or in float64 if an array is in float64, whatever `logits_dtype` is. The loss
+        in float32, or in float64 if `hidden` or the table is, whatever `logits_dtype` is. The loss
         and its gradient are NaN if a target is out of range, unless the weight of that target is
         zero. With `return_scores=True`, `(loss, scores)`: the [`eqx_embedding.TokenScores`][] of
         the same pass, of shape `*batch` and without gradient. With `target_weights`, their
@@ -411,8 +412,8 @@ class EmbeddingDecode(eqx.Module):
 
         `(log_probs, tokens)`, each of shape `*batch k`, the largest first. Of tokens with equal
         logits, the lower comes first. Log-probabilities are those of the whole vocabulary, in
-        float32, or in float64 if an array is in float64, whatever `logits_dtype` is. If a logit is
-        NaN or positive infinity, they are NaN and the tokens -1.
+        float32, or in float64 if `hidden` or the table is, whatever `logits_dtype` is. If a logit
+        is NaN or positive infinity, they are NaN and the tokens -1.
 
         **Raises:**
 
@@ -523,7 +524,7 @@ class EmbeddingDecode(eqx.Module):
         **Returns:**
 
         The loss: a scalar, or of shape `*batch` for `reduction="none"`. It is in float32, or in
-        float64 if an array is in float64.
+        float64 if vectors or a table are.
 
         **Raises:**
 
@@ -538,10 +539,9 @@ class EmbeddingDecode(eqx.Module):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
         temperature = as_real(temperature)
-        if not LOWEST_TEMPERATURE <= temperature <= LARGEST:
+        if not SMALLEST <= temperature <= LARGEST:
             raise ValueError(
-                f"temperature must be at least {LOWEST_TEMPERATURE} and at most {LARGEST}, got "
-                f"{temperature}."
+                f"temperature must be at least {SMALLEST} and at most {LARGEST}, got {temperature}."
             )
         call = self._start_call(hidden, chunk_size, rules)
         of_teacher = teacher._as_teacher(teacher_hidden, call, rules)

@@ -312,4 +312,7 @@ def as_temperature(
         if wrong.size > 0:
             raise ValueError(f"temperature must be at least 0 and finite, got {wrong[0]}.")
         temperature = np.minimum(values, HOTTEST)
+    elif temperature.dtype == np.float64:  # float32 would round it to infinity or zero
+        valid = (temperature >= 0) & (temperature < np.inf)
+        temperature = jnp.where(valid, jnp.minimum(temperature, HOTTEST), -1.0)
     return jnp.broadcast_to(jnp.asarray(temperature.astype(dtype)), batch)

@@ -60,6 +60,7 @@ TESTS = {
     "_blockwise/_plan": "cross_entropy accelerators",
     "_blockwise/_primitive": "vmap token_loss cross_entropy",
     "_blockwise/_reference": "score token_loss",
+    "_blockwise/_scatter": "devices/fully_sharded devices/split",
     "_blockwise/_search": "search devices/search",
     "_blockwise/_scores": "score soft_targets cross_entropy devices/fully_sharded",
 }

@@ -679,10 +679,23 @@ def test_soft_caps_and_z_losses_above_1e30_are_refused():
         / 1e30,
     )
     for number in (1e31, 10**400):
-        with pytest.raises(ValueError, match="soft_cap must be positive and at most 1e.30"):
+        with pytest.raises(ValueError, match="soft_cap must be at least 1e-30 and at most 1e.30"):
             EmbeddingDecode(table, soft_cap=number)
         with pytest.raises(ValueError, match="z_loss must be at least 0 and at most 1e.30"):
             EmbeddingDecode(table).cross_entropy(hidden, FOUR_TARGETS, z_loss=number)
+
+
+def test_soft_caps_whose_inverse_overflows_are_refused():
+    table, hidden = make_table("first"), make_array((4, 4), seed=1)
+    layer = EmbeddingDecode(table, soft_cap=1e-30)
+    gradients = [
+        jax.grad(lambda hidden: layer.cross_entropy(hidden, FOUR_TARGETS))(1e-30 * hidden),
+        jax.grad(lambda hidden: jnp.sum(jnp.sin(layer(hidden) * 1e30)) * 1e-30)(1e-30 * hidden),
+    ]
+    assert all(np.any(gradient != 0) & np.all(np.isfinite(gradient)) for gradient in gradients)
+    for number in (1e-31, 1e-38, 5e-324):
+        with pytest.raises(ValueError, match="soft_cap must be at least 1e-30 and at most 1e.30"):
+            EmbeddingDecode(table, soft_cap=number)
 
 
 def banned(bias, **options):

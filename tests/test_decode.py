@@ -336,10 +336,10 @@ def test_a_missing_or_misplaced_embedding_axis_is_an_error_that_names_them_all(s
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"soft_cap": 0}, "soft_cap must be positive and at most 1e.30, got 0"),
-        ({"soft_cap": -30.0}, "soft_cap must be positive and at most 1e.30, got -30"),
-        ({"soft_cap": float("inf")}, "soft_cap must be positive and at most 1e.30, got inf"),
-        ({"soft_cap": float("nan")}, "soft_cap must be positive and at most 1e.30, got nan"),
+        ({"soft_cap": 0}, "soft_cap must be at least 1e-30 and at most 1e.30, got 0"),
+        ({"soft_cap": -30.0}, "soft_cap must be at least 1e-30 and at most 1e.30, got -30"),
+        ({"soft_cap": float("inf")}, "soft_cap must be at least 1e-30 and at most 1e.30, got inf"),
+        ({"soft_cap": float("nan")}, "soft_cap must be at least 1e-30 and at most 1e.30, got nan"),
         ({"logits_dtype": jnp.int32}, "logits must be floating, got logits_dtype=int32"),
         ({"logits_dtype": "complex64"}, "logits must be floating, got logits_dtype=complex64"),
         ({"dtype": jnp.int8}, "factors must be floating, got dtype=int8"),

@@ -1,6 +1,7 @@
 """The likeliest tokens, and draws: against JAX's from the logits, and against the distribution."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -412,3 +413,28 @@ def test_logits_of_all_tokens_never_exist():
 
     compiled = compile_by_default(jax.jit(search).lower(rows, hidden))
     assert temporaries(compiled) < 4096 * 8192 * 4 / 8
+
+
+@pytest.mark.parametrize("top_k", [None, 9])
+@pytest.mark.parametrize("temperature", [0, 0.5])
+def test_draws_are_int32_in_the_64_bit_mode_too(top_k, temperature):
+    decode, hidden = make_operands()
+    options: Any = dict(temperature=temperature, top_k=top_k, key=jax.random.key(0))
+    expected = decode.sample(hidden, **options)
+    with jax.enable_x64(True):
+        actual = decode.sample(hidden, **options)
+    assert actual.dtype == expected.dtype == "int32"
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_traced_float64_temperatures_are_cut_before_they_are_narrowed():
+    decode, hidden = make_operands()
+    temperatures = np.asarray([0, 1e-60, 0.5, 1e31, 1e60, 1e300, -1e-60, -1, np.nan, np.inf])
+
+    def draw(temperature):
+        return decode.sample(hidden, temperature=temperature, key=jax.random.key(0))
+
+    with jax.enable_x64(True):
+        actual = jax.jit(draw)(jnp.asarray(temperatures))
+        expected = draw(np.where(np.arange(10) < 6, temperatures, 1.0))
+    np.testing.assert_array_equal(actual, np.where(np.arange(10) < 6, expected, -1))

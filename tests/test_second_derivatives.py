@@ -155,6 +155,18 @@ def test_second_derivatives_are_those_from_logits(method, order):
     assert_close(actual, expected, 1e-4, 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["score", "top_k"])
+def test_hessians_are_those_from_logits(method):
+    layer, hidden = make_layer(with_bias=True, soft_cap=2.0), make_array((N, 4), seed=2)
+    actual, expected = (
+        jax.jit(jax.hessian(lambda hidden, f=f: curved(f(layer, hidden))))(hidden)
+        for f in METHODS[method]
+    )
+    assert np.any(expected != 0)
+    assert_close(actual, expected, 1e-4, 1e-4)
+
+
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in BOTH_MODES])
 def test_forward_mode_is_refused_by_jax(method):
     layer, hidden = make_layer(), make_array((N, 4), seed=2)

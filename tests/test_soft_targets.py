@@ -295,3 +295,14 @@ def test_host_weights_too_small_for_float32_count():
         make_hidden(), targets, target_weights=np.full((N, 1), 1e-300)
     )
     assert np.isnan(loss)
+
+
+def test_scores_of_float32_tables_in_the_64_bit_mode():
+    layer, hidden = EmbeddingDecode(make_table("first")), make_array((N, 4), seed=1)
+    options: Any = dict(target_weights=TARGET_WEIGHTS, return_scores=True)
+    expected = layer.cross_entropy(hidden, TARGETS, **options)
+    with jax.enable_x64(True):
+        actual = layer.cross_entropy(hidden, TARGETS, **options)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        np.testing.assert_array_equal(a, e)

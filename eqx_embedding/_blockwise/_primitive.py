@@ -82,6 +82,9 @@ def _differentiate(primals, tangents, *, jaxpr, rule):
 
 def _map(axis, arguments, dims, *, jaxpr, rule):
     mapped = [dim is not None for dim in dims]
+    if not any(mapped):  # as in the derivative of something else, for many directions
+        results = _call.bind(*arguments, jaxpr=jaxpr, rule=rule)
+        return results, [None] * len(results)
     moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arguments, dims)]
     mesh_axes = as_axes(axis.explicit_mesh_axis)
     results = None if rule is None else rule(axis.size, mesh_axes, mapped, moved)

@@ -100,7 +100,8 @@ def draw_token(
     relative = (blocks.largest - largest[None]) * draws.coldness[None]
     weights = jnp.where(draws.is_random[None], jnp.log(blocks.total), 0.0)
     scores = relative + weights + draws.noise(0, len(relative), z.dtype).T
-    rows = _rows_of_blocks(jnp.argmax(scores, axis=0)[:, None])
+    block = jnp.argmax(scores, axis=0).astype(np.int32)  # also in 64-bit mode
+    rows = _rows_of_blocks(block[:, None])
 
     relative = (_take(z, rows - head.start) - largest[:, None]) * draws.coldness[:, None]
     scores = relative + draws.noise(1, BLOCK, z.dtype)
