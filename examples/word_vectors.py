@@ -102,7 +102,6 @@ class Config:
         require(self, "batch_size", "window", "negatives", "threshold", above=0)
         require(self, "learning_rate", "report_every", above=0)
         require(self, "max_length", at_least=self.min_length)
-        require(self, "rows", below=2**31)
         require(self, "seed", at_least=0, below=2**63)
 
 
@@ -150,7 +149,7 @@ class Ngrams(NamedTuple):
 def ngrams_of(word: str, config: Config) -> list[str]:
     """The word itself, and its n-grams. The signs < and > are its ends."""
     marked = f"<{word}>"
-    lengths = range(config.min_length, config.max_length + 1)
+    lengths = range(config.min_length, min(config.max_length, len(marked)) + 1)
     parts = [marked[i : i + n] for n in lengths for i in range(len(marked) - n + 1)]
     return [marked, *(part for part in parts if part != marked)]
 
@@ -213,10 +212,14 @@ def loss_of(model: Model, batch: Batch) -> Float[Array, ""]:
 def batches(config: Config, words: Words, ngrams: Ngrams) -> Iterator[Batch]:
     """Random places of the text, endlessly."""
     shares = words.counts / words.counts.sum()
-    keep = np.minimum(1, np.sqrt(config.threshold / shares))
+    # Only ratios matter, and beyond all shares they stay the same: so a tiny threshold makes no
+    # weight zero.
+    threshold = np.clip(config.threshold, shares.min(), shares.max())
+    keep = np.minimum(1, np.sqrt(threshold / shares))
     places = np.cumsum(keep[words.text])
     noise = np.cumsum(words.counts**0.75)
-    distances = np.array([d for d in range(-config.window, config.window + 1) if d != 0])
+    reach = min(config.window, len(words.text) - 1)
+    distances = np.array([d for d in range(-reach, reach + 1) if d != 0])
     closeness = 1 - (np.abs(distances) - 1) / config.window
     random, size = np.random.default_rng(config.seed), config.batch_size
     while True:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -277,6 +278,21 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(
     monkeypatch.setattr(script, train, lambda *_: pytest.fail("it trains"))
     with pytest.raises(SystemExit, match="cannot write to .*out: Not a directory"):
         script.main(settings(script, run, tmp_path / "file" / "out"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_promises_a_resume_only_where_there_is_a_checkpoint(run, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    again = dataclasses.replace(run.run, out=tmp_path / "run", resume=True, steps=151)
+    shutil.copytree(run.run.out, again.out)
+    for script, config, then in [
+        (distill, settings(distill, run, tmp_path / "out", steps=1), "There is none before it."),
+        (train_lm, dataclasses.replace(run, run=again), "--resume goes on from step 150."),
+    ]:
+        with pytest.raises(SystemExit) as error:
+            script.main(config)
+        assert str(error.value).endswith(f"No space left on device. {then}")
 
 
 @pytest.mark.slow

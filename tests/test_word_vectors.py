@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import word_vectors
 from support.folder import new_folder
-from support.terminal import from_command_line
+from support.terminal import from_command_line, run_script
 from word_vectors import Config
 
 from .helpers import assert_close, float64, python_environment
@@ -155,6 +155,24 @@ def test_places_and_words_are_drawn_as_often_as_they_should(config):
         np.testing.assert_allclose(found, expected / expected.sum(), atol=0.015)
 
 
+@pytest.mark.parametrize("threshold", [5e-324, 1e-300, 1e300])
+def test_a_threshold_beyond_all_shares_weighs_as_the_nearest_share(config, threshold):
+    shares = (counts := word_vectors.read_words(config).counts) / counts.sum()
+    nearest = float(shares.min() if threshold < 1 else shares.max())
+    (_, batch), (_, expected) = (
+        start(dataclasses.replace(config, threshold=value)) for value in (threshold, nearest)
+    )
+    assert np.all(np.any(np.asarray(batch.weights) > 0, axis=1))
+    np.testing.assert_array_equal(batch.weights, expected.weights)
+
+
+def test_a_window_reaches_no_further_than_the_text(config):
+    count = len(word_vectors.read_words(config).text)
+    _, batch = start(dataclasses.replace(config, batch_size=2, window=2**31 - 1))
+    assert batch.weights.shape == (2, 2 * (count - 1))
+    assert np.all(np.sum(np.asarray(batch.weights) > 0, axis=1) == count - 1)
+
+
 def test_ngrams_are_those_of_the_paper():
     config = Config(min_length=3, max_length=4)
     assert word_vectors.ngrams_of("where", config) == [
@@ -162,6 +180,8 @@ def test_ngrams_are_those_of_the_paper():
         *["<whe", "wher", "here", "ere>"],
     ]
     assert word_vectors.ngrams_of("a", config) == ["<a>"]
+    endless = Config(min_length=3, max_length=2**31 - 1)
+    assert word_vectors.ngrams_of("a", endless) == ["<a>"]
     ngrams = word_vectors.find_ngrams(["where", "a"], config)
     assert ngrams.rows.shape == (2, 10) and np.all(ngrams.rows < config.rows)
     np.testing.assert_allclose(ngrams.shares, [[0.1] * 10, [1] + [0] * 9], rtol=1e-6)
@@ -180,6 +200,15 @@ def test_what_cannot_be_used_is_refused_in_one_line(config, changes, message, tm
     with pytest.raises(SystemExit, match=message) as error:
         word_vectors.main(config)
     assert "\n" not in str(error.value) and not config.out.exists()
+
+
+def test_it_runs_while_jax_is_strict_about_dtypes_and_ranks(config, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    options = ["--text", str(config.text), "--out", str(out), "--rows=100", "--steps=2"]
+    monkeypatch.setattr(sys, "argv", ["word_vectors.py", *options])
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        run_script(word_vectors.main, Config, word_vectors.__doc__)
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
@@ -205,6 +234,7 @@ def test_a_folder_that_is_in_use_is_refused(config, trained, tmp_path):
     "option, message",
     [
         ("--rows=0", "--rows must be above 0, got 0."),
+        (f"--batch-size={2**63}", f"--batch-size must be above 0 and below {2**31}, got {2**63}."),
         ("--min-length=7", "--max-length must be at least 7, got 6."),
         ("--threshold=nan", "--threshold must be above 0 and finite, got nan."),
         ("--stepz=5", "Unrecognized options: --stepz"),

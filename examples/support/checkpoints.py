@@ -219,10 +219,9 @@ class Checkpoints:
     def _not_written(self, error: Exception) -> None:
         reason, full = " ".join(str(error).split()), os.strerror(errno.ENOSPC)
         reason = full if full in reason else reason[:300]
-        raise SystemExit(
-            f"cannot write a checkpoint to {self.out}: {reason}. If there is one before it, that "
-            "is whole, and --resume goes on from it."
-        ) from None
+        there = self._find_steps()  # those that are whole; only train_lm.py writes several
+        then = f"--resume goes on from step {there[-1]}" if there else "There is none before it"
+        raise SystemExit(f"cannot write a checkpoint to {self.out}: {reason}. {then}.") from None
 
 
 @contextlib.contextmanager

@@ -56,8 +56,12 @@ def run_script(main: Callable[[Any], Any], config: type[Any], description: str |
     sys.unraisablehook = show_ignored
     # What an encoding other than UTF-8 cannot show is a question mark, and no error.
     sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    import jax  # not at the top: it takes seconds, in which Ctrl-C must work already
+
     try:
-        main(from_command_line(config, description))
+        # whatever JAX_NUMPY_DTYPE_PROMOTION and JAX_NUMPY_RANK_PROMOTION say: optax mixes both
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            main(from_command_line(config, description))
         sys.stdout.flush()
     except BrokenPipeError:
         os._exit(1)  # the reader has seen enough; Python's own exit would complain
