@@ -117,6 +117,11 @@ class Config:
     run: RunConfig = RunConfig()
     mesh: MeshConfig = MeshConfig()
 
+    def __post_init__(self):
+        parts, size = self.mesh.shape[0], self.data.batch_size
+        if size % parts != 0:
+            raise ValueError(f"--batch-size must be a multiple of --mesh.data {parts}, got {size}.")
+
     def identity(self, text: Text, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """What must be the same in a run and in a checkpoint that it continues."""
         name = "bpe" if tokenizer is None else tokenizer.name

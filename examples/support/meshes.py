@@ -99,12 +99,6 @@ class Devices:
         if self.mesh is None:
             return jnp.asarray(read(slice(None)))
 
-        if shape[axis] % self.mesh.shape["data"] != 0:
-            raise SystemExit(
-                f"--batch-size must be a multiple of --mesh.data {self.mesh.shape['data']}, got "
-                f"{shape[axis]}."
-            )
-
         def part(index) -> np.ndarray:
             return read(index[axis])
 
