@@ -98,7 +98,8 @@ def load_safetensors(
         have been renamed: then its padding rows would become tokens, and its bias would be lost.
     - `ValueError` if a tensor has another dtype; if it does not have an axis for each name; if the
         bias does not have one number for each row; if `axis_names` disagree with those in the
-        file; and for float64 outside of JAX's 64-bit mode.
+        file; if `dtype` cannot hold a number of the tensor, such as 1e5 in float16; and for float64
+        outside of JAX's 64-bit mode.
     - `ImportError` if the package safetensors is not installed.
     """
     path = Path(path)
@@ -312,8 +313,8 @@ def _choose_name(path: Path, files: dict[str, Path], open_once: Open) -> str:
     similar = [name for name in files if any(part in name for part in ("embed", "wte", "emb."))]
     shown = (similar or list(files))[:10]
     raise ValueError(
-        f"none of the {len(files)} tensors in {path} has a known name of input embeddings. Give a "
-        f"name, such as {', '.join(map(repr, shown))}."
+        f"none of the {len(files)} tensors in {path} has a known name of input embeddings."
+        + (f" Give a name, such as {', '.join(map(repr, shown))}." if shown else "")
     )
 
 
@@ -361,7 +362,14 @@ def _read(
         block = np.fromfile(stream, tensor.dtype, part.size)
         if block.size < part.size:
             raise ValueError(f"{tensor.about} was cut short while it was read.")
-        part[...] = block.reshape(part.shape)
+        block = block.reshape(part.shape)
+        with np.errstate(over="ignore"):
+            part[...] = block
+        if tensor.dtype != wanted and np.any(np.isinf(part) & np.isfinite(block)):
+            raise ValueError(
+                f"{tensor.about} has numbers that {wanted.name} cannot hold: load it in another "
+                "dtype."
+            )
     return jax.device_put(array, may_alias=True)
 
 

@@ -1,5 +1,6 @@
 """What the guides, the migrations and the answers of docs/ say is so."""
 
+import functools
 import re
 import tomllib
 from typing import Any
@@ -128,6 +129,7 @@ def torch_names(tmp_path_factory):
     table = EmbeddingTable(names["weight"], ("vocabulary", "embedding"))
     names["table"], names["decode"], names["teacher"] = table, *[EmbeddingDecode(table)] * 2
     names["tokens"] = names["targets"] = jnp.array([3, 0, 7, 1])
+    names["labels"] = jnp.array([[3, 0, -100, 1], [5, 9, 2, 4]])
     names["hidden"] = names["teacher_hidden"] = jax.random.normal(key, (4, 8))
     names["class_weights"], names["advantages"] = jnp.linspace(0, 1, 11), jnp.ones(4)
     names["old_log_probs"] = jnp.zeros(4)
@@ -139,7 +141,10 @@ def torch_names(tmp_path_factory):
 
 @pytest.mark.parametrize("row", TORCH, ids=lambda row: code(row[1]))
 def test_what_to_write_for_pytorch_runs(row, torch_names):
-    eval(code(row[1]), dict(torch_names))
+    names = dict(torch_names)
+    if "labels" in row[1]:
+        names["hidden"] = jax.random.normal(names["key"], (2, 4, 8))
+    eval(code(row[1]), names)
 
 
 def test_what_to_write_for_pytorch_gives_the_same(torch_names):
@@ -164,8 +169,22 @@ def test_what_to_write_for_pytorch_gives_the_same(torch_names):
         expected = functional.cross_entropy(logits, masked_targets, **options)
         assert_close(ours(start, masked), expected.numpy())
     weights = torch.tensor(np.asarray(torch_names["class_weights"]))
-    expected = functional.cross_entropy(logits, targets, weight=weights)
-    assert_close(ours("`weight=`"), expected.numpy())
+    expected = functional.cross_entropy(logits, masked_targets, weight=weights)
+    assert_close(ours("`weight=`", masked), expected.numpy())
+    texts = jax.random.normal(torch_names["key"], (2, 4, 8))
+    shifted = torch.tensor(np.asarray(texts[:, :-1])) @ as_torch["weight"].T
+    labels = torch.tensor(np.asarray(torch_names["labels"])).long()[:, 1:]
+    expected = functional.cross_entropy(shifted.flatten(0, 1), labels.flatten())
+    assert_close(ours("labels", torch_names | {"hidden": texts}), expected.numpy())
+    teacher = jax.random.normal(jax.random.key(1), (4, 8))
+    log_probs, teacher_log_probs = (
+        (torch.tensor(np.asarray(x)) @ as_torch["weight"].T).log_softmax(-1)
+        for x in (torch_names["hidden"], teacher)
+    )
+    expected = functional.kl_div(
+        log_probs, teacher_log_probs, reduction="batchmean", log_target=True
+    )
+    assert_close(ours("`F.kl_div", torch_names | {"teacher_hidden": teacher}), expected.numpy())
     values, tokens = logits.log_softmax(-1).topk(5)
     assert_close(ours("`log_softmax(logits, -1).topk(5)`")[0], values.numpy())
     np.testing.assert_array_equal(ours("`log_softmax(logits, -1).topk(5)`")[1], tokens.numpy())
@@ -185,6 +204,18 @@ def test_the_preference_loss_is_that_of_all_logits(run):
 
 
 # Guides
+
+
+def test_nucleus_sampling_takes_a_temperature_for_each_vector(run):
+    names = run("docs/sampling.md")
+    hidden = jnp.tile(names["hidden"][0, 0], (2, 400, 1))
+    temperature = jnp.tile(jnp.array([[1.0], [0.0]]), (1, 400))
+    draw = functools.partial(
+        names["sample_top_p"], names["decode"], p=0.9, k=400, key=jax.random.key(3)
+    )
+    hot, cold = draw(hidden, temperature=temperature)
+    assert set(cold.tolist()) == {int(jnp.argmax(names["decode"](hidden[0, 0])))}
+    assert len(set(hot.tolist())) > 100
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])

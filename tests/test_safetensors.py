@@ -139,6 +139,19 @@ def test_a_tensor_of_another_program_gets_the_names_it_is_given(
     assert eqx.tree_equal(table, EmbeddingTable(jnp.asarray(array), names, vocabulary_axis))
 
 
+@pytest.mark.parametrize(
+    "stored, largest", [("float32", 1e5), ("bfloat16", -1e5), ("float64", 65520.0)]
+)
+def test_a_dtype_that_cannot_hold_the_numbers_is_refused(stored, largest, path):
+    array = np.asarray([[1.0, np.inf], [np.nan, -np.inf], [largest, 0]]).astype(jnp.dtype(stored))
+    save(path, {"wte.weight": array[:2]})
+    table = load_safetensors(path, dtype=jnp.float16)  # infinity stays
+    np.testing.assert_array_equal(table.embeddings, array[:2].astype(np.float16))
+    save(path, {"wte.weight": array})
+    with pytest.raises(ValueError, match="has numbers that float16 cannot hold: load it in"):
+        load_safetensors(path, dtype=jnp.float16)
+
+
 @pytest.mark.parametrize("wanted", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64"])
 def test_the_dtype_is_that_of_the_file_or_as_wanted(stored, wanted, path):
