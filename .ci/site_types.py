@@ -8,7 +8,9 @@ import griffe
 
 
 TYPES = {
-    "Hidden": 'Float[Array | np.ndarray, "..."]',
+    "Hidden": 'Float[Array | np.ndarray, "*batch *embedding"]',
+    "Pieces": "Mapping[int, Sequence[int]]",
+    "FrozenRows": "PyTree",
     "Targets": 'Integer[ArrayLike, "..."]',
     "Temperature": 'Num[ArrayLike, "..."]',
     "Weights": 'Bool[ArrayLike, "..."] | Num[ArrayLike, "..."]',
