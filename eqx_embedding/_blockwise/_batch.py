@@ -142,15 +142,15 @@ def _losses_of_examples(
 
     `split` is that of the batch with the axis of examples in front.
     """
-    used, mask, of_scores = wanted.used, operands.mask, _score_operands(operands)
+    used, mask = wanted.used, operands.mask
+    each = _add_example_axis(size, mapped, operands)
     if mapped.hidden or mapped.goals:
-        each = _add_example_axis(size, _score_operands(mapped), of_scores)
-        scores = score_tokens(options, split, used, each)
+        scores = score_tokens(options, split, used, _score_operands(each))
     else:  # the scores are those of all examples alike
-        some = of_scores._replace(mask=jnp.any(mask, axis=0) if mapped.mask else mask)
+        some = _score_operands(operands)
+        some = some._replace(mask=jnp.any(mask, axis=0) if mapped.mask else mask)
         scores = score_tokens(options, split._replace(batch=split.batch[1:]), used, some)
         scores = jax.tree.map(functools.partial(_repeat, size, False), scores)
-    each = _add_example_axis(size, mapped, operands)
     of_tokens = scores, each.weights, each.data, operands.closure, each.mask
     of_example = mapped.closure if any(mapped.closure) else None
     losses = _weighted_losses(split, wanted.function, of_example, *of_tokens)

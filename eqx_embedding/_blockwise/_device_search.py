@@ -82,7 +82,7 @@ def _map_chunks(
     find: Callable[..., Any], options: Options, operands: Operands, *tokens: Any
 ) -> Any:
     """`find(options, head, x, *tokens)` for the vectors and tokens of each chunk."""
-    options = options._replace(room=False)  # for there is no gradient
+    options = options._replace(room=False)  # No gradient is computed whose place logits could use.
 
     def run(options: Options, operands: Operands, *tokens: Any) -> Any:
         head = make_head(options, operands)

@@ -47,7 +47,7 @@ def gather(dtype: DTypeLike, mesh_axes: tuple[Axes, ...], array: Array) -> Array
             if axes:
                 cotangent = lax.platform_dependent(
                     cotangent,
-                    # which would sum the whole array, and then take a part of it
+                    # XLA for TPUs would sum the whole array, and then take a part of it
                     tpu=functools.partial(scatter_in_rings, axes, position),
                     default=functools.partial(scatter, axes, position),
                 )

@@ -48,9 +48,16 @@ def make_plan(platform: Platform, work: Work) -> Plan:
     chunk_size = work.chunk_size or _accelerator_chunk(platform, work)
     # A TPU rounds factors to bfloat16 in any case. Told to round one before, XLA can write a copy.
     d_logits_dtype = at_least_float32(dtype) if platform == "tpu" else dtype
-    plan = Plan(chunk_size, work.V, dtype, d_logits_dtype, False, round_early=dtype == jnp.bfloat16)
-    # XLA for TPUs would hold both the logits before their bias, cap and mask, and after.
-    return plan._replace(hold_logits=platform == "tpu")
+    return Plan(
+        chunk_size,
+        work.V,
+        dtype,
+        d_logits_dtype,
+        transpose=False,
+        round_early=dtype == jnp.bfloat16,
+        # XLA for TPUs would hold both the logits before their bias, cap and mask, and after.
+        hold_logits=platform == "tpu",
+    )
 
 
 def _cpu_plan(work: Work) -> Plan:
