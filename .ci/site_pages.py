@@ -2,7 +2,8 @@
 
 Pages are written for GitHub, with relative links to any file of the repository. The site has the
 pages of `PAGES` as well, and one page of text for each other file that a page links to. The
-quickstart is a notebook without outputs, which is run here.
+quickstart is a notebook without outputs, which is run here. Names of JAX and Equinox in the API
+become links to their documentation.
 """
 
 import contextlib
@@ -36,6 +37,21 @@ NOTEBOOK = "docs/quickstart.ipynb"
 IMAGES = ".png", ".svg"
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
+FOREIGN = re.compile(r"<code>((jax|eqx|equinox)\.[\w.]+)</code>")
+JAX = "https://docs.jax.dev/en/latest"
+EQUINOX = "https://docs.kidger.site/equinox/api"
+EQUINOX_PAGES = {  # one page has many names
+    "error_if": "errors",
+    "filter_eval_shape": "transformations",
+    "filter_jit": "transformations",
+    "is_inexact_array": "manipulation",
+    "nn.Sequential": "nn/sequential",
+    "nn.Shared": "nn/shared",
+    "partition": "manipulation",
+}
+CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+LONG = re.compile(r"(?<=<code>)[^<]{24,}(?=</code>)")
+BREAK = re.compile(r"(::|[_./])(?=\w)")  # where a long name in a table may go on in another line
 HIDDEN = re.compile(r"^<!-- only in the repository -->.*?<!-- end -->\n", re.MULTILINE | re.DOTALL)
 
 
@@ -65,6 +81,8 @@ def on_post_build(config: Any) -> None:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     folder = posixpath.dirname(page.file.src_uri)
+    if folder == "tests" or folder.startswith("source"):
+        page.meta["search"] = {"boost": 0.1}  # a guide says it better
 
     def link(path: str, fragment: str) -> str | None:
         uri = _site_uri(path)
@@ -73,6 +91,26 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return posixpath.relpath(uri, folder) + (f"#{fragment}" if fragment else "")
 
     return _map_links(HIDDEN.sub("", markdown), _repository_path(page.file.src_uri), link)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    if page.file.src_uri.startswith("api/"):
+        html = FOREIGN.sub(lambda name: f'<a href="{_foreign(name[1])}">{name[0]}</a>', html)
+    return CELL.sub(
+        lambda cell: LONG.sub(lambda name: BREAK.sub(r"\1<wbr>", name[0]), cell[0]), html
+    )
+
+
+def _foreign(name: str) -> str:
+    """Where JAX or Equinox documents a name of theirs."""
+    module, _, rest = name.partition(".")
+    if module != "jax":
+        return f"{EQUINOX}/{EQUINOX_PAGES[rest]}/#equinox.{rest}"
+    if name.startswith("jax.sharding."):
+        return f"{JAX}/jax.sharding.html#{name}"
+    if name == "jax.nn.initializers":
+        return f"{JAX}/{name}.html"
+    return f"{JAX}/_autosummary/{name}.html"
 
 
 @functools.cache

@@ -27,6 +27,8 @@ class Signatures(griffe.Extension):
             if isinstance(item, griffe.Function):
                 for parameter in item.parameters:
                     parameter.annotation = _as_type(parameter.annotation)
+                    if str(parameter.default).startswith("_"):
+                        parameter.default = "..."  # private; the docstring says what it is
                 item.returns = _as_type(item.returns)
             elif "eqx.Module" in map(str, item.bases):
                 item.set_member("__init__", _constructor(item))

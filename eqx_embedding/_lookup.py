@@ -15,6 +15,7 @@ from ._blockwise import gather_wide, widen
 from ._inputs import at_least_float32, nan_where, tokens_in_range
 from ._raise import raise_unless
 from ._sharding import explicit_axes, find_split, remaining
+from ._suggest import suggest, suggest_tokens
 from ._table import EmbeddingTable, RowAxis, Rules
 
 
@@ -87,6 +88,7 @@ class EmbeddingLookup(eqx.Module):
                 f"out_of_range must be one of {get_args(OutOfRange)}, got {self.out_of_range!r}."
             )
 
+    @suggest(tokens=suggest_tokens)
     @jax.named_scope("EmbeddingLookup")
     def __call__(
         self,

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Int, Integer, PyTree
 
 from ._inputs import as_int, check_byte_order, is_seen, nan_where, tokens_in_range, Whole
 from ._sharding import varying_axes
+from ._suggest import suggest, suggest_tokens
 from ._tree import check_structures, find_tables, find_vocab_size, is_table_of, map_arrays, Place
 
 
@@ -21,6 +22,7 @@ OTHER_OPTIMIZER = (
 NO_TOKEN = np.iinfo(np.int32).max
 
 
+@suggest(tokens=suggest_tokens)
 def unique_tokens(
     tokens: Integer[ArrayLike, "*batch"], size: Whole
 ) -> tuple[Int[Array, " size"], Int[Array, "*batch"]]:
@@ -68,6 +70,7 @@ def unique_tokens(
     return ids, places if sharding is None else jax.reshard(places, sharding)
 
 
+@suggest(tokens=suggest_tokens)
 def take_rows(
     tree: PyTree, tokens: Integer[ArrayLike, " rows"], vocabulary_axis: str = "vocabulary"
 ) -> PyTree:
@@ -130,6 +133,7 @@ def take_rows(
     return jax.tree.map(take_table, tree, is_leaf=is_table)
 
 
+@suggest(tokens=suggest_tokens)
 def put_rows(
     tree: PyTree,
     tokens: Integer[ArrayLike, " rows"],

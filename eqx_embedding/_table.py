@@ -96,8 +96,9 @@ class EmbeddingTable(eqx.Module):
 
     **Fields:**
 
-    - `embeddings`: the parameter, a floating-point JAX or NumPy array. A table stacked by `vmap` or
-        `scan` has additional axes in front.
+    - `embeddings`: the parameter, a floating-point JAX or NumPy array, kept without a copy: later
+        changes to a NumPy array are changes to the table. A table stacked by `vmap` or `scan` has
+        additional axes in front.
     - `axis_names`: the name of each axis, in order. They describe the *last* `len(axis_names)` axes
         of `embeddings`.
     - `vocabulary_axis`: the name of the axis indexed by tokens, anywhere in `axis_names`. All other

@@ -363,10 +363,12 @@ def test_wrong_tokens_and_policies_are_clear_errors_without_checks(unchecked):
     assert unchecked["out_of_range"] == (
         "ValueError: out_of_range must be one of ('nan', 'raise', 'clip'), got 'wrap'."
     )
-    assert unchecked["float tokens"] == "TypeError: tokens must be integers, got float32."
+    assert unchecked["float tokens"].startswith(
+        "TypeError: tokens must be integers, got float32.\n"
+    )
     assert unchecked["python float"] == "TypeError: tokens must be integers, got float64."
-    assert unchecked["bool tokens"] == "TypeError: tokens must be integers, got bool."
-    assert unchecked["numpy bools"] == "TypeError: tokens must be integers, got bool."
+    for call in "bool tokens", "numpy bools":
+        assert unchecked[call].startswith("TypeError: tokens must be integers, got bool.\n")
     assert unchecked["text"].startswith("TypeError: tokens must be integers")
 
 
@@ -380,6 +382,8 @@ def test_wrong_tokens_and_policies_are_clear_errors_without_checks(unchecked):
             "hidden as a list",
             "Instead of hidden=[[1.0, 1.0, 1.0]], use jnp.asarray([[1.0, 1.0, 1.0]]).",
         ),
+        ("list of tokens", "Instead of tokens=[0, 1], use jnp.asarray([0, 1])."),
+        ("list of tokens to take", "Instead of tokens=[0, 1], use jnp.asarray([0, 1])."),
         ("list of targets", "Instead of targets=[0, 1], use jnp.asarray([0, 1])."),
         ("list of weights", "Instead of weights=[1, 0], use jnp.asarray([1, 0])."),
         (
