@@ -113,6 +113,7 @@ class Chunks:
         """
         chunks = jax.tree.map(self.split, tokens)
 
+        @functools.partial(jax.jit, inline=True)  # traced once for its shapes and for the loop
         def chunk(sums: PyTree, i: Any) -> tuple[PyTree, PyTree]:
             of_chunk = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 1, False), chunks)
             return body(sums, self.is_token(i), *of_chunk)
