@@ -1,6 +1,8 @@
 import contextlib
 import gc
 import os
+import zlib
+from collections import defaultdict
 
 from .flags import xla_flags
 
@@ -33,6 +35,23 @@ for name, examples in {"quick": 16, "full": 230}.items():
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
 hypothesis.settings.load_profile("quick")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test that is marked `one_in(n)`, all but one in `n` are `exhaustive`."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("one_in"):
+            cases[item.function].append(item)
+    for same in cases.values():
+        (n,) = same[0].get_closest_marker("one_in").args
+        same.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))  # at random, each time alike
+        for item in same[-(-len(same) // n) :]:
+            item.add_marker("exhaustive")
+    for item in items:
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="module", autouse=True)

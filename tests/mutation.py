@@ -153,7 +153,8 @@ def files_of(module: str) -> list[str]:
 def arguments_of(module: str) -> list[str]:
     """The arguments of pytest for a module."""
     imported = "ignore::pytest.PytestAssertRewriteWarning"  # modules from before the fork
-    return ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-W", imported, *files_of(module)]
+    quiet = ["-x", "-q", "-p", "no:cacheprovider", "-W", imported]
+    return ["-n", "0", "-m", "", *quiet, *files_of(module)]
 
 
 def main(arguments=None):

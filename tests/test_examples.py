@@ -161,6 +161,7 @@ def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(finished, tm
     ],
 )
 @pytest.mark.parametrize("seconds", [0.2, 1.0])
+@pytest.mark.one_in(3)
 def test_ctrl_c_ends_a_script_with_one_line(script, options, line, seconds, tmp_path):
     out = [] if script is generate else [f"--out={tmp_path / 'out'}"]
     command = [sys.executable, "-X", "importtime", script.__file__, *options, *out]
@@ -556,6 +557,7 @@ def test_the_model_looks_back_only_and_its_loss_is_that_of_its_logits(getkey):
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("temperature, top_k", [(0.0, None), (0.8, None), (1.5, 3), (1.0, 999)])
 @pytest.mark.parametrize("size, prompt", [(8, range(5)), (7, range(20)), (1, [3])])
+@pytest.mark.one_in(3)
 def test_a_sample_follows_windows_that_keep_their_newer_half(
     size, prompt, temperature, top_k, cache
 ):

@@ -122,6 +122,7 @@ def test_two_processes_reach_the_losses_of_one_and_the_first_alone_prints(alone,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(text, tmp_path, jax_defaults):
     config = tiny(text, tmp_path / "killed", steps=10**6, report_every=4)
     processes = start_two(config)

@@ -187,6 +187,7 @@ def test_no_tracer_leaks_and_no_key_is_used_twice():
     [("raise", "5 tokens"), ("nan", [[True] * 2] * 2), ("off", [[False] * 2, [True] * 2])],
 )
 @pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.one_in(3)
 def test_each_setting_of_eqx_on_error_is_followed(setting, expected, devices):
     result = run_python(RAISING, EQX_ON_ERROR=setting, XLA_FLAGS=xla_flags(devices))
     assert result == expected or (setting == "raise" and expected in result)

@@ -139,6 +139,7 @@ def slopes(function, arguments, direction, order):
         if inner == "reverse" or method in BOTH_MODES
     ],
 )
+@pytest.mark.one_in(4)
 def test_second_derivatives_are_those_from_logits(method, order):
     layer = make_layer(with_bias=True, soft_cap=2.0)
     layer, static = eqx.partition(layer, eqx.is_array)
@@ -168,6 +169,7 @@ def test_hessians_are_those_from_logits(method):
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in BOTH_MODES])
+@pytest.mark.one_in(3)
 def test_forward_mode_is_refused_by_jax(method):
     layer, hidden = make_layer(), make_array((N, 4), seed=2)
     ours, _ = METHODS[method]

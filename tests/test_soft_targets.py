@@ -77,6 +77,7 @@ def make_hidden(dtype="float32"):
 
 
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.one_in(2)
 def test_soft_targets_match_numpy(dtype, soft_cap):
     layer, hidden = make_layer(soft_cap, dtype), make_hidden(dtype)
     target_weights = jnp.asarray(TARGET_WEIGHTS, dtype)

@@ -531,6 +531,7 @@ def test_masked_data_may_be_outside_of_a_domain(reduction):
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("mapped", ["batch", "examples", "examples and closure"])
+@pytest.mark.one_in(3)
 def test_examples_without_tokens_may_be_outside_of_a_domain(mapped, reduction):
     """Whatever stands for data of masked tokens, the root below has no gradient there."""
     layer, hidden, *_ = make_operands()
@@ -816,6 +817,7 @@ def second_derivative(mode, token_loss, make, reduction, operands, direction):
     "make, reduction", [(clipped_policy_gradient, "mean"), (smoothed_with_z_loss, "none")]
 )
 @pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
+@pytest.mark.one_in(2)
 def test_second_derivatives_are_those_of_plain_logits(make, reduction, mode):
     with jax.enable_x64(True):
         operands = make_operands("float64", padding=0.0)

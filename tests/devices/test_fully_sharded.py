@@ -122,6 +122,7 @@ def with_rules(function, rules, closed, *operands):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [FEW, MANY])
 @pytest.mark.parametrize("setting, layout", SETTINGS)
+@pytest.mark.one_in(4)
 def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, length):
     assert_equals_one_device(mean_and_scores, setting, layout, length)
 
@@ -130,6 +131,7 @@ def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, len
 @pytest.mark.parametrize("function", [losses_alone, logits_and_vectors])
 @pytest.mark.parametrize("setting", ["explicit", "rules", "manual"])
 @pytest.mark.parametrize("layout", ["rows over model, then data", "columns"])
+@pytest.mark.one_in(3)
 def test_losses_that_stay_apart_logits_and_vectors_do(function, setting, layout):
     assert_equals_one_device(function, setting, layout, FEW)
 
@@ -156,6 +158,7 @@ def assert_equals_one_device(function, setting, layout, length):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["rows over all", "rows over data, columns over model"])
 @pytest.mark.parametrize("length", [FEW, MANY])
+@pytest.mark.one_in(2)
 def test_a_shard_map_may_take_one_of_the_axes_that_split_a_table(layout, length):
     rules = {**LAYOUTS[layout], "batch": "data"}
     table, hidden, targets, *_ = make_operands(length)
@@ -187,6 +190,7 @@ def test_a_shard_map_may_take_one_of_the_axes_that_split_a_table(layout, length)
     "setting, layout",
     [("rules", "rows"), ("rules", "rows over model, then data"), ("manual", "rows")],
 )
+@pytest.mark.one_in(3)
 def test_second_derivatives_equal_those_of_one_device(setting, layout, length):
     rules = LAYOUTS[layout]
     table, hidden, targets, *_ = make_operands(length)

@@ -63,6 +63,7 @@ def filter_shard(shardings, tree):
 
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses])
 @pytest.mark.parametrize("shardings", [whole, over_first_axes])
+@pytest.mark.one_in(2)
 def test_filter_shard_splits_batches_and_models(shardings, loss):
     """In and outside of `jit`, as in Equinox's example, for which no mesh is set."""
     mesh = make_mesh("automatic")
@@ -114,6 +115,7 @@ LAYOUTS = [
     + [("automatic", rules, vmap_of_losses) for rules in LAYOUTS]
     + [("explicit", LAYOUTS[0], loss) for loss in (vmap_of_losses, closed_over)],
 )
+@pytest.mark.one_in(4)
 def test_device_put_splits_tables_and_batches(kind, rules, loss):
     mesh, step = make_mesh(kind, 2, 2), make_step(ADAM, loss)
 
@@ -197,6 +199,7 @@ def mean_over_devices(loss, *arguments):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses])
+@pytest.mark.one_in(2)
 def test_a_shard_map_averages_over_devices(loss, check_vma):
     """With `check_vma`, JAX adds the gradients of what all devices have, so the loss is averaged
     before. Without it, gradients are averaged after."""

@@ -132,18 +132,21 @@ def losses_and_scores(rules, table, closed, hidden, targets, weights, data):
 
 @pytest.mark.slow
 @settings
+@pytest.mark.one_in(2)
 def test_a_loss_and_its_scores_equal_those_of_one_device(setting):
     assert_equals_one_device(setting, mean_and_scores, (P(), P("data")))
 
 
 @pytest.mark.slow
 @settings
+@pytest.mark.one_in(2)
 def test_losses_that_stay_apart_equal_those_of_one_device(setting):
     assert_equals_one_device(setting, losses_and_scores, P("data"))
 
 
 @pytest.mark.slow
 @settings
+@pytest.mark.one_in(2)
 def test_scores_equal_those_of_one_device(setting):
     def scores(rules, table, hidden, targets):
         return EmbeddingDecode(table).score(hidden, targets, chunk_size=CHUNK_SIZE, rules=rules)
@@ -179,6 +182,7 @@ def test_scores_equal_those_of_one_device(setting):
         ("manual", None, "mean"),
     ],
 )
+@pytest.mark.one_in(3)
 def test_mapped_examples_equal_those_of_one_device(setting, spmd_axis_name, reduction):
     def losses(rules, *operands, name=spmd_axis_name):
         loss = functools.partial(loss_of_example, reduction, rules)
@@ -365,6 +369,7 @@ def test_a_loss_may_hand_what_it_closes_over_to_a_function_with_its_own_derivati
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use", ["token_loss", "cross_entropy", "vmap", "decode", "lookup"])
+@pytest.mark.one_in(2)
 def test_arrays_on_a_mesh_that_is_not_set_need_no_split(use):
     """Such as the last batch of an epoch, which the mesh does not divide."""
 
@@ -478,6 +483,7 @@ def test_the_gradient_of_hidden_is_summed_in_float32(setting, reduction):
     "setting, mapped",
     [("rules", False), ("manual", False), ("explicit", False), ("explicit", True)],
 )
+@pytest.mark.one_in(2)
 def test_any_loss_moves_a_few_numbers_a_token_and_gradients_once(setting, mapped):
     rows, examples, tokens = 2048, 16, 32
 

@@ -161,6 +161,7 @@ def rows_loss(trained, frozen, hidden, targets, rules=None):
 @pytest.mark.slow
 @settings
 @specs
+@pytest.mark.one_in(4)
 def test_rows_of_a_split_table_are_trained_as_on_one_device(setting, spec):
     table, rows = make_table(32, padding_rows=3), [3, 28, 11]
     hidden, targets = random((16, 8), seed=1), jnp.arange(16) % 29

@@ -68,6 +68,7 @@ def expected():
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("spec", [P(), P("data"), P("data", "model")], ids=str)
+@pytest.mark.one_in(4)
 def test_a_step_equals_that_of_one_device(setting, rules, spec):
     mesh, arguments = split(setting, rules, *make_arguments(), spec=spec)
     with jax.set_mesh(mesh):
