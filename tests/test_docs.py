@@ -198,7 +198,7 @@ def test_each_page_is_in_the_navigation_of_the_site():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     found = re.findall(r"^ +- .*: (\S+\.md)$", text, re.MULTILINE)
     assert len(found) == len(set(found))
-    outside = dict(re.findall(r'^    "(\S+)": "(\S+)",$', read_page(".ci/site_pages.py"), re.M))
+    outside = dict(re.findall(r'^    "(\S+)": "(\S+\.md)",$', read_page(".ci/site_pages.py"), re.M))
     assert set(outside) == set(PAGES) - set(MANUAL) | {"README.md"}
     inside = {page.replace(".ipynb", ".md") for page in documents()}
     assert set(found) == inside | set(outside.values())

@@ -165,6 +165,9 @@ def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(finished, tm
 def test_ctrl_c_ends_a_script_with_one_line(script, options, line, seconds, tmp_path):
     out = [] if script is generate else [f"--out={tmp_path / 'out'}"]
     command = [sys.executable, "-X", "importtime", script.__file__, *options, *out]
+    # Else a shell that runs the tests in the background has the script ignore Ctrl-C
+    run = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv("
+    command = [sys.executable, "-c", f"{run}sys.executable, sys.argv[1:])", *command]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, stdout=pipe, stderr=pipe, text=True, env=python_environment()
