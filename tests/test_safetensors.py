@@ -651,11 +651,11 @@ def make(number):
     return EmbeddingTable(rows, ("vocabulary", "embedding"), bias=bias)
 tables = make(0), make(1)
 save_safetensors(tables[0], {str(path)!r})
-for wait in np.random.default_rng(0).uniform(0, 0.02, 30):
+for i, wait in enumerate(np.random.default_rng(0).uniform(0, 0.02, 30)):
     child = os.fork()
     if child == 0:
         while True:
-            for table in tables:
+            for table in tables[:: (-1) ** i]:
                 save_safetensors(table, {str(path)!r})
     time.sleep(0.005 + wait)
     os.kill(child, signal.SIGKILL)
