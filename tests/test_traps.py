@@ -216,6 +216,23 @@ def test_a_second_call_for_scores_computes_logits_again():
     assert count(gradients(once), ROWS, *TOKENS) == 3
 
 
+def test_targets_of_the_same_vectors_share_their_logits():
+    candidates = shape(4, N, dtype="int32")
+
+    def mapped(rows, hidden, candidates):
+        score = functools.partial(decode_with(rows).score, hidden)
+        return jnp.mean(jax.vmap(score)(candidates).log_prob)
+
+    def repeated(rows, hidden, candidates):
+        hidden = jnp.broadcast_to(hidden, (4, *hidden.shape))
+        return jnp.mean(decode_with(rows).score(hidden, candidates).log_prob)
+
+    assert count(mapped, ROWS, TOKENS[0], candidates) == 1
+    assert count(repeated, ROWS, TOKENS[0], candidates) == 4
+    assert count(gradients(mapped), ROWS, TOKENS[0], candidates) == 4
+    assert count(gradients(repeated), ROWS, TOKENS[0], candidates) == 16
+
+
 @pytest.mark.slow
 def test_float64_holds_twice_as_much():
     with jax.enable_x64(True):

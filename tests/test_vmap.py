@@ -264,7 +264,7 @@ def test_second_derivatives_of_a_vmap_are_those_of_plain_logits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mapped", ["htw", "w"])
+@pytest.mark.parametrize("mapped", ["htw", "w", "t", "tw"])
 def test_scores_of_examples_are_those_of_the_batch(mapped):
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples(mapped)
 
@@ -289,7 +289,9 @@ def test_scores_of_examples_are_those_of_the_batch(mapped):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mapped, reduction", [("htw", "none"), ("w", "mean")])
+@pytest.mark.parametrize(
+    "mapped, reduction", [("htw", "none"), ("w", "mean"), ("t", "none"), ("tw", "mean")]
+)
 def test_scores_come_with_the_losses_of_examples(mapped, reduction):
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples(mapped)
     options: Any = dict(reduction=reduction, return_scores=True)
@@ -325,6 +327,43 @@ def test_scores_come_with_the_losses_of_examples(mapped, reduction):
     assert_trees_close(scores, jax.tree.map(lambda *x: jnp.stack(x), *wanted))
     for_hidden = jnp.stack(for_hidden)
     assert_close(gradient, for_hidden if "h" in mapped else jnp.sum(for_hidden, 0))
+
+
+@pytest.mark.parametrize("batch", [(5,), ()])
+def test_a_vector_may_have_targets_of_its_own_examples(batch):
+    """Candidates in two axes, some of which are ignored, or out of range."""
+    layer, hidden = make_layer(), make_array((*batch, 2, 3))
+    candidates = np.arange(6 * np.prod(batch, dtype=int)).reshape(2, 3, *batch) % VOCAB_SIZE
+    candidates[0, 1], candidates[1, 2] = -100, VOCAB_SIZE
+
+    def scores_of(hidden, targets):
+        return layer.score(hidden, targets, ignore_index=-100)
+
+    def total(hidden, score):
+        scores = score(hidden)
+        counted = jnp.where(jnp.isnan(scores.log_prob), 0, scores.log_prob)
+        return jnp.vdot(make_array(counted.shape, seed=5), counted * scores.entropy), scores
+
+    def of_all(hidden):
+        score = functools.partial(scores_of, hidden)
+        return jax.vmap(jax.vmap(score))(jnp.asarray(candidates))
+
+    def one_by_one(hidden):
+        each = [scores_of(hidden, targets) for row in candidates for targets in row]
+        return jax.tree.map(lambda *x: jnp.stack(x).reshape(2, 3, *batch), *each)
+
+    run = eqx.filter_jit(jax.value_and_grad(total, has_aux=True))
+    actual = run(hidden, of_all)
+    (_, scores), _ = actual
+    assert jnp.all(scores.log_prob[0, 1] == 0) and jnp.all(jnp.isnan(scores.log_prob[1, 2]))
+    assert_trees_close(actual, run(hidden, one_by_one))
+
+
+def test_no_example_at_all_has_no_scores():
+    layer, hidden = make_layer(), make_array((5, 2, 3))
+    score = functools.partial(layer.score, hidden)
+    scores = jax.vmap(score)(jnp.zeros((0, 5), "int32"))
+    assert {x.shape for x in scores} == {(0, 5)}
 
 
 # Gradients and tables of each example

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
@@ -71,6 +72,8 @@ def _map_tokens(
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
         if _has_own_table(mapped):
             return None
+        if _share_vectors(size, mapped, operands) and not mesh_axes:
+            return _scores_of_shared_vectors(options, split, wanted, size, mapped, operands)
         each = _add_example_axis(size, mapped, operands)
         return _map_tokens(options, split.with_examples(mesh_axes), of_device, wanted, each)
 
@@ -130,6 +133,42 @@ def _score_operands(operands: Operands) -> Operands:
     return operands._replace(weights=None, data=(), closure=())
 
 
+def _share_vectors(size: int, mapped: Operands, operands: Operands) -> bool:
+    """Whether `size` examples have the same vectors, and differ in their targets or masks."""
+    of_teacher = mapped.teacher and mapped.teacher.hidden
+    if operands.draws is not None or mapped.hidden or of_teacher:
+        return False
+    return size > 0 or not mapped.targets
+
+
+def _scores_of_shared_vectors(
+    options: Options, split: Split, used: Used, size: int, mapped: Operands, operands: Operands
+) -> Scores:
+    """The scores of examples that share their vectors, whose logits are computed once.
+
+    `split` is that of the batch without examples.
+    """
+    targets, mask, batch = operands.targets, operands.mask, operands.batch
+    if mapped.targets:  # several for each token
+        if mapped.mask:
+            counts = jnp.expand_dims(mask, range(mask.ndim, targets.ndim))
+            targets = jnp.where(counts, targets, np.int32(-1))
+        targets = jnp.moveaxis(targets, 0, -1)
+        k = math.prod(targets.shape[len(batch) :])
+        operands = operands._replace(targets=targets.reshape(*batch, k))
+    operands = operands._replace(mask=jnp.any(mask, axis=0) if mapped.mask else mask)
+    scores = score_tokens(options, split, used, operands)
+    each = jax.tree.map(functools.partial(_repeat, size, False), scores)
+    if mapped.targets:
+
+        def of_examples(array: Array) -> Array:
+            return jnp.moveaxis(array.reshape(targets.shape), -1, 0)
+
+        log_prob, is_top = map(of_examples, (scores.log_prob, scores.is_top))
+        each = each._replace(log_prob=log_prob, is_top=is_top)
+    return jax.tree.map(functools.partial(only, mask), each) if mapped.mask else each
+
+
 def _losses_of_examples(
     options: Options,
     split: Split,
@@ -142,15 +181,15 @@ def _losses_of_examples(
 
     `split` is that of the batch with the axis of examples in front.
     """
-    used, mask = wanted.used, operands.mask
+    used = wanted.used
     each = _add_example_axis(size, mapped, operands)
-    if mapped.hidden or mapped.goals:
+    examples, *batch = split.batch
+    if _share_vectors(size, mapped, operands) and not (mapped.targets and examples):
+        one = split._replace(batch=tuple(batch))
+        of_scores = _score_operands(mapped), _score_operands(operands)
+        scores = _scores_of_shared_vectors(options, one, used, size, *of_scores)
+    else:
         scores = score_tokens(options, split, used, _score_operands(each))
-    else:  # the scores are those of all examples alike
-        some = _score_operands(operands)
-        some = some._replace(mask=jnp.any(mask, axis=0) if mapped.mask else mask)
-        scores = score_tokens(options, split._replace(batch=split.batch[1:]), used, some)
-        scores = jax.tree.map(functools.partial(_repeat, size, False), scores)
     of_tokens = scores, each.weights, each.data, operands.closure, each.mask
     of_example = mapped.closure if any(mapped.closure) else None
     losses = _weighted_losses(split, wanted.function, of_example, *of_tokens)
