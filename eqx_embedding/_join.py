@@ -27,10 +27,10 @@ def join_trees(
     is_table = is_table_of(vocabulary_axis)
     advice = "it must be the state that the same optimizer makes from the resized model."
     check_structures("fresh", tree, fresh, is_table, advice)
-    tables = [find_tables(x, vocabulary_axis, required=False) for x in (tree, fresh)]
-    if not any(tables):
-        _check_same_shapes(tree, fresh)
+    if not any(map(is_table, jax.tree.leaves(tree, is_leaf=is_table))):
+        _check_same_shapes(tree, fresh, vocabulary_axis)
         return tree  # as that of SGD, which has no state
+    tables = [find_tables(x, vocabulary_axis) for x in (tree, fresh)]
     first, new_first = (next(iter(found.values())) for found in tables)
     sizes: dict[int, str] = {}  # of the old vocabulary, as the leaves say
     kept_shapes: dict[str, tuple[int, ...]] = {}  # of leaves in tables that do not change
@@ -80,11 +80,12 @@ def _join_table(
     return map_fields(join_field, new_table)
 
 
-def _check_same_shapes(tree: PyTree, fresh: PyTree) -> None:
+def _check_same_shapes(tree: PyTree, fresh: PyTree, vocabulary_axis: str) -> None:
     """Raises a `ValueError` for a state without tables that depends on their size all the same."""
     leaves, new_leaves = map(jax.tree_util.tree_leaves_with_path, (tree, fresh))
     for (path, old), (_, new) in zip(leaves, new_leaves, strict=True):
         if is_array(old) and is_array(new) and tuple(old.shape) != tuple(new.shape):
+            find_tables(tree, vocabulary_axis, required=False)  # is another vocabulary meant?
             raise ValueError(
                 f"tree{jax.tree_util.keystr(path)} has the shape {tuple(old.shape)}, and "
                 f"{tuple(new.shape)} in fresh, but is in no table, so its rows cannot be found. "
@@ -96,6 +97,8 @@ def _check_old_rows(
     sizes: dict[int, str], kept_shapes: dict[str, tuple[int, ...]], tokens: int, padding: int
 ) -> None:
     """Raises a `ValueError` unless the leaves agree about the number of old rows."""
+    if not sizes and not kept_shapes:
+        return  # all tables are empty, as in a state of `optax.masked` without them
     if len(sizes) != 1:
         raise ValueError(
             f"fresh must be made from the resized model, with {tokens} tokens, and the tree from "

@@ -578,6 +578,37 @@ def test_a_state_without_tables_stays():
     assert resize_vocabulary(state, 9, fresh=state) == state
 
 
+@pytest.mark.parametrize("frozen", ["leaves", "subtree", "None"])
+def test_a_state_of_frozen_tables_keeps_the_rest(frozen, getkey):
+    """An optimizer that trains only another part of the model."""
+    names = "tokens", "untied"
+
+    def of_leaf(path, _):
+        return path[0].name not in names
+
+    def mask(model):
+        if frozen == "leaves":
+            return jax.tree_util.tree_map_with_path(of_leaf, model)
+        return eqx.tree_at(lambda m: [getattr(m, name) for name in names], model, [False, False])
+
+    def state_of(model):
+        model = eqx.filter(model, eqx.is_array)
+        if frozen == "None":
+            trained = eqx.filter(model, jax.tree_util.tree_map_with_path(of_leaf, model))
+            return optax.adam(1e-3).init(trained)
+        true = jax.tree.map(lambda _: True, model)
+        is_trained = mask(true)
+        return optax.masked(optax.adam(1e-3), is_trained).init(model)
+
+    model = Model(getkey())
+    state = jax.tree.map(lambda x: x + 1, state_of(model))
+    larger = resize_vocabulary(model, 17, key=getkey(), pad_to_multiple_of=4)
+    fresh = state_of(larger)
+    grown = resize_vocabulary(state, 17, fresh=fresh)
+    assert jax.tree.structure(grown) == jax.tree.structure(fresh)
+    assert eqx.tree_equal(jax.tree.leaves(grown), jax.tree.leaves(state))
+
+
 def resize_what_does_not_fit(case):
     old: Any = EmbeddingTable(make_array((13, 4)), NAMES)
     new: Any = resize_vocabulary(old, 15)
@@ -600,6 +631,7 @@ def resize_what_does_not_fit(case):
             factored.init(square), 6, fresh=factored.init(resize_vocabulary(square, 6))
         ),
         "no bias": lambda: resize(old, fresh=dataclasses.replace(new, bias=jnp.zeros(15))),
+        "another vocabulary": lambda: resize(old, fresh=new, vocabulary_axis="words"),
         "a key": lambda: resize(old, fresh=new, key=jax.random.key(0)),
         "pieces": lambda: resize(old, fresh=new, pieces={13: [0]}),
         "a multiple": lambda: resize(old, fresh=new, pad_to_multiple_of=1),
@@ -623,6 +655,7 @@ def resize_what_does_not_fit(case):
         ("half a skeleton", "must both be skeletons, or neither"),
         ("square", r"v_\w+.embeddings has 4 numbers, as many as there are old rows"),
         ("no bias", r"fresh.bias must have the structure of the tree, but they differ"),
+        ("another vocabulary", "no table has the vocabulary axis 'words': this tree has tables of"),
         ("a key", "key, pieces and pad_to_multiple_of must not be given"),
         ("pieces", "key, pieces and pad_to_multiple_of must not be given"),
         ("a multiple", "key, pieces and pad_to_multiple_of must not be given"),
