@@ -375,5 +375,5 @@ def _check_manual(
         raise ValueError(
             f"inside this `jax.shard_map` the table differs along {sorted(unsaid)}. If that splits "
             f"its vocabulary, say so by rules={{{name!r}: ...}}; if each device has a table of its "
-            f"own, by rules={{{name!r}: None}}."
+            f"own, by rules={{{name!r}: None}}, also for a whole table from `jax.lax.all_gather`."
         )

@@ -97,6 +97,17 @@ def test_scores_have_the_precision_of_float32_at_least(dtype):
     assert_scores(scores, scores_reference(layer, hidden, TARGETS), tolerance, tolerance)
 
 
+def test_a_temperature_divides_vectors_bias_and_cap():
+    layer, temperature = make_layer("last", soft_cap=4.0), 0.7
+    hidden, bias = make_hidden(layer, BATCH), layer.table.bias
+    assert bias is not None
+    divided = dataclasses.replace(layer.table, bias=bias / temperature)
+    scores = EmbeddingDecode(divided, 4.0 / temperature).score(hidden / temperature, TARGETS)
+    log_probs = jax.nn.log_softmax(layer(hidden) / temperature)
+    expected = jnp.take_along_axis(log_probs, TARGETS[..., None], axis=-1)[..., 0]
+    assert_close(scores.log_prob, expected)
+
+
 def test_scores_do_not_depend_on_the_dtype_of_the_logits():
     layer = make_layer()
     hidden = make_hidden(layer, BATCH)

@@ -250,6 +250,38 @@ def test_a_shard_map_asks_for_rules_if_tables_vary():
     assert_close(actual.bias[:V], expected.bias)
 
 
+def test_a_table_may_be_gathered_in_a_shard_map():
+    """Each device stores a part of the table, and gets its part of the gradient."""
+    mesh, rules = make_mesh("automatic"), {"vocabulary": None}
+
+    def gradient(rules, part, tokens, targets):
+        def loss(part):
+            table = jax.tree.map(lambda x: lax.all_gather(x, "data", tiled=True), part)
+            hidden = EmbeddingLookup(table)(tokens, rules=rules)
+            return EmbeddingDecode(table).cross_entropy(hidden, targets, rules=rules)
+
+        # JAX adds the gradients of all devices
+        return jax.tree.map(lambda x: x / lax.axis_size("data"), jax.grad(loss)(part))
+
+    def mapped(rules):
+        function = functools.partial(gradient, rules)
+        return jax.jit(
+            jax.shard_map(function, mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"))
+        )
+
+    table = make_model().table
+    with pytest.raises(ValueError, match="also for a whole table from `jax.lax.all_gather`"):
+        mapped(None)(table, TOKENS[0], TARGETS[0])
+
+    def plain(params):
+        return plain_decode(params, params.rows[TOKENS[0]], TARGETS[0])
+
+    actual = mapped(rules)(table, TOKENS[0], TARGETS[0])
+    expected = jax.grad(plain)(to_plain(make_model()))
+    assert_close(actual.embeddings[:V], expected.rows)
+    assert_close(actual.bias[:V], expected.bias)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_device_may_have_a_member_of_an_ensemble(kind):
     mesh = make_mesh(kind)
