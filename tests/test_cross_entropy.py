@@ -436,6 +436,17 @@ def test_the_plan_for_an_accelerator_gives_the_same_numbers(dtype, as_on_a_gpu):
         assert_close(actual, wanted, 0.6 * rounding(dtype) + 20 * rounding("float32"), atol)
 
 
+def test_an_accelerator_skips_chunks_of_masked_tokens(as_on_a_gpu):
+    layer, hidden = flat_layer(51, 5), make_array((67, 5), seed=2)
+    targets = np.where(np.arange(67) % 3 > 0, -100, np.arange(67) % 51)
+    actual = value_and_gradients(layer, hidden, targets, ignore_index=-100, chunk_size=16)[:3]
+    counted = value_and_gradients(layer, hidden[::3], targets[::3])[:3]
+    assert_close(actual[0], counted[0])
+    assert_close(actual[1][::3], counted[1])
+    assert not np.any(np.delete(actual[1], np.s_[::3], axis=0))
+    assert_close(actual[2], counted[2])
+
+
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_table_with_the_vocabulary_last_runs_in_half_precision(dtype, tokens):

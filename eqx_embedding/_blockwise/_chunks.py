@@ -40,6 +40,7 @@ class Chunks:
     Places without a token repeat one that counts; what is computed there is thrown away.
 
     `in_step(number)` is the largest of a number over the devices that compute a chunk together.
+    With `rewrite_skipped`, a skipped chunk writes some numbers to where they are already.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class Chunks:
         chunk_size: int,
         mask: Bool[Array, " N"] | None,
         in_step: Callable[[Array], Array] | None = None,
+        *,
+        rewrite_skipped: bool = False,
     ):
         N = num_tokens
         count = max(-(-N // chunk_size), 1)
@@ -57,6 +60,7 @@ class Chunks:
             count = -(-N // C)
             C = N if count == 1 else C
         self.num_tokens, self.count, self.size = N, count, C
+        self.rewrite_skipped = rewrite_skipped
         self.mask = mask if N > 0 else None
         self.none = None  # whether no token counts, in chunks that are computed in any case
         if self.mask is not None:
@@ -124,8 +128,9 @@ class Chunks:
             return sums, jax.tree.map(update, carry[1], results)
 
         def step_if_used(i: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            return lax.cond(i < self.used, step, lambda i, carry: carry, i, carry)
+            return lax.cond(i < self.used, step, lambda i, carry: skip(carry), i, carry)
 
+        skip = _rewrite if self.rewrite_skipped else lambda carry: carry
         shapes = jax.eval_shape(lambda sums: chunk(sums, np.int32(0))[1], sums)
         results = jax.tree.map(
             lambda a: jnp.zeros((a.shape[0], self.count, *a.shape[1:]), a.dtype), shapes
@@ -134,6 +139,15 @@ class Chunks:
         always = self.mask is None or self.count == 1
         sums, results = loop(self.count, step if always else step_if_used, carry)
         return sums, jax.tree.map(self.join, results)
+
+
+def _rewrite(tree: PyTree) -> PyTree:
+    """The same arrays, after the first row of each is written to its place again."""
+
+    def rewrite(array: Array) -> Array:
+        return array if array.ndim == 0 else lax.dynamic_update_slice_in_dim(array, array[:1], 0, 0)
+
+    return jax.tree.map(rewrite, tree)
 
 
 def only(mask: Array | None, array: Array) -> Array:

@@ -176,7 +176,8 @@ def chunks_of(options: Options, operands: Operands) -> Chunks:
     mesh, axes = options.mesh, options.token_axes
     size = max(options.plan.chunk_size // options.count_devices(axes), 1)
     in_step = functools.partial(max_over_devices, mesh, axes) if axes else None
-    return Chunks(len(operands.hidden), size, operands.mask, in_step)
+    rewrite = options.plan.rewrite_skipped
+    return Chunks(len(operands.hidden), size, operands.mask, in_step, rewrite_skipped=rewrite)
 
 
 def all_tokens(options: Options, tree: PyTree) -> PyTree:

@@ -20,6 +20,7 @@ class Plan(NamedTuple):
     round_early: bool  # whether a gradient of the table from one product is rounded at once
     keep_copy: bool = False  # whether no product may undo the copy of a transposed table
     hold_logits: bool = False  # whether they are held after their bias, cap and mask
+    rewrite_skipped: bool = False  # whether a skipped chunk writes some sums to where they are
 
 
 class Work(NamedTuple):
@@ -57,6 +58,9 @@ def make_plan(platform: Platform, work: Work) -> Plan:
         round_early=dtype == jnp.bfloat16,
         # XLA for TPUs would hold both the logits before their bias, cap and mask, and after.
         hold_logits=platform == "tpu",
+        # XLA for GPUs would copy the gradient of the table twice for each chunk: it copies what one
+        # branch adds to and another returns as it is.
+        rewrite_skipped=platform == "gpu",
     )
 
 
