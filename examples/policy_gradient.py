@@ -166,7 +166,7 @@ def tune(
         updates, opt_state = optimizer.update(grads, opt_state)
         return eqx.apply_updates(model, updates), opt_state, divergence
 
-    metrics = []
+    measure, metrics = eqx.filter_jit(tuning_loss), []
     for iteration in (bar := tqdm(range(config.iterations), unit="iteration")):
         prompts = make_prompts(config, values, iteration)
         key = jax.random.fold_in(jax.random.key(config.seed), iteration)
@@ -174,13 +174,16 @@ def tune(
         rewards = judge(config, tokenizer, texts)
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
         advantages = jnp.broadcast_to(advantages[:, None], log_probs.shape)
-        divergences = []
+        divergences, data = [], (texts, advantages, log_probs)
         for _ in range(config.updates):
-            data = texts, advantages, log_probs
             model, opt_state, divergence = update(model, opt_state, start, *data)
             divergences.append(float(divergence))
+        if iteration + 1 == config.iterations:  # the last update is measured as well
+            divergences.append(float(measure(model, start, config, *data)[1]))
         if not np.isfinite(divergences).all():
-            raise SystemExit("the logits are NaN: try a lower --learning-rate.")
+            raise SystemExit(
+                "the logits are NaN: try a lower --learning-rate or --divergence-weight."
+            )
         # The first one is of the model that wrote the texts.
         line = {"reward": float(rewards.mean()), "divergence": divergences[0]}
         metrics.append({"iteration": iteration} | line)

@@ -319,6 +319,11 @@ REFUSED = [
         (policy_gradient, {"prompt_length": 16}, "--prompt-length must be below the 16 positions"),
         (distill, {"learning_rate": 1e30}, "the loss is not finite: try a lower --learning-r"),
         (policy_gradient, {"learning_rate": 1e30}, "the logits are NaN: try a lower --learning-r"),
+        (
+            policy_gradient,  # in the last update
+            {"learning_rate": 1e38, "iterations": 1, "updates": 1},
+            "the logits are NaN: try a lower --learning-rate or --divergence-weight",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(script, run, changes, message, tmp_path):
