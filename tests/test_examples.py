@@ -224,6 +224,21 @@ def test_a_loss_that_is_not_finite_replaces_no_checkpoint(text, tmp_path):
     assert all(np.isfinite(array).all() for array in jax.tree.leaves(model))
 
 
+def test_a_folder_that_is_moved_stops_a_run_in_one_line(text, tmp_path, monkeypatch):
+    config = tiny(text, tmp_path / "out", steps=2, report_every=1)
+
+    def move(out, *_):
+        while not (out / "checkpoints" / "1").exists():  # it is written in the background
+            time.sleep(0.01)
+        out.rename(tmp_path / "moved")
+
+    monkeypatch.setattr(train_lm.results, "write_metrics", move)
+    with pytest.raises(SystemExit, match="out was moved or removed during the run") as error:
+        train_lm.main(config)
+    assert "\n" not in str(error.value)
+    generate.load(tmp_path / "moved")
+
+
 def test_what_another_script_wrote_is_not_overwritten(text, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}")
     with pytest.raises(SystemExit, match="holds a run: choose another --out."):

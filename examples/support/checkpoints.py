@@ -108,6 +108,11 @@ class Checkpoints:
         about["digest"] = _digest_of_json(about)
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         manager = self.manager
+        if not self.folder.is_dir():
+            raise SystemExit(
+                f"{self.out} was moved or removed during the run. If it was moved, go on with "
+                "--resume, and its new name as --out."
+            )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + 2**20
         if shutil.disk_usage(self.out).free < size:
             self._not_written(OSError(os.strerror(errno.ENOSPC)))
