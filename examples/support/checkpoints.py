@@ -198,7 +198,7 @@ class Checkpoints:
         step = self.steps.pop()
         message = f"the checkpoint {self.out}/checkpoints/{step} is broken: {error}."
         if self.reads_only and self.steps:
-            raise SystemExit(f"{message} train_lm.py --resume goes on from the one before it.")
+            raise SystemExit(f"{message} train_lm.py --resume tries the one before it.")
         if not self.steps:
             raise SystemExit(f"{message} There is none before it. Nothing was changed.")
         self._broken.append(step)
