@@ -70,6 +70,7 @@ def test_a_program_has_the_chunks_of_its_platform_and_no_others(platform, chunk_
     assert chunk_sizes(text) == {chunk_size}
 
 
+@pytest.mark.slow
 def test_an_exported_program_has_a_plan_for_each_platform_and_runs_on_this_one():
     gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))
     exported = export.export(gradient, platforms=("cpu", "tpu", "cuda"))(*operands())

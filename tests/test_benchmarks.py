@@ -142,6 +142,7 @@ def test_each_row_has_times_memory_and_error(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("no_torch")
+@pytest.mark.slow
 def test_one_loss_is_measured_beside_cross_entropy(monkeypatch, capsys):
     monkeypatch.setattr(cross_entropy, "PEERS", {"optax": peers.with_optax})
     assert cross_entropy.parse([]).losses == list(losses.LOSSES)
@@ -248,6 +249,7 @@ SIZES = {
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_train_the_same_model_in_the_same_way(capsys):
     train_step.main(["--rounds", "1", "--steps", "1", "--json"], SIZES)
     report = json.loads(capsys.readouterr().out)["report"]
@@ -284,6 +286,7 @@ def test_a_training_step_without_torch_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_quality_holds_both_against_the_same_held_out_text(tmp_path, capsys):
     path = tmp_path / "text"
     path.write_text("to be, or not to be\n" * 300)
@@ -322,6 +325,7 @@ def test_plays_are_speeches_alone(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_numerics_tell_the_plain_way_from_ours(capsys):
     numerics.main(["--shape", "2048", "8", "50", "--dtype", "float32", "bfloat16", "--json"])
     reports = json.loads(capsys.readouterr().out)["reports"]
@@ -352,6 +356,7 @@ def test_an_error_of_numerics_is_that_of_the_way(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("task", search.TASKS)
+@pytest.mark.slow
 def test_a_task_of_search_is_measured_beside_plain_jax(task, capsys):
     arguments = ["--shape", "32", "8", "50", "--rounds", "1", "--tasks", task]
     search.main([*arguments, "--json"])
@@ -369,6 +374,7 @@ SPARSE = ["--shape", "300", "4", "--shape", "40", "4", "--tokens", "32"]
 SPARSE += ["--steps", "3", "--rounds", "1"]
 
 
+@pytest.mark.slow
 def test_lazy_steps_of_adam_are_those_of_others(capsys):
     sparse_rows.main([*SPARSE, "--json"])
     report = json.loads(capsys.readouterr().out)
@@ -405,6 +411,7 @@ def test_the_hand_written_step_is_that_of_numpy():
 
 
 @pytest.mark.usefixtures("no_torch")
+@pytest.mark.slow
 def test_sparse_rows_without_torch_say_so(capsys):
     sparse_rows.main(SPARSE)
     first, *lines = capsys.readouterr().out.splitlines()

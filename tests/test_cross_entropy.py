@@ -68,6 +68,7 @@ COMBINATIONS = list(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.one_in(2)
 def test_values_and_gradients_are_those_of_float64(layout):
     # the layouts share the product of the options, each combination once
     mine = COMBINATIONS[list(LAYOUTS).index(layout) :: len(LAYOUTS)]
@@ -106,6 +107,7 @@ def test_values_and_gradients_are_those_of_float64(layout):
 @pytest.mark.parametrize("vocab_size", [1, 2, 257, 50257])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.one_in(4)
+@pytest.mark.slow
 def test_the_error_is_no_larger_than_that_of_optax_from_logits(vocab_size, dtype):
     layer = flat_layer(vocab_size, 16, dtype)
     hidden = make_array((33, 16), dtype, seed=2)
@@ -133,6 +135,7 @@ def test_the_error_is_no_larger_than_that_of_optax_from_logits(vocab_size, dtype
         assert error <= 1.1 * budget + 1e-6 * np.abs(wanted).max() + 1e-12
 
 
+@pytest.mark.slow
 def test_finite_differences_agree_in_float64():
     with jax.enable_x64(True):
         layer = make_layer("middle", "float64", True, 2.0)
@@ -179,6 +182,7 @@ def test_the_mean_of_a_single_token_is_its_loss_whatever_its_weight(weight):
     assert_close(layer.cross_entropy(hidden, TARGETS, weights=weights), losses[1, 2])
 
 
+@pytest.mark.slow
 def test_a_single_row_of_padding_has_no_part_beside_a_bias_and_a_cap_below_one():
     embeddings = make_array((VOCAB_SIZE + 1, 4)).at[-1].set(jnp.nan)
     bias = make_array((VOCAB_SIZE + 1,), seed=1).at[-1].set(jnp.nan)
@@ -193,6 +197,7 @@ def test_a_single_row_of_padding_has_no_part_beside_a_bias_and_a_cap_below_one()
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.slow
 def test_a_token_of_weight_zero_poisons_nothing(reduction, poison):
     layer = make_layer(with_bias=True)
     hidden = make_hidden(layer, BATCH)
@@ -237,6 +242,7 @@ def test_gradients_of_a_target_out_of_range_are_nan():
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int64", "uint64"])
+@pytest.mark.slow
 def test_targets_may_be_of_any_integer_dtype(dtype):
     layer = flat_layer(257, 4)
     hidden = make_array((3, 4), seed=2)
@@ -289,6 +295,7 @@ def test_padding_rows_have_no_part_whatever_they_hold():
 
 @pytest.mark.parametrize("highest", ["first", "last"])
 @pytest.mark.parametrize("vocab_size, padding_rows", [(2597, 3), (2049, 0)])
+@pytest.mark.slow
 def test_a_vocabulary_of_several_tiles_is_one_vocabulary(vocab_size, padding_rows, highest):
     """Also without gradients, where the statistics are kept up to date from tile to tile, and if
     the last tile has a single row."""
@@ -449,6 +456,8 @@ def test_an_accelerator_skips_chunks_of_masked_tokens(as_on_a_gpu):
 
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_a_table_with_the_vocabulary_last_runs_in_half_precision(dtype, tokens):
     """For which XLA for CPUs, as it compiles by default, can make a product that it cannot run."""
     table = EmbeddingTable(make_array((8, 24)), NAMES[::-1])
@@ -496,6 +505,7 @@ def case():
     return layer, hidden, targets, loss, jax.tree.map(lambda *g: jnp.stack(g), *one_by_one)
 
 
+@pytest.mark.slow
 def test_it_works_under_vmap_of_grad(case):
     layer, hidden, targets, loss, expected = case
     gradients = eqx.filter_vmap(eqx.filter_grad(loss), in_axes=(None, 0, 0))(layer, hidden, targets)
@@ -579,6 +589,7 @@ def test_chunks_of_one_token_take_the_memory_of_no_more_tokens_than_there_are():
     assert temporaries_of(one, *sizes(N, D, 32)) < 4 * N * D * 4
 
 
+@pytest.mark.slow
 def test_a_tied_step_allocates_one_gradient_of_the_table():
     N, D, V = 512, 64, 16384
 
@@ -636,6 +647,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.slow
 def test_nan_in_a_hidden_vector_spoils_only_its_loss(poison):
     layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
     broken = hidden.at[2, 0].set(poison)
@@ -664,6 +676,7 @@ def test_logits_of_1e30_give_a_finite_loss():
 
 
 @pytest.mark.parametrize("vocab_size, offset", [(2600, 1e4), (2600, -1e5), (64, 1e30), (64, 1e37)])
+@pytest.mark.slow
 def test_label_smoothing_is_exact_for_large_logits(vocab_size, offset):
     noise = make_array((vocab_size, 1), seed=1)
     rows = jnp.asarray(offset + float64(noise), jnp.float32)
@@ -697,6 +710,7 @@ def test_soft_caps_and_z_losses_above_1e30_are_refused():
             EmbeddingDecode(table).cross_entropy(hidden, FOUR_TARGETS, z_loss=number)
 
 
+@pytest.mark.slow
 def test_soft_caps_whose_inverse_overflows_are_refused():
     table, hidden = make_table("first"), make_array((4, 4), seed=1)
     layer = EmbeddingDecode(table, soft_cap=1e-30)
@@ -715,6 +729,7 @@ def banned(bias, **options):
     return EmbeddingDecode(dataclasses.replace(make_table("first"), bias=bias), **options)
 
 
+@pytest.mark.slow
 def test_a_bias_of_minus_infinity_bans_a_token():
     hidden = make_array((4, 4), seed=1)
     layer = banned([0, 0, 0, 0, 0, -np.inf, 0])
@@ -798,6 +813,7 @@ def test_a_tiny_weight_hides_no_target_out_of_range(small):
     np.testing.assert_array_equal(np.isnan(losses), [False, True, False, False])
 
 
+@pytest.mark.slow
 def test_weight_zero_absorbs_an_infinite_cotangent():
     layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
 
@@ -841,6 +857,7 @@ def test_weights_of_small_dtypes_are_summed_in_float32():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk_size, second", [(None, jax.jacfwd), (2, jax.jacrev)])
+@pytest.mark.one_in(2)
 def test_the_second_derivative_is_that_from_logits(chunk_size, second):
     with jax.enable_x64(True):
         table = make_table("first", "float64")

@@ -82,6 +82,7 @@ def test_gradients_reach_hidden_table_and_bias_and_no_padding_row(layout, option
         assert layer_gradient.table.bias is None
 
 
+@pytest.mark.slow
 def test_gradients_have_the_dtypes_of_their_operands(dtype):
     layer = make_layer("middle", dtype, True, 3.0)
     hidden = make_hidden(layer, (2, 3), dtype)
@@ -483,6 +484,7 @@ def test_decoding_several_tokens_copies_no_table(dtype, map_tokens, names):
 
 
 @pytest.mark.parametrize("names", ORDERS, ids=str)
+@pytest.mark.slow
 def test_one_token_decodes_alike_in_half_precision(names):
     """With all that JAX can do to a product of one vector, which has a form of its own."""
     array = make_array((7, 4)).astype("bfloat16")

@@ -102,6 +102,7 @@ def value_and_gradients(student, hidden, teacher, theirs, weights=None, **option
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.one_in(3)
+@pytest.mark.slow
 def test_values_and_gradients_match_numpy(dtype, kind):
     problem = make_problem(dtype)
     options: dict[str, Any] = {"kind": kind, "temperature": 1.5, "chunk_size": CHUNK_SIZE}
@@ -115,6 +116,7 @@ def test_values_and_gradients_match_numpy(dtype, kind):
     assert_close(actual[4][WEIGHTS != 0], expected[4][WEIGHTS != 0], tolerance, tolerance)
 
 
+@pytest.mark.slow
 def test_forward_and_reverse_match_optax():
     student, hidden, teacher, theirs = make_problem(soft_cap=None)
 
@@ -138,6 +140,7 @@ def test_forward_and_reverse_match_optax():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_losses_that_stay_apart_match_logits(kind):
     student, hidden, teacher, theirs = make_problem()
 
@@ -156,6 +159,7 @@ def test_losses_that_stay_apart_match_logits(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_student_like_its_teacher_has_no_divergence(kind):
     student, hidden, *_ = make_problem()
     value, *gradients, _ = value_and_gradients(student, hidden, student, hidden, kind=kind)
@@ -165,6 +169,7 @@ def test_a_student_like_its_teacher_has_no_divergence(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_token_of_probability_zero_adds_nothing(kind):
     """Its logit is -inf for both, as with a bias that masks a part of the vocabulary."""
     student, hidden, teacher, theirs = make_problem(soft_cap=None)
@@ -184,6 +189,7 @@ def test_a_token_of_probability_zero_adds_nothing(kind):
     assert not np.any(d_rows[3])
 
 
+@pytest.mark.slow
 def test_what_the_teacher_excludes_is_infinitely_far():
     student, hidden, teacher, theirs = make_problem()
     bias = jnp.zeros(VOCAB_SIZE + 1).at[3].set(-jnp.inf)
@@ -195,6 +201,7 @@ def test_what_the_teacher_excludes_is_infinitely_far():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.slow
 def test_nan_at_weight_zero_reaches_nothing(reduction):
     student, hidden, teacher, theirs = make_problem()
     clean = value_and_gradients(student, hidden, teacher, theirs, WEIGHTS, reduction=reduction)
@@ -215,6 +222,7 @@ def test_the_teacher_is_constant():
     assert not any(np.any(gradient) for gradient in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 def test_mapped_examples_are_tokens_of_one_call():
     student, _, teacher, _ = make_problem()
     hidden, theirs = make_array((2, N, 4), seed=8), make_array((2, N, 2, 3), seed=9)
@@ -264,6 +272,7 @@ def test_steps_of_a_scan_learn_from_the_teacher():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_the_second_derivative_is_that_from_logits(kind):
     student, hidden, teacher, theirs = make_problem()
     # NaN of padding rows reaches second derivatives of any loss
@@ -298,6 +307,7 @@ def test_an_empty_batch_costs_nothing():
     assert student.divergence(hidden[:0], teacher, theirs[:0]) == 0
 
 
+@pytest.mark.slow
 def test_both_logits_of_a_chunk_are_all_that_exist():
     """Twice the logits take half the tokens."""
     shapes = [(2048, 64), (8192, 64), (2048, 32), (8192, 32)]

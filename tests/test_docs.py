@@ -247,6 +247,7 @@ def test_mutants_are_made_of_each_module():
     assert set(named) <= modules | {"_blockwise"}
 
 
+@pytest.mark.slow
 def test_each_test_in_the_fault_table_exists():
     folder = Path(__file__).parent
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", (folder / "README.md").read_text())

@@ -112,6 +112,7 @@ def finished(text, tmp_path_factory):
         return config, train_lm.main(config)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_metrics_picture_sample_and_checkpoints(finished):
     config, metrics = finished
     assert [line["step"] for line in metrics] == [100, 200, 300]
@@ -216,6 +217,7 @@ def test_a_run_is_not_overwritten(finished):
     assert content(config.run.out) == before
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_replaces_no_checkpoint(text, tmp_path):
     config = tiny(text, tmp_path / "out", steps=3, report_every=1, learning_rate=1e30)
     with pytest.raises(SystemExit, match="the loss is not finite: try a lower --learning-rate."):
@@ -359,6 +361,7 @@ def refused(config, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_out_that_cannot_be_a_folder_is_refused_in_one_line(text, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     refused(tiny(text, tmp_path / "file"), "file is not a folder")
@@ -449,6 +452,7 @@ def test_a_setting_out_of_range_is_refused(text, tmp_path, changes, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [train_lm, generate, grow_vocabulary])
+@pytest.mark.exhaustive
 def test_help_explains_each_option_and_shows_the_command(script):
     env = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
     path = EXAMPLES / f"{script.__name__}.py"
@@ -507,6 +511,7 @@ def test_a_mistyped_command_is_refused_by_tyro(script, options, message, monkeyp
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}],
     ids=["ascii", "C"],
 )
+@pytest.mark.exhaustive
 def test_a_terminal_shows_what_it_can_show(finished_bpe, tmp_path, environment):
     def run(*command):
         done = subprocess.run(
@@ -547,6 +552,7 @@ def test_too_little_memory_is_said_in_one_line(error, monkeypatch):
         (">/dev/full", 1, "cannot print: No space left on device.\n"),
     ],
 )
+@pytest.mark.exhaustive
 def test_a_terminal_may_be_closed_or_full(finished, streams, code, said):
     script, run = EXAMPLES / "generate.py", finished[0].run.out
     shell = f"{sys.executable} {script} --run={run} --prompt='3 times' --length=1 {streams}"
@@ -717,6 +723,7 @@ def finished_bpe(text, tmp_path_factory):
         return config, train_lm.main(config)
 
 
+@pytest.mark.slow
 def test_accuracy_is_the_share_of_tokens_that_were_the_likeliest(finished):
     config, metrics = finished
     model, _, _ = generate.load(config.run.out)
@@ -750,6 +757,7 @@ def test_bits_per_byte_are_those_of_all_nats_over_all_bytes_predicted(finished_b
     assert metrics[-1]["val_loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_resuming_takes_the_tokenizer_of_the_checkpoint(finished_bpe, tmp_path, monkeypatch):
     config, metrics = finished_bpe
     config = changed(config, out=tmp_path / "resumed", resume=True)
@@ -808,6 +816,7 @@ def printed(capsys, run, **settings):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_generation_is_the_same_for_a_seed_with_and_without_the_cache(finished_bpe, capsys):
     run = finished_bpe[0].run.out
     written = printed(capsys, run, prompt="2 times ")
@@ -883,6 +892,7 @@ def test_the_principal_plane_is_that_of_the_covariance():
         ("中".encode(), "\\u4e2d", "others"),
     ],
 )
+@pytest.mark.slow
 def test_labels_can_be_read(piece, label, kind):
     assert pictures.readable(piece) == label and pictures.kind_of(piece) == kind
     assert pictures.embedding_picture(np.ones((1, 2)), np.ones(1, int), [piece])

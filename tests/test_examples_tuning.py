@@ -110,6 +110,7 @@ def log_probs_of(model, values):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("top_p, k", [(0.5, 12), (0.9, 12), (1e-6, 12), (1.0, 4), (0.6, 4)])
+@pytest.mark.slow
 def test_draws_are_those_of_the_nucleus(top_p, k, temperature):
     table = EmbeddingTable(make_array((12, 4)), ("vocabulary", "embedding"))
     hidden = make_array((4,), seed=1)
@@ -145,6 +146,7 @@ def test_top_p_at_temperature_zero_is_the_likeliest():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_students_of_a_teacher_are_closer_to_it(distilled):
     _, reports = distilled
     last = {line["model"]: line for line in reports}
@@ -210,6 +212,7 @@ def test_the_reward_is_the_share_of_words_in_lower_case():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_reward_rises_and_the_divergence_is_held(run, tuned, tmp_path):
     config, metrics = tuned
     rewards, divergences = ([line[name] for line in metrics] for name in ("reward", "divergence"))
@@ -357,6 +360,7 @@ def test_logits_that_are_nan_stop_a_sample():
         (policy_gradient, ["--stepz=5"], "Unrecognized options: --stepz"),
     ],
 )
+@pytest.mark.slow
 def test_a_setting_out_of_range_is_refused(script, options, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--run=run", *options])
     with pytest.raises(SystemExit):
@@ -367,6 +371,7 @@ def test_a_setting_out_of_range_is_refused(script, options, message, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.exhaustive
 def test_it_runs_from_any_folder_and_help_explains_each_option(script, tmp_path):
     environment = python_environment(COLUMNS="200", TERM="dumb")
 

@@ -102,6 +102,7 @@ def test_added_tokens_leave_the_rest_of_a_text_as_it_was():
         ({"old_text": None}, "the built-in text is not what .* learned from: give --old-text"),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_used_is_refused_in_one_line(run, changes, message, tmp_path):
     config = dataclasses.replace(run, out=tmp_path / "out", **changes)
     with pytest.raises(SystemExit, match=message) as error:
@@ -131,6 +132,7 @@ def test_training_does_not_go_on_from_a_grown_model(grown):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_runs_from_any_folder_and_help_explains_each_option(run, tmp_path):
     environment = python_environment(COLUMNS="200", TERM="dumb")
 

@@ -182,6 +182,7 @@ def debugged(model, tokens, targets):
     ],
 )
 @pytest.mark.one_in(3)
+@pytest.mark.slow
 def test_a_loss_may_be_written_in_many_ways(loss):
     assert_same(train(make_model(), loss=loss), plain_adam())
 
@@ -191,6 +192,7 @@ def test_a_loss_may_be_written_in_many_ways(loss):
     [(jax.jit, eqx.filter_jit), (jax.checkpoint, eqx.filter_checkpoint)],
     ids=["jit", "checkpoint"],
 )
+@pytest.mark.slow
 def test_methods_are_wrapped_by_equinox_and_not_by_jax(wrap, filter_wrap):
     """JAX wants functions that can be hashed, and methods of modules hold arrays."""
     model = make_model()
@@ -513,6 +515,7 @@ def plain_masked():
         padded_batch,
     ],
 )
+@pytest.mark.slow
 def test_sequences_may_be_masked_in_many_ways(loss):
     assert_same(train(make_model(), loss=loss), plain_masked())
 
@@ -545,6 +548,7 @@ def rounded(x):
     return x + lax.stop_gradient(x.astype(jnp.bfloat16).astype(x.dtype) - x)
 
 
+@pytest.mark.slow
 def test_a_model_cast_to_bfloat16_trains_as_plain_logits():
     """Parameters and updates are in bfloat16, whose numbers above 1 are 2**-7 apart."""
     model = cast(make_model(), jnp.bfloat16)
@@ -613,6 +617,7 @@ def through_numpy(path, model, state):
 
 
 @pytest.mark.parametrize("store", [through_equinox, through_orbax, through_numpy])
+@pytest.mark.slow
 def test_a_stored_run_goes_on_to_the_same_losses(store, tmp_path):
     step, model = make_step(ADAM), make_model()
     model, state, losses = run(step, model, init(ADAM, model), slice(2))

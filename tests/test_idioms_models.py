@@ -130,6 +130,7 @@ def plain_frozen():
         frozen_by_optax,
     ],
 )
+@pytest.mark.slow
 def test_a_frozen_table_stays_while_the_body_is_trained(trained):
     losses, model = trained(make_model())
     assert eqx.tree_equal(model.table, make_table())
@@ -147,6 +148,7 @@ class LoRA(eqx.Module):
         return eqx.tree_at(lambda m: m.table.embeddings, model, embeddings)
 
 
+@pytest.mark.slow
 def test_a_product_of_low_rank_may_be_added_to_the_table():
     model, frozen = make_model(), to_plain(make_model())
     up, down = (jnp.asarray(draw(shape, seed=5)) for shape in ((V + PADDING_ROWS, 2), (2, D)))
@@ -183,6 +185,7 @@ def test_what_tree_at_replaces_between_steps_takes_effect():
 # Models that look up and decode inside of loops
 
 
+@pytest.mark.slow
 def test_a_recurrent_network_may_decode_in_its_loop():
     cell = eqx.nn.GRUCell(D, D, key=jax.random.key(3))
 
@@ -309,6 +312,7 @@ def train_with_state(loss, model, model_state):
 
 @pytest.mark.parametrize("mode", ["batch", "ema"])
 @pytest.mark.parametrize("loss", [normed_loss_outside, normed_loss_inside])
+@pytest.mark.slow
 def test_layers_with_state_may_stand_beside_the_table(mode, loss):
     losses, model, state = train_with_state(loss, *eqx.nn.make_with_state(Normed)(mode))
     assert state.get(model.calls) == STEPS
@@ -328,6 +332,7 @@ class WithDropout(eqx.Module):
         return vectors + jnp.tanh(jax.vmap(self.body)(vectors))
 
 
+@pytest.mark.slow
 def test_dropout_and_inference_mode_work_as_ever():
     keys = jax.random.split(jax.random.key(1), EXAMPLES)
     dropout = eqx.nn.Dropout(0.5)

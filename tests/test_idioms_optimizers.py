@@ -68,6 +68,7 @@ def scheduled(*_):
 
 
 @pytest.mark.parametrize("make", [masked, multi_transform, weight_decay_and_clipping, scheduled])
+@pytest.mark.slow
 def test_an_optimizer_may_tell_tables_apart(make):
     params = eqx.filter(make_model(), eqx.is_inexact_array)
     optimizer = make(for_tables(params), no_biases(params))
@@ -75,6 +76,7 @@ def test_an_optimizer_may_tell_tables_apart(make):
     assert_same(train(make_model(), optimizer), train_plain(plain))
 
 
+@pytest.mark.slow
 def test_schedule_free_parameters_are_those_of_plain_logits():
     optimizer = optax.contrib.schedule_free_adamw(0.1, warmup_steps=1)
 
@@ -118,6 +120,7 @@ def test_optax_calls_labels_that_can_be_called():
         optax.multi_transform({"True": SGD, "False": ADAM}, labels).init(params)
 
 
+@pytest.mark.slow
 def test_a_moving_average_is_that_of_plain_parameters():
     def averaged(loss, params):
         average, step, state, losses = params, make_step(ADAM, loss), init(ADAM, params), []

@@ -159,6 +159,7 @@ def big_endian(array) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder(">"))
 
 
+@pytest.mark.slow
 def test_big_endian_arguments_are_converted():
     layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
     shares = np.asarray([[0.25], [1.0], [0.5], [2.0]], np.float32)
@@ -213,6 +214,7 @@ def test_a_big_endian_dtype_is_refused():
             call()
 
 
+@pytest.mark.slow
 def test_jax_narrows_ids_before_a_transformed_function():
     # and with them the row of another token: what is here sees no difference
     table = make_table("first")
@@ -226,6 +228,7 @@ def test_jax_narrows_ids_before_a_transformed_function():
         assert np.isnan(jax.vmap(lookup)(far)).all()
 
 
+@pytest.mark.slow
 def test_numpy_numbers_serve_as_sizes_and_options(tmp_path):
     key, hidden = jax.random.key(0), make_array((4, 4), seed=1)
     table = EmbeddingTable.from_config(

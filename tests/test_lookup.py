@@ -116,6 +116,7 @@ def test_the_gradient_of_100_000_repeats_is_the_exact_sum_rounded_once(dtype):
 # Raising
 
 
+@pytest.mark.slow
 def test_raise_names_the_vocabulary_and_its_size_in_and_out_of_jit():
     table = EmbeddingTable(make_array((9, 4)), ("bytes", "embedding"), "bytes", padding_rows=2)
     lookup = EmbeddingLookup(table, "raise")
@@ -257,6 +258,7 @@ def test_forward_mode_moves_the_vectors_as_their_rows_move(out_of_range):
     np.testing.assert_array_equal(tangent, expected)
 
 
+@pytest.mark.slow
 def test_the_second_derivative_is_right_in_every_order_of_modes():
     table = make_table("first")
     tokens = jnp.asarray([3, 3, 1, 9])

@@ -95,6 +95,7 @@ def test_four_devices_reach_the_losses_of_one(alone, on_four):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_device_goes_on_from_the_checkpoint_of_four_and_four_from_that_of_one(
     alone, on_four, tmp_path, jax_defaults
 ):
@@ -107,6 +108,7 @@ def test_one_device_goes_on_from_the_checkpoint_of_four_and_four_from_that_of_on
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_reach_the_losses_of_one_and_the_first_alone_prints(alone, text, tmp_path):
     config = tiny(text, tmp_path / "two", **RUN)
     processes = start_two(config)
@@ -153,6 +155,7 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(text, tmp_p
         (["--mesh.data=4"], "devices, but JAX has 6 of 'cpu'."),
     ],
 )
+@pytest.mark.exhaustive
 def test_processes_with_other_settings_stop_with_one_line(of_second, message, text, tmp_path):
     processes = start_two(tiny(text, tmp_path / "out", **RUN), of_second=of_second)
     for process in processes:

@@ -91,6 +91,7 @@ def test_debug_infs_reports_masked_padding():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_disable_jit_changes_no_result():
     table = make_table("middle", with_bias=True)
     layer = EmbeddingDecode(table, 3.0)
@@ -162,6 +163,7 @@ def test_checkify_finds_only_a_token_out_of_range():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_tracer_leaks_and_no_key_is_used_twice():
     table, hidden = make_table("first"), make_array((4, 4), seed=1)
 
@@ -208,6 +210,7 @@ def test_eqx_on_error_breakpoint_opens_the_debugger():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sixteen_threads_may_call_at_once():
     code = """
 import json, sys, threading

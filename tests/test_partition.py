@@ -81,6 +81,7 @@ ROWS = [3, 40, 17]
 
 
 @pytest.mark.usefixtures("jax_defaults")
+@pytest.mark.slow
 def test_after_100_steps_of_adamw_with_weight_decay_all_other_rows_are_bit_for_bit_the_same():
     model = Model(50, 8, jax.random.key(0))
     optimizer = optax.adamw(1e-2, weight_decay=0.3)
@@ -146,6 +147,7 @@ def test_any_optimizer_moves_the_rows_and_no_others(make):
     np.testing.assert_array_equal(np.any(new != old, axis=1), np.isin(np.arange(9), [2, 5, 8]))
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_whole_model_at_the_rows():
     model = Model(50, 8, jax.random.key(1))
     trained, frozen = partition_rows(model, ROWS)
@@ -262,6 +264,7 @@ def test_what_is_no_sequence_of_integers_is_a_type_error(rows):
         partition_rows(make_table("first"), rows)
 
 
+@pytest.mark.slow
 def test_other_parameters_are_trained_as_well_where_filter_spec_says_so():
     model = Model(10, 4, jax.random.key(0))
     trained, frozen = partition_rows(model, [9], filter_spec=eqx.is_inexact_array)
@@ -430,6 +433,7 @@ def test_resized_frozen_rows_are_refused():
             combine_rows(trained, resize_vocabulary(frozen, size))
 
 
+@pytest.mark.slow
 def test_of_two_partitions_the_frozen_rows_hold():
     table = make_table("first")
     (trained, _), (_, frozen) = partition_rows(table, [1, 2]), partition_rows(table, [3, 4])

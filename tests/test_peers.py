@@ -57,6 +57,7 @@ def test_peers_return_another_row_for_a_wrong_token(lookup, token):
 
 
 @PEERS
+@pytest.mark.slow
 def test_a_bfloat16_gradient_stops_at_256_in_peers(lookup):
     array, tokens = jnp.zeros((5, 2), jnp.bfloat16), np.zeros(4096, np.int32)
 

@@ -90,6 +90,7 @@ def test_lookup_and_decode_agree_with_penzai_for_the_vocabulary_anywhere(layout)
     assert_close(logits, expected.unwrap("batch", "position", "vocabulary"))
 
 
+@pytest.mark.slow
 def test_the_tied_gradient_agrees_with_penzai():
     table = make_table("middle")
     tokens = np.asarray([[0, 6, 3], [3, 1, 3]], np.int32)

@@ -133,6 +133,7 @@ def lookup_and_gradient(wrap, out_of_range):
 
 
 @given(tables(), st.sampled_from(list(WRAPS)), st.sampled_from(["nan", "raise", "clip"]), st.data())
+@pytest.mark.slow
 def test_a_lookup_and_its_gradient_are_those_of_numpy(drawn, wrap, out_of_range, data):
     dtype, table = made(drawn)
     integer = data.draw(st.sampled_from(INTEGERS.get(dtype, NARROW)))
@@ -210,6 +211,7 @@ def draw_bias(draw, dtype, table, bans=False):
 
 
 @given(tables(), st.sampled_from(list(WRAPS)), st.sampled_from([None, 2.0]), st.data())
+@pytest.mark.slow
 def test_logits_and_their_gradients_are_those_of_numpy(drawn, wrap, soft_cap, data):
     dtype, table = made(drawn)
     with mode(dtype):
@@ -301,6 +303,7 @@ def loss_reference(layer, hidden, targets, weights, cotangent, axes, options):
     st.sampled_from(["mean", "sum", "none"]),
     st.data(),
 )
+@pytest.mark.slow
 def test_the_loss_and_its_gradients_are_those_of_numpy(drawn, wrap, options, reduction, data):
     dtype, table = made(drawn)
     smoothing, z_loss, soft_cap, chunk_size = options
@@ -502,6 +505,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
     NAMES.filter(lambda name: name != "__metadata__"),
     st.data(),
 )
+@pytest.mark.slow
 def test_any_table_comes_back_from_a_file_bit_for_bit(tmp_path_factory, dtype, axes, name, data):
     path = tmp_path_factory.mktemp("files") / "table.safetensors"
     names, shape = tuple(name for name, _ in axes), tuple(size for _, size in axes)

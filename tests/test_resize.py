@@ -46,6 +46,7 @@ def test_old_rows_stay_bit_for_bit_and_new_ones_and_padding_are_zero(layout, voc
     np.testing.assert_array_equal(rows[kept:], 0)
 
 
+@pytest.mark.slow
 def test_dtypes_are_kept_with_and_without_a_key(dtype, getkey):
     old: Any = make_table("middle", dtype, with_bias=True)
     for key in None, getkey():
@@ -131,6 +132,7 @@ def test_infinite_rows_are_left_out_of_new_ones(getkey):
     assert_close(new.bias[40:], np.full(5000, np.median(np.delete(bias, 3)) - np.log(100)))
 
 
+@pytest.mark.slow
 def test_new_tokens_raise_the_loss_by_what_jensen_allows(getkey):
     table = EmbeddingTable(jnp.asarray(correlated(50, 4)), NAMES)
     hidden, targets = make_array((64, 4)), jnp.arange(64) % 50
@@ -495,6 +497,7 @@ def init(make, params):
 @pytest.mark.filterwarnings("ignore:Specifying a key", "ignore:.optimistic_adam. is deprecated")
 @pytest.mark.parametrize("vocab_size, multiple", [(21, 8), (9, 1)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.slow
 def test_the_state_of_any_optimizer_grows_with_fresh_rows(name, vocab_size, multiple):
     model = Model(jax.random.key(0))
     params: Any = eqx.filter((model.untied, model.layer), eqx.is_array)
@@ -730,6 +733,7 @@ def test_factored_moments_of_another_vocabulary_are_left_alone():
     assert moments.vocab_size == 9 and eqx.tree_equal(same, factored)
 
 
+@pytest.mark.slow
 def test_what_is_no_array_in_the_place_of_a_table_stays(getkey):
     model = Model(getkey())
     mask = jax.tree.map(lambda _: False, model)
@@ -794,6 +798,7 @@ def test_a_multiple_below_one_is_refused():
         resize_vocabulary(make_table("first"), 9, pad_to_multiple_of=0)
 
 
+@pytest.mark.slow
 def test_padding_must_be_asked_for_where_there_is_some():
     padded, plain = make_table("first"), EmbeddingTable(make_array((7, 4)), NAMES)
     for tree in (padded, jax.eval_shape(lambda: padded), eqx.filter(padded, False)):

@@ -52,6 +52,7 @@ def test_unique_tokens_are_those_of_numpy(shape, size):
         np.testing.assert_array_equal(np.asarray(ids)[np.asarray(places)[fits]], tokens[fits])
 
 
+@pytest.mark.slow
 def test_tokens_that_are_no_tokens_have_no_place():
     tokens = np.asarray([5, -1, 2**40 + 3, NO_TOKEN, 3, 2**31 + 3])
     ids, places = unique_tokens(tokens, 6)
@@ -65,6 +66,8 @@ def test_tokens_that_are_no_tokens_have_no_place():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.one_in(3)
+@pytest.mark.slow
 def test_taken_rows_are_those_of_numpy_and_go_back(layout, dtype):
     table: Any = make_table(layout, dtype, with_bias=True, padding=np.nan)
     axis = table.axis_names.index("vocabulary")
@@ -89,6 +92,7 @@ def test_taken_rows_are_those_of_numpy_and_go_back(layout, dtype):
 
 
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.slow
 def test_rows_out_of_range_are_nan_and_never_written(jit):
     table = make_table("first", with_bias=True)
     counts = jnp.arange(1, 10, dtype="int32")[:, None]
@@ -143,6 +147,7 @@ def make_model():
     )
 
 
+@pytest.mark.slow
 def test_everything_but_the_tables_comes_from_rows():
     model = make_model()
     state: Any = optax.adam(1e-3).init(eqx.filter(model, eqx.is_array))
@@ -229,6 +234,7 @@ BATCHES = jnp.asarray(np.random.default_rng(0).integers(0, 36, (6, 2, 8)))
 
 
 @pytest.mark.usefixtures("jax_defaults")
+@pytest.mark.slow
 def test_steps_of_sgd_equal_the_dense_ones_bit_for_bit():
     optimizer = optax.sgd(0.3)
     results = []
@@ -255,6 +261,8 @@ def test_steps_of_sgd_equal_the_dense_ones_bit_for_bit():
     ],
     ids=["adamw", "nesterov", "rprop", "schedule-free", "chain"],
 )
+@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_steps_move_the_rows_of_their_batch_alone(make):
     """Lazy updates: each step is the dense one of a model with only the rows of the batch."""
     optimizer, step = make(), eqx.filter_jit(sparse_step(make()))
@@ -289,6 +297,7 @@ def without_padding(tree):
 
 
 @pytest.mark.usefixtures("jax_defaults")
+@pytest.mark.slow
 def test_too_few_places_make_the_loss_nan():
     model, optimizer = make_words(), optax.sgd(0.3)
     state = optimizer.init(eqx.filter(model, eqx.is_array))
@@ -322,6 +331,7 @@ def test_steps_work_in_a_scan():
 
 @pytest.mark.usefixtures("jax_defaults")
 @pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.slow
 def test_a_donated_step_copies_no_table(steps):
     V, D, N = 65_536, 16, 64
     optimizer = optax.adam(1e-2)
@@ -390,6 +400,7 @@ ONE = np.asarray([1])
         (lambda t: take_rows(factored_state(t), ONE), "no rows to take: use an optimizer whose"),
     ],
 )
+@pytest.mark.slow
 def test_rows_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(make_table("first", with_bias=True))

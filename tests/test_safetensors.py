@@ -250,6 +250,7 @@ def test_files_are_read_through_symbolic_links_as_in_the_cache_of_hugging_face(t
     np.testing.assert_array_equal(load_safetensors(tmp_path / "blobs").embeddings, 1)
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_be_read_is_there_all_the_same(path):
     save_safetensors(make_table("first"), path)
     name, message = run_python(
@@ -580,6 +581,7 @@ def test_a_file_cut_short_while_it_is_read_is_refused(path, monkeypatch):
         load_safetensors(path)
 
 
+@pytest.mark.slow
 def test_one_table_of_a_large_file_is_read_alone(path):
     header = {
         "before": {"dtype": "F32", "shape": [2**29], "data_offsets": [0, 2**31]},

@@ -307,6 +307,7 @@ def make_cotangents(zeros=(), dtype="float32"):
 @pytest.mark.parametrize(
     "layout, with_bias, soft_cap", [("middle", True, 2.0), ("last", False, None)]
 )
+@pytest.mark.slow
 def test_gradients_are_those_of_plain_logits(layout, with_bias, soft_cap):
     options = dict(with_bias=with_bias, soft_cap=soft_cap)
     with jax.enable_x64(True):
@@ -354,6 +355,7 @@ def test_only_a_log_probability_needs_its_target():
     assert np.isnan(of_layer.table.embeddings[..., :VOCAB_SIZE]).all()
 
 
+@pytest.mark.slow
 def test_gradients_pass_banned_tokens():
     rows, hidden = np.asarray(make_array((7, 4))), make_array((*BATCH, 4), seed=2)
     bias = np.where(np.arange(7) < 3, -np.inf, 0.25)
@@ -368,6 +370,7 @@ def test_gradients_pass_banned_tokens():
     assert_close(of_layer.table.bias, np.pad(of_rest.table.bias, (3, 2)))
 
 
+@pytest.mark.slow
 def test_gradients_of_half_precision_are_rounded_once():
     layer = make_layer("middle", "bfloat16", padding=0.0)
     hidden, targets, cotangents = (

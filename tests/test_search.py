@@ -116,6 +116,7 @@ def test_a_token_of_probability_zero_comes_before_padding(k):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("k", [1, 2, 150])
+@pytest.mark.slow
 def test_a_logit_that_is_not_finite_gives_no_token(bad, k):
     logits = np.zeros(200)
     logits[150] = bad
@@ -301,6 +302,7 @@ def test_k_out_of_range_is_refused(k):
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+@pytest.mark.slow
 def test_any_kind_of_key_draws_alike_in_chunks(impl):
     decode, _ = make_operands()
     hidden, key = make_array((50, D), seed=4), jax.random.key(7, impl=impl)
@@ -394,6 +396,7 @@ def test_a_numpy_vector_gives_a_token():
 
 
 @pytest.mark.parametrize("batch", [(), (1,)])
+@pytest.mark.slow
 def test_one_vector_of_half_precision_copies_no_table(batch):
     rows = jax.ShapeDtypeStruct((4096, 256), "bfloat16")
     hidden = jax.ShapeDtypeStruct((*batch, 256), "bfloat16")
@@ -407,6 +410,7 @@ def test_one_vector_of_half_precision_copies_no_table(batch):
     assert temporaries(compiled) < 4096 * 256 * 2 / 4
 
 
+@pytest.mark.slow
 def test_logits_of_all_tokens_never_exist():
     rows = jax.ShapeDtypeStruct((8192, 64), "float32")
     hidden = jax.ShapeDtypeStruct((4096, 64), "float32")
@@ -421,6 +425,7 @@ def test_logits_of_all_tokens_never_exist():
 
 @pytest.mark.parametrize("top_k", [None, 9])
 @pytest.mark.parametrize("temperature", [0, 0.5])
+@pytest.mark.slow
 def test_draws_are_int32_in_the_64_bit_mode_too(top_k, temperature):
     decode, hidden = make_operands()
     options: Any = dict(temperature=temperature, top_k=top_k, key=jax.random.key(0))
@@ -431,6 +436,7 @@ def test_draws_are_int32_in_the_64_bit_mode_too(top_k, temperature):
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_traced_float64_temperatures_are_cut_before_they_are_narrowed():
     decode, hidden = make_operands()
     temperatures = np.asarray([0, 1e-60, 0.5, 1e31, 1e60, 1e300, -1e-60, -1, np.nan, np.inf])

@@ -78,6 +78,7 @@ def make_hidden(dtype="float32"):
 
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_soft_targets_match_numpy(dtype, soft_cap):
     layer, hidden = make_layer(soft_cap, dtype), make_hidden(dtype)
     target_weights = jnp.asarray(TARGET_WEIGHTS, dtype)
@@ -89,6 +90,7 @@ def test_soft_targets_match_numpy(dtype, soft_cap):
         assert_close(a, e, tolerance, tolerance)
 
 
+@pytest.mark.slow
 def test_a_full_distribution_matches_optax():
     layer, hidden = make_layer(), make_hidden()
     labels = np.random.default_rng(1).dirichlet(np.ones(VOCAB_SIZE), N).astype(np.float32)
@@ -109,6 +111,7 @@ def test_a_full_distribution_matches_optax():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.slow
 def test_one_soft_target_is_a_plain_target(reduction):
     layer, hidden, targets = make_layer(), make_hidden(), TARGETS[:, 0]
     options: Any = OPTIONS | {"reduction": reduction, "weights": WEIGHTS, "return_scores": True}
@@ -121,6 +124,7 @@ def test_one_soft_target_is_a_plain_target(reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.slow
 def test_a_target_of_weight_zero_has_no_part(reduction, traced):
     layer, hidden = make_layer(), make_hidden()
     target_weights = TARGET_WEIGHTS.copy()
@@ -159,6 +163,7 @@ def test_a_target_out_of_range_makes_the_loss_nan():
 
 
 @pytest.mark.parametrize("host", [False, True])
+@pytest.mark.slow
 def test_ignored_targets_and_tokens_have_no_part(host):
     """A token all of whose targets are ignored does not count for the mean."""
     layer, hidden, targets = make_layer(), make_hidden(), TARGETS.copy()
@@ -207,6 +212,7 @@ def test_the_scores_sum_over_the_targets():
     assert scores.is_top[0]
 
 
+@pytest.mark.slow
 def test_weights_of_zero_alone_cost_nothing():
     layer, hidden = make_layer(), make_hidden()
     value, *gradients = value_and_gradients(
@@ -215,6 +221,7 @@ def test_weights_of_zero_alone_cost_nothing():
     assert value == 0 and not any(np.any(gradient) for gradient in gradients)
 
 
+@pytest.mark.slow
 def test_mapped_examples_are_tokens_of_one_call():
     layer, hidden = make_layer(), make_array((2, N, 4), seed=6)
     targets = jnp.stack([TARGETS, (TARGETS + 1) % VOCAB_SIZE])
@@ -298,6 +305,7 @@ def test_host_weights_too_small_for_float32_count():
     assert np.isnan(loss)
 
 
+@pytest.mark.slow
 def test_scores_of_float32_tables_in_the_64_bit_mode():
     layer, hidden = EmbeddingDecode(make_table("first")), make_array((N, 4), seed=1)
     options: Any = dict(target_weights=TARGET_WEIGHTS, return_scores=True)

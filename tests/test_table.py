@@ -375,6 +375,7 @@ def test_there_is_no_default_key():
         EmbeddingTable.from_config(5, {"embedding": 2})  # pyright: ignore[reportCallIssue]
 
 
+@pytest.mark.slow
 def test_replaced_embeddings_are_checked_on_use():
     table, hidden = make_table("middle"), make_array((4, 2, 3), seed=1)
     uses = (

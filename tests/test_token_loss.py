@@ -183,6 +183,7 @@ def make_cotangent(reduction, dtype="float32"):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.slow
 def test_values_and_gradients_are_those_of_plain_logits(reduction):
     with jax.enable_x64(True):
         cotangent = make_cotangent(reduction, "float64")
@@ -211,6 +212,7 @@ def test_the_mean_of_is_top_is_the_accuracy():
     assert not any(np.any(g) for g in jax.tree.leaves((gradients[:2], gradients[3:])))
 
 
+@pytest.mark.slow
 def test_a_mean_and_a_sum_are_those_of_the_losses_of_tokens():
     layer, hidden, weights, *_ = make_operands()
 
@@ -226,6 +228,7 @@ def test_a_mean_and_a_sum_are_those_of_the_losses_of_tokens():
     assert_close(loss("mean"), np.sum(losses) / np.sum(weights))
 
 
+@pytest.mark.slow
 def test_gradients_of_half_precision_are_rounded_once():
     def small(c):
         def loss(scores, a, b):
@@ -274,6 +277,7 @@ def test_a_batch_may_have_any_shape(batch, reduction):
 
 
 @pytest.mark.parametrize("reduction, masked", [("mean", False), ("none", True)])
+@pytest.mark.slow
 def test_integers_and_keys_may_be_data_or_closed_over(masked, reduction):
     layer, hidden, weights, a, *_ = make_operands(padding=0.0)
     weights = weights if masked else None
@@ -328,6 +332,7 @@ def test_data_may_be_python_numbers_and_host_arrays():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("method", ["token_loss", "cross_entropy"])
+@pytest.mark.slow
 def test_scores_come_with_the_loss_and_without_gradient(method, reduction):
     layer, hidden, weights, *_ = make_operands()
     targets = np.where(MASK, TARGETS, -100)
@@ -396,6 +401,7 @@ def reductions(fn, **options):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.slow
 def test_statistics_that_are_not_used_are_not_computed(gradients):
     count = functools.partial(reductions, gradients=gradients)
     few = count(lambda scores: -scores.log_prob)
@@ -431,6 +437,7 @@ def test_what_an_inner_function_drops_is_not_computed(fn):
     assert reductions(fn) == reductions(lambda scores: -scores.log_prob)
 
 
+@pytest.mark.slow
 def test_products_are_as_few_as_can_be():
     """Of all hidden vectors with the whole table, 2NVD operations each."""
 
@@ -681,6 +688,7 @@ def test_data_without_the_shape_of_the_batch_are_refused(shape, message, kind):
         layer.token_loss(lambda scores, x, y: x, hidden, TARGETS, a, kind(shape))
 
 
+@pytest.mark.slow
 def test_host_integers_that_jax_would_narrow_are_refused():
     layer, hidden, *_ = make_operands()
     data = TARGETS.astype(np.int64)
@@ -769,6 +777,7 @@ def test_a_function_defined_anew_is_not_compiled_anew(make, caplog):
     assert not [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
 
 
+@pytest.mark.slow
 def test_functions_that_compute_something_else_are_told_apart():
     """Also if they differ by no more than a number, its sign, or an array that they close over."""
     layer = make_layer(with_bias=False)

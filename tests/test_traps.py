@@ -200,6 +200,7 @@ def from_scores(rows, hidden, targets):
     "function, products",
     [(masked, 3), (mean_of_losses, 4), (weighted_by_hand, 4), (from_scores, 4)],
 )
+@pytest.mark.one_in(2)
 def test_masks_and_means_by_hand_hold_no_more(function, products):
     assert held(gradients(function), ROWS, *TOKENS) < 1.1 * held_for_batch()
     assert count(gradients(function), ROWS, *TOKENS) == products
@@ -252,6 +253,7 @@ def test_a_table_with_the_vocabulary_last_is_copied_once():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("argument", [0, 1])
+@pytest.mark.one_in(2)
 def test_second_derivatives_hold_no_more_than_from_logits(argument):
     def of(function, rows, *batch):
         def slope(x):
@@ -383,6 +385,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_a_second_eager_call_compiles_nothing(method, caplog):
     """Of another table, batch, key and temperature, of the same shapes."""
     call = METHODS[method]

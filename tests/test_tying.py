@@ -256,6 +256,7 @@ def test_scan_over_stacked_tables_is_a_loop_with_the_gradient_of_each():
         assert_close(gradient.embeddings[i], for_lookup + for_decode)
 
 
+@pytest.mark.slow
 def test_checkpoint_recomputes_to_the_same_gradient():
     model = make_model("last")
     value, gradient = eqx.filter_value_and_grad(eqx.filter_checkpoint(loss))(model)
@@ -285,6 +286,7 @@ def test_a_table_is_saved_and_loaded_into_a_skeleton(tmp_path, dtype, getkey):
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.slow
 def test_a_row_that_is_not_finite_spoils_only_its_token(poison):
     table = make_table("first")
     rows = jnp.asarray(table.embeddings).at[5].set(poison)
@@ -305,6 +307,7 @@ def test_a_row_that_is_not_finite_spoils_only_its_token(poison):
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.slow
 def test_a_float8_table_is_summed_in_float32(dtype):
     table = EmbeddingTable(jnp.asarray([[0.5, 1.5], [1, 2], [-1, 3]], dtype), NAMES)
     vectors = EmbeddingLookup(table)(np.asarray([1, 2, 3]))
@@ -322,6 +325,7 @@ def test_a_float8_table_is_summed_in_float32(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.slow
 def test_the_gradient_of_a_float8_table_is_rounded_once(dtype):
     table = EmbeddingTable(jnp.zeros((4, 1), dtype), NAMES)
     tokens, weights = 100_000, 1 / 1024
@@ -339,6 +343,7 @@ def test_the_gradient_of_a_float8_table_is_rounded_once(dtype):
     np.testing.assert_array_equal(float64(gradient(table).embeddings), exact.astype(dtype))
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_one_token_has_no_loss():
     table = EmbeddingTable(make_array((3, 4)), NAMES, padding_rows=2)
     hidden, zeros = make_array((5, 4), seed=1), np.zeros(5, int)

@@ -277,6 +277,7 @@ def unchecked():
         ("number as name to save by", "name", "3"),
     ],
 )
+@pytest.mark.slow
 def test_checks_are_on_by_default_and_name_the_parameter_and_what_was_given(
     checked, call, parameter, given
 ):
@@ -404,6 +405,7 @@ def test_a_common_mistake_ends_with_what_to_write(checked, unchecked, call, sugg
         assert re.match("(TypeCheck|Type)Error: ", error) and error.endswith(f"\n{suggestion}")
 
 
+@pytest.mark.slow
 def test_help_shows_the_public_names_and_no_other():
     names = run_python("import eqx_embedding, json; print(json.dumps(eqx_embedding.__all__))")
     text = pydoc.plain(pydoc.render_doc(eqx_embedding))

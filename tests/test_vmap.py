@@ -132,6 +132,7 @@ def expected_of(reduction, mapped="htwdc"):
         ("c", "none"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_gradients_of_a_vmap_are_those_of_plain_logits(mapped, reduction):
     loss = functools.partial(loss_of_example, ours, reduction=reduction)
     losses = jax.vmap(loss, in_axes(mapped))
@@ -151,6 +152,7 @@ def test_the_axis_of_examples_may_be_any():
     assert_trees_close(actual, expected_of("none"))
 
 
+@pytest.mark.slow
 def test_a_negative_axis_counts_from_the_end():
     layer, (hidden, targets, *_) = make_layer(), make_examples("ht")
     expected = jax.vmap(layer.cross_entropy)(hidden, targets)
@@ -164,6 +166,7 @@ def test_a_negative_axis_counts_from_the_end():
 @pytest.mark.parametrize(
     "padding_rows, options", [(0, {}), (2, dict(ignore_index=3, reduction="none"))]
 )
+@pytest.mark.slow
 def test_a_bare_cross_entropy_is_that_of_each_example(padding_rows, options):
     layer, (hidden, targets, *_) = make_layer(), make_examples("ht")
     if padding_rows == 0:
@@ -237,6 +240,7 @@ STRUCTURES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.one_in(2)
 def test_a_vmap_may_stand_anywhere(structure):
     loss = functools.partial(loss_of_example, ours, reduction="sum")
     losses = STRUCTURES[structure](loss)
@@ -265,6 +269,7 @@ def test_second_derivatives_of_a_vmap_are_those_of_plain_logits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mapped", ["htw", "w", "t", "tw"])
+@pytest.mark.one_in(2)
 def test_scores_of_examples_are_those_of_the_batch(mapped):
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples(mapped)
 
@@ -292,6 +297,7 @@ def test_scores_of_examples_are_those_of_the_batch(mapped):
 @pytest.mark.parametrize(
     "mapped, reduction", [("htw", "none"), ("w", "mean"), ("t", "none"), ("tw", "mean")]
 )
+@pytest.mark.one_in(2)
 def test_scores_come_with_the_losses_of_examples(mapped, reduction):
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples(mapped)
     options: Any = dict(reduction=reduction, return_scores=True)
@@ -369,6 +375,7 @@ def test_no_example_at_all_has_no_scores():
 # Gradients and tables of each example
 
 
+@pytest.mark.slow
 def test_vmap_of_grad_gives_each_example_its_own_gradients():
     def gradients(token_loss, layer, examples):
         def loss(operands, targets):
@@ -387,6 +394,7 @@ def test_vmap_of_grad_gives_each_example_its_own_gradients():
 
 
 @pytest.mark.parametrize("mapped", ["table", "bias"])
+@pytest.mark.slow
 def test_each_example_may_have_a_table_of_its_own(mapped):
     axes = 0 if mapped == "table" else None, 0
     tables = [make_layer(0.0, seed=i).table for i in range(EXAMPLES)]
@@ -505,6 +513,7 @@ def test_chunks_of_masked_tokens_are_skipped(gradients):
     assert count() == 0
 
 
+@pytest.mark.slow
 def test_chunks_are_skipped_under_vmap_too():
     """A condition for each example would be no branch but a choice between both results."""
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples("htw")
@@ -543,6 +552,7 @@ def test_masked_places_repeat_tokens_of_their_own_example():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.slow
 def test_a_gradient_under_vmap_counts_past_256(reduction):
     table = EmbeddingTable(jnp.zeros((2, 1), jnp.bfloat16), NAMES)
     hidden, targets = jnp.ones((4096, 1), jnp.bfloat16), jnp.zeros(4096, "int32")

@@ -71,6 +71,7 @@ def one_step(config):
     return word_vectors.make_step(config)(batch, model, opt_state)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_files_are_written(config, trained):
     assert [line["step"] for line in trained] == [200, 400, 600]
     first, second, third = (line["loss"] for line in trained)
@@ -97,6 +98,7 @@ def test_neighbours_have_the_largest_cosines():
     assert near == {"a": ["c", "b", "d"], "b": ["c", "d", "a"]}
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_numpy(config):
     model, batch = start(config)
     table, near = float64(model.ngrams.embeddings), float64(model.near.embeddings)
@@ -129,6 +131,7 @@ def test_sparse_and_dense_steps_agree_in_the_rows_of_the_batch(config):
         assert np.any(after[used] != before[used]) and np.any(~used) == (name == "ngrams")
 
 
+@pytest.mark.slow
 def test_a_step_copies_no_table(config):
     wide = dataclasses.replace(config, rows=500_000)
     model, batch = start(wide)
@@ -202,6 +205,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(config, changes, message, tm
     assert "\n" not in str(error.value) and not config.out.exists()
 
 
+@pytest.mark.slow
 def test_it_runs_while_jax_is_strict_about_dtypes_and_ranks(config, tmp_path, monkeypatch):
     out = tmp_path / "out"
     options = ["--text", str(config.text), "--out", str(out), "--rows=100", "--steps=2"]
@@ -259,6 +263,7 @@ def test_help_explains_each_option(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_runs_from_any_folder(config, tmp_path):
     command = [sys.executable, str(EXAMPLES / "word_vectors.py"), f"--text={config.text}"]
     options = ["--steps=2", "--rows=500", "--words", "horse", "PLIERS"]

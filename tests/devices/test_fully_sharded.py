@@ -221,6 +221,7 @@ def test_second_derivatives_equal_those_of_one_device(setting, layout, length):
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns over model"])
+@pytest.mark.slow
 def test_small_gradients_in_float16_are_not_lost(layout):
     """The smallest normal number is 6e-5, which most of these are below."""
     rules = LAYOUTS[layout]

@@ -64,6 +64,7 @@ def filter_shard(shardings, tree):
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses])
 @pytest.mark.parametrize("shardings", [whole, over_first_axes])
 @pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_filter_shard_splits_batches_and_models(shardings, loss):
     """In and outside of `jit`, as in Equinox's example, for which no mesh is set."""
     mesh = make_mesh("automatic")
@@ -116,6 +117,7 @@ LAYOUTS = [
     + [("explicit", LAYOUTS[0], loss) for loss in (vmap_of_losses, closed_over)],
 )
 @pytest.mark.one_in(4)
+@pytest.mark.slow
 def test_device_put_splits_tables_and_batches(kind, rules, loss):
     mesh, step = make_mesh(kind, 2, 2), make_step(ADAM, loss)
 
@@ -144,6 +146,7 @@ def test_a_vmap_takes_no_table_split_as_its_examples(loss, message):
             eqx.filter_jit(loss)(split_model(mesh, {"vocabulary": "data"}), *batch)
 
 
+@pytest.mark.slow
 def test_jit_may_be_given_shardings():
     mesh = make_mesh("automatic", 2, 2)
     params, static = eqx.partition(make_model(), eqx.is_inexact_array)
@@ -175,6 +178,7 @@ def parallel_step(loss, model, state, tokens, targets):
 
 
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses])
+@pytest.mark.slow
 def test_filter_pmap_averages_over_devices(loss):
     pmap: Any = eqx.filter_pmap
     step = pmap(
@@ -200,6 +204,7 @@ def mean_over_devices(loss, *arguments):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses])
 @pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_a_shard_map_averages_over_devices(loss, check_vma):
     """With `check_vma`, JAX adds the gradients of what all devices have, so the loss is averaged
     before. Without it, gradients are averaged after."""
@@ -219,6 +224,7 @@ def test_a_shard_map_averages_over_devices(loss, check_vma):
     assert_same((losses, params), plain_adam())
 
 
+@pytest.mark.slow
 def test_a_shard_map_asks_for_rules_if_tables_vary():
     """If the gradients of each device are wanted alone."""
     mesh, rules = make_mesh("automatic"), {"vocabulary": None}
@@ -283,6 +289,7 @@ def test_a_table_may_be_gathered_in_a_shard_map():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_each_device_may_have_a_member_of_an_ensemble(kind):
     mesh = make_mesh(kind)
     members = [make_model(seed) for seed in range(4)]

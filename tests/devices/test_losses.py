@@ -341,6 +341,7 @@ def test_a_loss_may_close_over_an_array_that_a_mesh_splits(axis):
 
 
 @pytest.mark.parametrize("setting", ["automatic", "rules", "explicit"])
+@pytest.mark.slow
 def test_a_loss_may_hand_what_it_closes_over_to_a_function_with_its_own_derivative(setting):
     """But for explicit axes, whose types JAX keeps within such a function."""
     table, closed, hidden, targets, *_ = make_operands()
@@ -440,6 +441,7 @@ def gradients_of_256_and_ones(setting):
 
 
 @three_settings
+@pytest.mark.slow
 def test_the_gradient_of_a_table_is_summed_in_float32(setting):
     table, _, types = gradients_of_256_and_ones(setting)
     assert np.asarray(table.embeddings).tolist() == [[-264], [264]]

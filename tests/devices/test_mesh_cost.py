@@ -32,6 +32,7 @@ def test_sizes_that_eight_devices_cannot_share_are_refused(options, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_table_of_predictions_is_printed(capsys):
     mesh_cost.main(["--tokens", "512", "--embedding", "16", "--vocab-size", "1024"])
     lines = capsys.readouterr().out.splitlines()

@@ -67,6 +67,7 @@ def test_a_resized_table_equals_that_of_one_device_and_stays_split(setting, spec
 
 
 @settings
+@pytest.mark.slow
 def test_a_table_that_each_device_has_whole_stays_so(setting):
     table, key = make_table(16, padding_rows=3), jax.random.key(0)
     here = place(make_mesh(setting), table)
@@ -115,6 +116,7 @@ def test_under_jit_a_split_table_is_not_gathered():
 @settings
 @pytest.mark.parametrize("spec", [SPECS["vocabulary"], SPECS["both"]], ids=["vocabulary", "both"])
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.slow
 def test_states_with_fresh_rows_stay_split(setting, spec, jit):
     optimizer, table = optax.contrib.schedule_free_adamw(1e-2), make_table(32, padding_rows=3)
     table = jax.tree.map(jnp.nan_to_num, table)

@@ -80,6 +80,7 @@ def test_a_step_equals_that_of_one_device(setting, rules, spec):
 
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 @pytest.mark.parametrize("rules", [RULES["twice"], RULES["both"]], ids=["twice", "both"])
+@pytest.mark.slow
 def test_a_step_moves_only_rows_of_the_batch(setting, rules):
     rows = 65_536
     mesh, (table, state, tokens) = split(setting, rules, *make_arguments(rows))
@@ -95,6 +96,7 @@ def test_a_step_moves_only_rows_of_the_batch(setting, rules):
 
 
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
+@pytest.mark.slow
 def test_tokens_of_a_split_batch_have_the_places_of_one_device(setting):
     tokens = make_arguments()[2]
     here, mesh = unique_tokens(tokens, 20), make_mesh(setting)

@@ -184,6 +184,7 @@ def test_log_probabilities_have_the_gradients_of_one_device(setting, second):
 
 @pytest.mark.parametrize("top_k", [None, 5])
 @pytest.mark.one_in(3)
+@pytest.mark.slow
 def test_a_loss_may_draw_its_targets(top_k):
     table, hidden, _ = make_operands()
     hidden = jnp.where(jnp.isnan(hidden), 1.0, hidden)

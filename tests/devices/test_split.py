@@ -463,6 +463,7 @@ def test_a_loss_moves_a_few_numbers_a_chunk_and_each_gradient_once(setting, padd
 
 
 @padded
+@pytest.mark.slow
 def test_without_rules_neither_the_table_nor_logits_are_gathered(padding_rows):
     found = collectives(compiled_loss("automatic", data=2, model=4, padding_rows=padding_rows))
     assert "all-gather" not in found and "all-to-all" not in found
@@ -536,6 +537,7 @@ def test_bad_rules_are_refused_before_anything_is_compiled():
         assert EmbeddingDecode(table)(hidden, rules=RULES).shape == (6, T, V)
 
 
+@pytest.mark.slow
 def test_a_split_that_a_shard_map_does_not_show_is_refused():
     table, tokens = make_table(V), jnp.zeros((B, T), "int32")
 
