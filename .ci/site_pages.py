@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import matplotlib
 import matplotlib.pyplot as plt
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 
@@ -105,6 +106,8 @@ def _foreign(name: str) -> str:
     """Where JAX or Equinox documents a name of theirs."""
     module, _, rest = name.partition(".")
     if module != "jax":
+        if rest not in EQUINOX_PAGES:
+            raise PluginError(f"EQUINOX_PAGES of {__file__} does not say on which page {name} is.")
         return f"{EQUINOX}/{EQUINOX_PAGES[rest]}/#equinox.{rest}"
     if name.startswith("jax.sharding."):
         return f"{JAX}/jax.sharding.html#{name}"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -70,14 +71,25 @@ def suggest_key(key: Any) -> str | None:
 
 
 def suggest_array(array: Any) -> str | None:
-    return f"jnp.asarray({_describe(array)})" if isinstance(array, list | tuple) else None
+    return _suggest_array(array, np.number)
 
 
 def suggest_tokens(tokens: Any) -> str | None:
     is_array = isinstance(tokens, jax.Array | np.ndarray)
-    if is_array and not np.issubdtype(tokens.dtype, np.integer):
+    if is_array and jnp.issubdtype(tokens.dtype, np.floating):
         return "integers; for one-hot vectors these are jnp.argmax(..., axis=-1)"
-    return suggest_array(tokens)
+    return _suggest_array(tokens, np.integer)
+
+
+def _suggest_array(numbers: Any, kind: type[np.number]) -> str | None:
+    """An array in the place of a list or tuple of such numbers."""
+    if not isinstance(numbers, list | tuple):
+        return None
+    try:
+        dtype = np.asarray(numbers).dtype
+    except (TypeError, ValueError):  # some rows are longer than others
+        return None
+    return f"jnp.asarray({_describe(numbers)})" if np.issubdtype(dtype, kind) else None
 
 
 def suggest_number(number: Any) -> str | None:

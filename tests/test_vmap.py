@@ -564,3 +564,18 @@ def test_a_gradient_under_vmap_counts_past_256(reduction):
         )
 
     assert eqx.filter_grad(total)(table).embeddings.tolist() == [[-2048], [2048]]
+
+
+def test_a_constant_mask_of_one_token_for_each_example_compiles():
+    """XLA for CPUs ended the process, when it folded what is computed from such a mask."""
+    layer = EmbeddingDecode(EmbeddingTable(jnp.ones((23, 4)), ("vocabulary", "embedding")))
+    hidden, targets = jnp.ones((3, 1, 4)), jnp.zeros((3, 1), "int32")
+
+    @jax.jit
+    def losses(hidden):
+        def loss(hidden, targets):
+            return layer.cross_entropy(hidden, targets, weights=jnp.ones(1))
+
+        return jax.vmap(loss)(hidden, targets)
+
+    np.testing.assert_allclose(losses(hidden), np.full(3, np.log(23)), rtol=1e-5)

@@ -40,7 +40,7 @@ class Chunks:
     Places without a token repeat one that counts; what is computed there is thrown away.
 
     `in_step(number)` is the largest of a number over the devices that compute a chunk together.
-    With `rewrite_skipped`, a skipped chunk writes some numbers to where they are already.
+    With `rewrite_skipped`, a skipped chunk writes one row of each sum to its place again.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Chunks:
     def _gather(self, mask: Bool[Array, " N"]) -> None:
         """Puts the tokens of the mask first, chunk after chunk."""
         count, C = self.count, self.size
+        mask = lax.optimization_barrier(mask)  # XLA for CPUs ends the process for some constants
         counted = jnp.sum(mask, dtype="int32")
         first = jnp.argsort(~mask, stable=True).astype("int32")
         place = jnp.arange(C * count, dtype="int32").reshape(count, C).T
