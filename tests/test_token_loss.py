@@ -688,6 +688,12 @@ def test_data_without_the_shape_of_the_batch_are_refused(shape, message, kind):
         layer.token_loss(lambda scores, x, y: x, hidden, TARGETS, a, kind(shape))
 
 
+def test_text_as_data_is_refused():
+    layer, hidden, *_ = make_operands()
+    with pytest.raises(TypeError, match=r"data\[0\] must be an array of numbers, got array"):
+        layer.token_loss(lambda scores, x: scores.log_prob, hidden, TARGETS, TARGETS.astype(str))
+
+
 @pytest.mark.slow
 def test_host_integers_that_jax_would_narrow_are_refused():
     layer, hidden, *_ = make_operands()

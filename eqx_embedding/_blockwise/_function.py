@@ -84,8 +84,17 @@ def close_over(
         _check_real_scalar(loss, called)
         return jnp.asarray(loss).astype(dtype)
 
+    differs = ValueError(
+        "fn closes over an array that differs from device to device of this `jax.shard_map`: hand "
+        "it over as one of the data instead, with the shape of the batch."
+    )
     with no_mesh():
-        closed = jax.make_jaxpr(checked)(scores, *data)
+        try:
+            closed = jax.make_jaxpr(checked)(scores, *data)
+        except AssertionError as error:  # JAX meets the type of such an array outside of its mesh
+            if "varying=" not in str(error):
+                raise
+            raise differs from None
         if any(_is_explicit(jax.typeof(array)) for array in closed.consts):
             # Inner functions, such as `jnp.clip`, would keep the mesh in the types of their own.
             with jax.disable_jit():
@@ -97,11 +106,8 @@ def close_over(
             "not exist: reduce over them before, in the data, or after, in the loss."
         )
     closure = tuple(map(jnp.asarray, closed.consts))
-    if differs := varying_axes(*closure):
-        raise ValueError(
-            f"fn closes over an array that differs along the mesh axes {sorted(differs)} of this "
-            "`jax.shard_map`: hand it over as one of the data instead, with the shape of the batch."
-        )
+    if varying_axes(*closure):
+        raise differs
     return TokenFunction(closed.jaxpr, scores._fields), closure
 
 

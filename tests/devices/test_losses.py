@@ -547,3 +547,17 @@ def test_examples_split_over_an_explicit_mesh_share_the_table():
     text = compiled.as_text()
     assert text is not None
     assert f",{V // 4},{D}]" not in text and f",{V},{D}]" not in text
+
+
+def test_a_closure_that_differs_from_device_to_device_is_refused():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    table = EmbeddingTable(jnp.ones((5, 4)), ("vocabulary", "embedding"))
+
+    def loss(table, hidden, targets):
+        scale = lax.axis_index("data").astype(jnp.float32)
+        decode = EmbeddingDecode(table)
+        return decode.token_loss(lambda scores: scale * scores.log_prob, hidden, targets)
+
+    mapped = jax.shard_map(loss, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())
+    with pytest.raises(ValueError, match="differs from device to device of this `jax.shard_map`"):
+        jax.eval_shape(mapped, table, jnp.ones((8, 4)), jnp.zeros(8, "int32"))
