@@ -76,10 +76,11 @@ def loss_of(model, tokens):
 
 
 class Training:
-    """Training steps in eager mode, with AdamW and a learning rate for each step."""
+    """Training steps with AdamW and a learning rate for each step, in eager mode or compiled."""
 
-    def __init__(self, model, rates, weight_decay, clip_norm):
+    def __init__(self, model, rates, weight_decay, clip_norm, compiled=False):
         self.model, self.rates, self.clip_norm = model, iter(rates), clip_norm
+        self.run = torch.compile(model) if compiled else model
         groups = [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -92,7 +93,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss = loss_of(self.model, tokens)
+        loss = loss_of(self.run, tokens)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()

@@ -1,6 +1,7 @@
 """The time of a training step of examples/train_lm.py, compared with PyTorch and plain Equinox.
 
-    python -m benchmarks.train_step [--rounds 5] [--steps 10] [--default-memory] [--json]
+    python -m benchmarks.train_step [--rounds 5] [--steps 10] [--default-memory] [--compile]
+                                      [--json]
 
 A step is data, loss, gradient, clipping and AdamW. All train the same model from the same
 parameters on the same batches: 4 layers, 4 heads, width 128, 64 tokens, batch 12, bytes, no
@@ -14,20 +15,20 @@ the example's step, each as a separate program.
 Where the time went, on two cores of an AMD EPYC with JAX 0.10.2:
 
 - Page faults. glibc returned the memory of each step to the system, which cleared it page by page
-  for the next step: some 9,500 faults a step, 8 of 43.6 ms. `--default-memory` shows this. With
+  for the next step: some 9,500 faults a step, 8 of 28.8 ms. `--default-memory` shows this. With
   `keep_memory` in the example, they are gone. PyTorch keeps its memory itself, and is faster if
   glibc does not keep it.
-- Of the 35.4 ms that remain, the matrix products alone take 27.5, at 150 GFLOP/s. Those of
-  attention are the slowest, because they are small: 7% of the operations and 4.7 ms. The gradient
+- Of the 20.6 ms that remain, the matrix products alone take 15.5, at 270 GFLOP/s. Those of
+  attention are the slowest, because they are small: 7% of the operations and 2.5 ms. The gradient
   of a weight is slowest if the wider factor is transposed. So the example stores the second weight
   matrix of its perceptron transposed.
-- The update takes 2.6 ms. The other 5 are the operations between products: softmax, normalisation,
+- The update takes 1.7 ms. The other 3 are the operations between products: softmax, normalisation,
   the squared ReLU and the transposes of attention's heads.
 
 These were tried, and were not faster than noise: `einsum` for attention; division after the product
 in attention; XLA's options for fast mathematics, wider vectors, oneDNN and XNNPACK. A plain
-transformer of `eqx.nn` has the same products, 27.5 of its 43.7 ms: so no version of this model
-could take less than 0.63 of its time.
+transformer of `eqx.nn` has the same products, 15.5 of its 26.2 ms: so no version of this model
+could take less than 0.59 of its time.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def parts(sizes, config, weights):
     return {name: timed(function) for name, function in functions.items()}
 
 
-def make_runs(sizes, config):
+def make_runs(sizes, config, compiled=False):
     """The training of each implementation from the same parameters, and why one cannot run."""
     from . import gpt_equinox
 
@@ -167,9 +168,11 @@ def make_runs(sizes, config):
         missing["torch"] = str(error)
     else:
         rates = np.asarray(train_lm.learning_rate(config)(jnp.arange(config.run.steps))).tolist()
-        model = gpt_torch.toy(theirs, example.weights)
-        decay, clip_norm = config.optimizer.weight_decay, config.optimizer.clip_norm
-        runs["torch"] = gpt_torch.Training(model, rates, decay, clip_norm)
+        rest = rates, config.optimizer.weight_decay, config.optimizer.clip_norm
+        runs["torch"] = gpt_torch.Training(gpt_torch.toy(theirs, example.weights), *rest)
+        if compiled:
+            model = gpt_torch.toy(theirs, example.weights)
+            runs["torch.compile"] = gpt_torch.Training(model, *rest, compiled=True)
     runs["equinox"] = gpt_equinox.Training(theirs, train_lm.make_optimizer(config), example.weights)
     return runs, missing
 
@@ -185,8 +188,8 @@ class Batches:
         return random_windows(self.values, *self.shape, seed=(0, step))
 
 
-def measure(sizes, config, rounds, steps):
-    runs, missing = make_runs(sizes, config)
+def measure(sizes, config, rounds, steps, compiled=False):
+    runs, missing = make_runs(sizes, config, compiled)
     runs |= parts(sizes, config, runs["example"].weights)
     batches = Batches(config)
     times, faults, losses = ({name: [] for name in runs} for _ in range(3))
@@ -240,13 +243,14 @@ def main(arguments=None, sizes=SIZES):
     parser.add_argument(
         "--default-memory", action="store_true", help="let glibc return freed memory"
     )
+    parser.add_argument("--compile", action="store_true", help="also PyTorch's torch.compile")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     settings = parser.parse_args(arguments)
     length = ModelConfig(sequence_length=sizes["sequence_length"])
     config = train_lm.Config(length, data=train_lm.DataConfig(batch_size=12))
     if not settings.default_memory:
         keep_memory()
-    report = measure(sizes, config, settings.rounds, settings.steps)
+    report = measure(sizes, config, settings.rounds, settings.steps, settings.compile)
     if settings.json:
         json.dump({"jax": jax.__version__, "report": report}, sys.stdout)
         print()

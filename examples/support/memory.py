@@ -8,7 +8,7 @@ def keep_memory() -> None:
     """Asks the C library to keep memory that is freed, if it is glibc.
 
     A step takes some 40 MB for activations. By default glibc returns them to the system after each
-    step, which then clears them page by page: a fifth of the time of a step on a CPU, by
+    step, which then clears them page by page: a quarter of the time of a step on a CPU, by
     `python -m benchmarks.train_step --default-memory`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
