@@ -6,10 +6,11 @@
 A step is data, loss, gradient, clipping and AdamW. All train the same model from the same
 parameters on the same batches: 4 layers, 4 heads, width 128, 64 tokens, batch 12, bytes, no
 dropout, no biases. The example's model and step are imported from examples/. PyTorch's is written
-with plain `torch.nn` modules in eager mode, Equinox's with `eqx.nn` layers and optax's loss.
+with plain `torch.nn` modules, Equinox's with `eqx.nn` layers and optax's loss. `--compile` also
+times PyTorch's with `torch.compile`.
 
 All run in one process in the order A B .. B A, a few steps at a time; the first two steps of each
-turn do not count. Times are medians: compare the ratios. The lines below these three are parts of
+turn do not count. Times are medians: compare the ratios. The lines below these are parts of
 the example's step, each as a separate program.
 
 Where the time went, on two cores of an AMD EPYC with JAX 0.10.2:

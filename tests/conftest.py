@@ -43,8 +43,9 @@ def pytest_collection_modifyitems(config, items):
 
     Where the command line names a test, as in `test_tying.py::test_name`, all its cases run.
     """
-    if any("::" in argument for argument in config.args):
-        return
+    is_default = config.option.markexpr == "not exhaustive"
+    if is_default and any("::" in argument for argument in config.args):
+        config.option.markexpr = ""
     cases = defaultdict(list)
     for item in items:
         if item.get_closest_marker("one_in"):

@@ -40,7 +40,7 @@ class Chunks:
     Places without a token repeat one that counts; what is computed there is thrown away.
 
     `in_step(number)` is the largest of a number over the devices that compute a chunk together.
-    With `rewrite_skipped`, a skipped chunk writes one row of each sum to its place again.
+    With `rewrite_skipped`, a skipped chunk writes a row of each sum again.
     """
 
     def __init__(
@@ -129,9 +129,11 @@ class Chunks:
             return sums, jax.tree.map(update, carry[1], results)
 
         def step_if_used(i: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            return lax.cond(i < self.used, step, lambda i, carry: skip(carry), i, carry)
+            return lax.cond(i < self.used, step, skip, i, carry)
 
-        skip = _rewrite if self.rewrite_skipped else lambda carry: carry
+        def skip(i: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            return _rewrite(carry) if self.rewrite_skipped else carry
+
         shapes = jax.eval_shape(lambda sums: chunk(sums, np.int32(0))[1], sums)
         results = jax.tree.map(
             lambda a: jnp.zeros((a.shape[0], self.count, *a.shape[1:]), a.dtype), shapes
@@ -143,7 +145,7 @@ class Chunks:
 
 
 def _rewrite(tree: PyTree) -> PyTree:
-    """The same arrays, after the first row of each is written to its place again."""
+    """The same arrays, of which the first row is written to its place again."""
 
     def rewrite(array: Array) -> Array:
         return array if array.ndim == 0 else lax.dynamic_update_slice_in_dim(array, array[:1], 0, 0)

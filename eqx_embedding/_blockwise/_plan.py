@@ -20,9 +20,7 @@ class Plan(NamedTuple):
     round_early: bool  # whether a gradient of the table from one product is rounded at once
     keep_copy: bool = False  # whether no product may undo the copy of a transposed table
     hold_logits: bool = False  # whether they are held after their bias, cap and mask
-    rewrite_skipped: bool = (
-        False  # whether a skipped chunk writes one row of each sum to its place again
-    )
+    rewrite_skipped: bool = False  # whether a skipped chunk writes a row of each sum again
 
 
 class Work(NamedTuple):
