@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.one_in(3)
 def test_each_loss_equals_its_plain_version(name):
     N, D, V = 32, 8, 50
     loss = losses.LOSSES[name]
@@ -263,6 +264,7 @@ def test_all_train_the_same_model_in_the_same_way(capsys):
         assert row["seconds"] > 0 and row["ratio"] > 0 and row["page_faults"] >= 0
 
 
+@pytest.mark.slow
 def test_all_have_the_same_parameters():
     config = train_step.train_lm.Config(data=train_step.train_lm.DataConfig(batch_size=2))
     runs, _ = train_step.make_runs(SIZES, config)

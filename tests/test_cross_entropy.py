@@ -68,7 +68,7 @@ COMBINATIONS = list(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_values_and_gradients_are_those_of_float64(layout):
     # the layouts share the product of the options, each combination once
     mine = COMBINATIONS[list(LAYOUTS).index(layout) :: len(LAYOUTS)]
@@ -198,6 +198,7 @@ def test_a_single_row_of_padding_has_no_part_beside_a_bias_and_a_cap_below_one()
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.slow
+@pytest.mark.one_in(3)
 def test_a_token_of_weight_zero_poisons_nothing(reduction, poison):
     layer = make_layer(with_bias=True)
     hidden = make_hidden(layer, BATCH)
@@ -324,6 +325,7 @@ def test_a_vocabulary_of_several_tiles_is_one_vocabulary(vocab_size, padding_row
 
 @pytest.mark.parametrize("batch", [(), (0,), (2, 0), (1, 2, 3)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.one_in(2)
 def test_hidden_may_have_any_batch_shape(batch, reduction):
     layer = make_layer("middle", with_bias=True)
     hidden = make_hidden(layer, batch)
@@ -559,6 +561,7 @@ def cross_entropy(embeddings, hidden, targets, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("N, D, V", [(2048, 256, 50257), (1024, 512, 16384)])
+@pytest.mark.one_in(2)
 def test_temporaries_are_smaller_than_the_gradient_of_the_table(N, D, V):
     operands = sizes(N, D, V)
     assert temporaries_of(jax.value_and_grad(cross_entropy, (0, 1)), *operands) < V * D * 4
@@ -889,6 +892,7 @@ def test_the_second_derivative_is_that_from_logits(chunk_size, second):
             assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_jacobian_has_one_gradient_for_each_loss():
     layer, hidden = EmbeddingDecode(make_table("first")), make_array((4, 4), seed=1)
 

@@ -272,6 +272,7 @@ def flipped(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [broken_in_half, flipped])
 @pytest.mark.parametrize("item", ["about", "model", "optimizer"])
+@pytest.mark.one_in(3)
 def test_resuming_goes_on_from_the_checkpoint_before_a_broken_one(
     finished, tmp_path, item, damage, capsys
 ):
@@ -562,6 +563,7 @@ def test_a_terminal_may_be_closed_or_full(finished, streams, code, said):
     assert (done.stdout + done.stderr)[: len(said) or None] == said
 
 
+@pytest.mark.slow
 def test_the_model_looks_back_only_and_its_loss_is_that_of_its_logits(getkey):
     model = Transformer(256, ModelConfig(16, 1, 2, 8), key=getkey())
     tokens = jax.random.randint(getkey(), (3, 17), 0, 256)
@@ -581,7 +583,7 @@ def test_the_model_looks_back_only_and_its_loss_is_that_of_its_logits(getkey):
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("temperature, top_k", [(0.0, None), (0.8, None), (1.5, 3), (1.0, 999)])
 @pytest.mark.parametrize("size, prompt", [(8, range(5)), (7, range(20)), (1, [3])])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_a_sample_follows_windows_that_keep_their_newer_half(
     size, prompt, temperature, top_k, cache
 ):

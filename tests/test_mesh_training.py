@@ -1,5 +1,6 @@
 """The training example over a mesh of devices and by several processes, on one machine."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import train_lm
 from support import checkpoints
 from support.checkpoints import differences
 from support.meshes import MeshConfig
+from support.terminal import from_command_line
 from train_lm import Config, DataConfig
 
 from .helpers import python_environment
@@ -69,22 +71,24 @@ def losses(config):
 
 def copied(config, out):
     shutil.copytree(config.run.out, out)
-    return changed(config, out=out, steps=12)
+    return changed(dataclasses.replace(config, mesh=MeshConfig()), out=out, steps=12)
 
 
-@pytest.fixture(scope="module")
-def alone(text, tmp_path_factory):
-    config = tiny(text, tmp_path_factory.mktemp("runs") / "alone", **RUN)
+def trained(config):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         train_lm.main(config)
     return config
 
 
 @pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    return trained(tiny(text, tmp_path_factory.mktemp("runs") / "alone", **RUN))
+
+
+@pytest.fixture(scope="module")
 def on_four(text, tmp_path_factory):
-    config = tiny(text, tmp_path_factory.mktemp("runs") / "four", **RUN)
-    train_over_a_mesh(config)
-    return config
+    out = tmp_path_factory.mktemp("runs") / "four"
+    return trained(tiny(text, out, mesh=MeshConfig(data=2, model=2), **RUN))
 
 
 @pytest.mark.slow
@@ -228,13 +232,10 @@ def test_too_few_devices_are_refused_before_anything_is_written(text, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_options_of_the_mesh_are_those_of_the_command_line():
-    help_text = subprocess.run(
-        [sys.executable, train_lm.__file__, "--help"],
-        env=python_environment(),
-        capture_output=True,
-        text=True,
-    ).stdout
+def test_options_of_the_mesh_are_those_of_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_lm.py", "--help"])
+    with pytest.raises(SystemExit):
+        from_command_line(Config, train_lm.__doc__)
+    help_text = capsys.readouterr().out
     for option in ("--mesh.data", "--mesh.model", "--coordinator", "--num-processes"):
         assert option in help_text

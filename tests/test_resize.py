@@ -498,6 +498,7 @@ def init(make, params):
 @pytest.mark.parametrize("vocab_size, multiple", [(21, 8), (9, 1)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.slow
+@pytest.mark.one_in(3)
 def test_the_state_of_any_optimizer_grows_with_fresh_rows(name, vocab_size, multiple):
     model = Model(jax.random.key(0))
     params: Any = eqx.filter((model.untied, model.layer), eqx.is_array)

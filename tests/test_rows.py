@@ -66,7 +66,7 @@ def test_tokens_that_are_no_tokens_have_no_place():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.slow
 def test_taken_rows_are_those_of_numpy_and_go_back(layout, dtype):
     table: Any = make_table(layout, dtype, with_bias=True, padding=np.nan)
@@ -261,7 +261,7 @@ def test_steps_of_sgd_equal_the_dense_ones_bit_for_bit():
     ],
     ids=["adamw", "nesterov", "rprop", "schedule-free", "chain"],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 def test_steps_move_the_rows_of_their_batch_alone(make):
     """Lazy updates: each step is the dense one of a model with only the rows of the batch."""

@@ -139,7 +139,7 @@ def slopes(function, arguments, direction, order):
         if inner == "reverse" or method in BOTH_MODES
     ],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_second_derivatives_are_those_from_logits(method, order):
     layer = make_layer(with_bias=True, soft_cap=2.0)
     layer, static = eqx.partition(layer, eqx.is_array)

@@ -433,6 +433,7 @@ def test_code_that_its_user_type_checks_works_under_every_transformation():
     assert run_python(USER)
 
 
+@pytest.mark.slow
 def test_the_import_brings_in_what_equinox_brings_in_and_our_modules():
     code = """
 import json

@@ -122,7 +122,7 @@ def with_rules(function, rules, closed, *operands):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [FEW, MANY])
 @pytest.mark.parametrize("setting, layout", SETTINGS)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, length):
     assert_equals_one_device(mean_and_scores, setting, layout, length)
 
@@ -131,7 +131,7 @@ def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, len
 @pytest.mark.parametrize("function", [losses_alone, logits_and_vectors])
 @pytest.mark.parametrize("setting", ["explicit", "rules", "manual"])
 @pytest.mark.parametrize("layout", ["rows over model, then data", "columns"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_losses_that_stay_apart_logits_and_vectors_do(function, setting, layout):
     assert_equals_one_device(function, setting, layout, FEW)
 
@@ -190,7 +190,7 @@ def test_a_shard_map_may_take_one_of_the_axes_that_split_a_table(layout, length)
     "setting, layout",
     [("rules", "rows"), ("rules", "rows over model, then data"), ("manual", "rows")],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_second_derivatives_equal_those_of_one_device(setting, layout, length):
     rules = LAYOUTS[layout]
     table, hidden, targets, *_ = make_operands(length)

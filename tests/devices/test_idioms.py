@@ -116,7 +116,7 @@ LAYOUTS = [
     + [("automatic", rules, vmap_of_losses) for rules in LAYOUTS]
     + [("explicit", LAYOUTS[0], loss) for loss in (vmap_of_losses, closed_over)],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.slow
 def test_device_put_splits_tables_and_batches(kind, rules, loss):
     mesh, step = make_mesh(kind, 2, 2), make_step(ADAM, loss)
@@ -179,6 +179,7 @@ def parallel_step(loss, model, state, tokens, targets):
 
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses])
 @pytest.mark.slow
+@pytest.mark.one_in(2)
 def test_filter_pmap_averages_over_devices(loss):
     pmap: Any = eqx.filter_pmap
     step = pmap(

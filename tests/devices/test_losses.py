@@ -132,14 +132,14 @@ def losses_and_scores(rules, table, closed, hidden, targets, weights, data):
 
 @pytest.mark.slow
 @settings
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_loss_and_its_scores_equal_those_of_one_device(setting):
     assert_equals_one_device(setting, mean_and_scores, (P(), P("data")))
 
 
 @pytest.mark.slow
 @settings
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_losses_that_stay_apart_equal_those_of_one_device(setting):
     assert_equals_one_device(setting, losses_and_scores, P("data"))
 
@@ -182,7 +182,7 @@ def test_scores_equal_those_of_one_device(setting):
         ("manual", None, "mean"),
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_mapped_examples_equal_those_of_one_device(setting, spmd_axis_name, reduction):
     def losses(rules, *operands, name=spmd_axis_name):
         loss = functools.partial(loss_of_example, reduction, rules)
@@ -370,7 +370,7 @@ def test_a_loss_may_hand_what_it_closes_over_to_a_function_with_its_own_derivati
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use", ["token_loss", "cross_entropy", "vmap", "decode", "lookup"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 def test_arrays_on_a_mesh_that_is_not_set_need_no_split(use):
     """Such as the last batch of an epoch, which the mesh does not divide."""
 
@@ -458,6 +458,7 @@ def test_the_gradient_of_a_closure_is_summed_in_float32(setting):
 @pytest.mark.slow
 @three_settings
 @pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.one_in(3)
 def test_the_gradient_of_hidden_is_summed_in_float32(setting, reduction):
     rows = jnp.full((8, 1), 8.0, jnp.bfloat16).at[0].set(2048.0)
     table = EmbeddingTable(rows, ("vocabulary", "embedding"))

@@ -69,6 +69,7 @@ def arguments_of_a_loss(padding_rows):
 
 @settings
 @padded
+@pytest.mark.one_in(4)
 def test_a_lookup_equals_that_of_one_device(setting, padding_rows, precision):
     table = make_table(V, padding_rows)
     tokens = draw_tokens(table.vocab_size)
@@ -118,7 +119,7 @@ def decode_on_one_device(padding_rows, biased, precision):
 @settings
 @pytest.mark.parametrize("padding_rows", [0, 1, 3])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_a_decode_equals_that_of_one_device(setting, padding_rows, biased, precision):
     columns = None if padding_rows else "model"
     with split(setting, *arguments_of_a_decode(padding_rows, biased)) as (table, hidden, factors):
@@ -146,7 +147,7 @@ def loss_on_one_device(padding_rows, reduction, precision):
 @settings
 @padded
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_a_loss_equals_that_of_one_device(setting, padding_rows, reduction, precision):
     expected = loss_on_one_device(padding_rows, reduction, precision)
     function = functools.partial(cross_entropy, reduction=reduction)
@@ -173,7 +174,7 @@ def biased_loss_on_one_device(padding_rows):
 @pytest.mark.slow
 @settings
 @pytest.mark.parametrize("padding_rows", [0, 1, 3])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_a_loss_with_a_bias_equals_that_of_one_device(setting, padding_rows):
     expected = biased_loss_on_one_device(padding_rows)
     with split(setting, *arguments_with_a_bias(padding_rows)) as arguments:
@@ -204,6 +205,7 @@ def test_the_gradient_may_be_taken_inside_a_shard_map():
 @pytest.mark.slow
 @pytest.mark.parametrize("rules", [{"batch": "data"}, RULES])
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
+@pytest.mark.one_in(2)
 def test_a_shard_map_may_take_some_of_the_axes(setting, rules):
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
 
@@ -242,6 +244,7 @@ def test_a_mean_inside_a_shard_map_is_of_the_devices_tokens_unless_rules_say_mor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
+@pytest.mark.one_in(2)
 def test_layers_work_under_vmap_over_split_sequences(setting):
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
 
@@ -304,7 +307,7 @@ def test_a_table_may_be_split_in_any_way(padding_rows, setting, axes):
 )
 @pytest.mark.parametrize("sizes", [(8, 1), (1, 8), (4, 2)], ids=str)
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_a_mesh_may_have_any_shape(setting, sizes, axes):
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
     expected = tied_loss_on_one_device(3)
@@ -340,6 +343,7 @@ def test_a_device_may_have_a_single_token_or_nothing_but_padding(setting, rows, 
         assert_trees_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_several_embedding_axes_around_the_vocabulary():
     array = random((2, V, 3))
     names = ("heads", "vocabulary", "features")
@@ -411,7 +415,7 @@ def test_layers_work_without_jit():
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 @pytest.mark.parametrize("padding_rows", [0, 3])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_table_is_made_in_parts(setting, padding_rows):
     rows = 4096 - padding_rows
 
