@@ -371,6 +371,9 @@ class EmbeddingDecode(eqx.Module):
             raise ValueError(f"label_smoothing must be in [0, 1), got {smoothing}.")
         if not 0 <= z_loss <= LARGEST:
             raise ValueError(f"z_loss must be at least 0 and at most {LARGEST}, got {z_loss}.")
+        call = self._start_call(hidden, chunk_size, rules)
+        call = call.with_targets(targets, target_weights, ignore_index)
+        call = call.with_weights(weights, reduction)
 
         def loss(scores: TokenScores, *soft: Array) -> Array:
             log_prob = jnp.sum(soft[0] * scores.log_prob) if soft else scores.log_prob
@@ -379,9 +382,6 @@ class EmbeddingDecode(eqx.Module):
                 loss = loss - smoothing * scores.mean_log_prob
             return loss if z_loss == 0 else loss + z_loss * scores.logsumexp**2
 
-        call = self._start_call(hidden, chunk_size, rules)
-        call = call.with_targets(targets, target_weights, ignore_index)
-        call = call.with_weights(weights, reduction)
         if target_weights is None:
             return call.loss(loss, (), reduction, return_scores)
         result = call.loss(loss, (call.target_weights,), reduction, return_scores)

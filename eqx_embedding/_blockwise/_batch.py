@@ -160,11 +160,10 @@ def _scores_of_shared_vectors(
     scores = score_tokens(options, split, used, operands)
     each = jax.tree.map(functools.partial(_repeat, size, False), scores)
     if mapped.targets:
-
-        def of_examples(array: Array) -> Array:
-            return jnp.moveaxis(array.reshape(targets.shape), -1, 0)
-
-        log_prob, is_top = map(of_examples, (scores.log_prob, scores.is_top))
+        log_prob, is_top = (
+            jnp.moveaxis(array.reshape(targets.shape), -1, 0)
+            for array in (scores.log_prob, scores.is_top)
+        )
         each = each._replace(log_prob=log_prob, is_top=is_top)
     return jax.tree.map(functools.partial(only, mask), each) if mapped.mask else each
 
@@ -269,6 +268,7 @@ def _match_rows(split: Split, arrangement: Arrangement, operands: Operands) -> O
     V, teacher = len(operands.rows), operands.teacher
     if teacher is None or not (arrangement.vocabulary or arrangement.table[0]):
         return operands
+    hidden, *table = teacher
 
     def match(array: Array) -> Array:
         if len(array) == V:
@@ -276,8 +276,7 @@ def _match_rows(split: Split, arrangement: Arrangement, operands: Operands) -> O
         array = split.place(array, [()])[:V]
         return jnp.pad(array, [(0, V - len(array))] + [(0, 0)] * (array.ndim - 1))
 
-    rows, bias = jax.tree.map(match, (teacher.rows, teacher.bias))
-    return operands._replace(teacher=Teacher(teacher.hidden, rows, bias))
+    return operands._replace(teacher=Teacher(hidden, *jax.tree.map(match, table)))
 
 
 def _prepare(

@@ -190,6 +190,8 @@ for primitive, reverse, new_type in (
     ad.deflinear2(primitive, functools.partial(_transpose, reverse))
     batching.fancy_primitive_batchers[primitive] = functools.partial(_map, primitive)
 
+_widen = Primitive("widen")
+
 
 def _round(cotangent: Array, array: Any, *, dtype: DTypeLike) -> list[Array]:
     narrow = array.aval.dtype
@@ -203,7 +205,6 @@ def _as_wide(array: Array, *, dtype: DTypeLike) -> Array:
     return lax.convert_element_type(array, dtype)
 
 
-_widen = Primitive("widen")
 _widen.def_impl(_as_wide)
 _widen.def_abstract_eval(lambda aval, *, dtype: aval.update(dtype=dtype, weak_type=False))
 mlir.register_lowering(_widen, mlir.lower_fun(_as_wide, multiple_results=False))

@@ -193,12 +193,12 @@ def _all_blocks(options: Options, head: Head, blocks: _Blocks, coldness: Array) 
     count, start = -(-options.vocab_size // BLOCK), head.start // BLOCK
     if not axes:
         return _Blocks(*(array[:count] for array in blocks))
+    lowest = float(jnp.finfo(blocks.total.dtype).min)
 
     def place(fill: float, array: Array) -> Array:
         whole = jnp.full((count + len(array), array.shape[1]), fill, array.dtype)
         return lax.dynamic_update_slice_in_dim(whole, array, start, 0)[:count]
 
-    lowest = float(jnp.finfo(blocks.total.dtype).min)
     local = _Blocks(place(lowest, blocks.largest), place(0.0, blocks.total))
     largest = max_over_devices(mesh, axes, local.largest)
     return _Blocks(largest, sum_over_devices(mesh, axes, _lowered(local, largest, coldness)))

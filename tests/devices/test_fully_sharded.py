@@ -128,6 +128,13 @@ def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, len
 
 
 @pytest.mark.slow
+def test_gradients_are_summed_around_rings_of_devices(monkeypatch):
+    """With an explicit mesh, as on JAX from 0.11, whichever is installed."""
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert_equals_one_device(mean_and_scores, "explicit", "rows", MANY)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [losses_alone, logits_and_vectors])
 @pytest.mark.parametrize("setting", ["explicit", "rules", "manual"])
 @pytest.mark.parametrize("layout", ["rows over model, then data", "columns"])
