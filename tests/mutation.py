@@ -4,8 +4,9 @@
     python -m tests.mutation _rows [_lookup ...] [--out mutants.jsonl]
 
 The changes are those of cosmic-ray. Each is made in a copy of the last commit, where the tests of
-its module run until one of them fails. Python and JAX start once: a mutant is a fork. A mutant that
-`--out` has already is not run again.
+its module run until one of them fails, those that take seconds last. Python and JAX start once: a
+mutant is a fork. With `--one-in 4`, a quarter of the mutants run, in an order without meaning. A
+mutant that `--out` has already is not run again.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -30,7 +32,7 @@ TESTS = {
     "_beartype": "types",
     "_call": "cross_entropy token_loss score search divergence soft_targets devices/losses",
     "_decode": "decode cross_entropy inputs table",
-    "_inputs": "inputs lookup cross_entropy types",
+    "_inputs": "inputs lookup cross_entropy types search devices/search",
     "_join": "resize devices/resize",
     "_lookup": "lookup tying inputs devices/split",
     "_new_rows": "resize",
@@ -117,7 +119,26 @@ def mutants_of(module: str, source: str) -> dict[Mutant, str]:
     return found
 
 
-def run_in_fork(folder: Path, arguments: list[str], seconds: float) -> str:
+class SlowLast:
+    """Runs tests last that took more than a second when the module was not changed."""
+
+    def __init__(self, times: Path):
+        self.times, self.slow = times, set()
+
+    def pytest_collection_modifyitems(self, items):
+        slow = set(self.times.read_text("utf-8").splitlines()) if self.times.exists() else set()
+        items.sort(key=lambda item: item.nodeid in slow)
+
+    def pytest_runtest_logreport(self, report):
+        if report.duration > 1:
+            self.slow.add(report.nodeid)
+
+    def pytest_sessionfinish(self):
+        if not self.times.exists():
+            self.times.write_text("\n".join(self.slow), "utf-8")
+
+
+def run_in_fork(folder: Path, arguments: list[str], times: Path, seconds: float) -> str:
     """How pytest ends: `passed`, `failed` or `timeout`."""
     child = os.fork()
     if child == 0:
@@ -129,7 +150,8 @@ def run_in_fork(folder: Path, arguments: list[str], seconds: float) -> str:
         sys.path.insert(0, str(folder))
         sys.modules.pop("tests", None)  # the one that we are in
         try:
-            code = int(importlib.import_module("pytest").main(arguments))
+            pytest = importlib.import_module("pytest")
+            code = int(pytest.main(arguments, plugins=[SlowLast(times)]))
         except BaseException:
             code = 3
         os._exit(code)
@@ -160,6 +182,7 @@ def arguments_of(module: str) -> list[str]:
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("modules", nargs="+", choices=list(TESTS))
+    parser.add_argument("--one-in", type=int, default=1, help="run one mutant of so many")
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
     settings = parser.parse_args(arguments)
     os.environ |= {
@@ -183,17 +206,20 @@ def main(arguments=None):
             importlib.import_module(name)  # a backend would not survive the fork, imports do
         for module in settings.modules:
             command, start = arguments_of(module), time.monotonic()
-            if run_in_fork(folder, command, 3600) != "passed":
+            times = folder / f"{module.replace('/', '.')}.slow"
+            if run_in_fork(folder, command, times, 3600) != "passed":
                 raise SystemExit((folder / ".output").read_text("utf-8"))
             limit = 60 + 3 * (time.monotonic() - start)
             path = folder / "eqx_embedding" / f"{module}.py"
             source = path.read_text("utf-8")
             mutants, counts = mutants_of(module, source), Counter()
+            drawn = sorted(mutants, key=lambda mutant: zlib.crc32(repr(mutant.key).encode()))
+            mutants = {m: mutants[m] for m in drawn[: -(-len(drawn) // settings.one_in)]}
             for mutant, mutated in tqdm(mutants.items(), desc=module, mininterval=30):
                 outcome = known.get(mutant.key)
                 if outcome is None:
                     path.write_text(mutated, "utf-8")
-                    outcome = run_in_fork(folder, command, limit)
+                    outcome = run_in_fork(folder, command, times, limit)
                     line = {"mutant": dataclasses.asdict(mutant), "outcome": outcome}
                     print(json.dumps(line), file=out, flush=True)
                 counts[outcome] += 1
