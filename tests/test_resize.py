@@ -582,6 +582,14 @@ def test_a_state_without_tables_stays():
     assert resize_vocabulary(state, 9, fresh=state) == state
 
 
+def test_a_state_keeps_what_is_no_array():
+    """As the count and the function of an optimizer that one writes."""
+    table: Any = make_table("first")
+    grown = resize_vocabulary(table, 9, key=jax.random.key(0), pad_to_multiple_of=1)
+    resized = resize_vocabulary((table, 3, abs), 9, fresh=(grown, 0, abs))
+    assert resized[0].vocab_size == 9 and resized[1:] == (3, abs)
+
+
 @pytest.mark.parametrize("frozen", ["leaves", "subtree", "None"])
 def test_a_state_of_frozen_tables_keeps_the_rest(frozen, getkey):
     """An optimizer that trains only another part of the model."""

@@ -284,6 +284,8 @@ def test_a_temperature_that_is_no_real_number_is_refused():
     for temperature in jnp.ones(N, complex), np.ones(N, bool):
         with pytest.raises(TypeError, match="temperature"):
             decode.sample(hidden, temperature=temperature, key=jax.random.key(0))  # type: ignore
+    with pytest.raises(TypeError, match="temperature must be integer or floating, got bool"):
+        decode.sample(hidden, temperature=True, key=jax.random.key(0))
 
 
 def test_temperatures_of_another_shape_are_refused():

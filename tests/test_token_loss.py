@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -643,16 +644,21 @@ def test_a_loss_that_is_no_real_scalar_is_refused(result, message):
     assert "(3,)" in str(info.value)  # the shape of the data of one token
 
 
+def assert_a_batch(scores, b):
+    assert b.ndim == 2
+
+
 @pytest.mark.parametrize(
     "fn",
     [
         lambda scores: scores.log_prob,  # without the data
         lambda scores, b: jnp.mean(scores.log_prob, axis=-1),  # for a batch
+        assert_a_batch,
     ],
 )
 def test_an_error_of_a_loss_says_what_it_is_called_with(fn):
     layer, hidden, _, _, b, _ = make_operands()
-    with pytest.raises((TypeError, ValueError, IndexError)) as info:
+    with pytest.raises((TypeError, ValueError, IndexError, AssertionError)) as info:
         layer.token_loss(fn, hidden, TARGETS, b)
     (note,) = [note for note in info.value.__notes__ if note.startswith("fn is called with")]
     assert "scores of one token" in note and "[(3,)]" in note
@@ -803,6 +809,28 @@ def test_functions_that_compute_something_else_are_told_apart():
     assert loss(lambda scores: jnp.sum(counts + 1)) == 6
     assert loss(lambda scores: jax.jit(lambda x: x * counts[1])(scores[0])) == -one
     assert loss(lambda scores: jax.jit(lambda x: x * counts[2])(scores[0])) == -2 * one
+
+
+def test_a_loss_may_have_a_loop_that_cannot_be_compared():
+    """Its derivative, a function of Equinox, has neither a hash nor an equal."""
+    layer = make_layer(with_bias=False)
+    hidden = make_array(tuple(layer.table.embedding_axes.values()), seed=2)
+
+    def loss(factor):
+        def doubled(scores):
+            start = 0, -scores.log_prob
+            return eqxi.while_loop(
+                lambda state: state[0] < 2,
+                lambda state: (state[0] + 1, factor * state[1]),
+                start,
+                kind="checkpointed",
+                max_steps=3,
+            )[1]
+
+        return layer.token_loss(doubled, hidden, 3)
+
+    one = loss(1.0)
+    assert loss(2.0) == pytest.approx(4 * one) and loss(3.0) == pytest.approx(9 * one)
 
 
 # Transformations

@@ -174,8 +174,6 @@ def _structure(jaxpr: Jaxpr) -> Any:
             return _structure(value.jaxpr), tuple(map(id, value.consts))
         if isinstance(value, tuple | list):
             return type(value), tuple(map(parameter, value))
-        if isinstance(value, float):
-            return float, repr(value)  # 0.0 and -0.0 are equal, and what they compute is not
         try:
             hash(value)
         except TypeError:

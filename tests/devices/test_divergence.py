@@ -1,5 +1,7 @@
 """Divergences and soft targets over eight devices equal those of one."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from eqx_embedding import EmbeddingDecode
+from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
 from ..helpers import compile_by_default
 from .helpers import (
@@ -58,7 +60,7 @@ def make_loss(rules, kind, reduction="mean", mesh_axes=()):
     return loss
 
 
-def on_mesh(setting, kind, axis="model", of_teacher="model", rules=RULES, reduction="mean"):
+def on_mesh(setting, kind, axis="model", of_teacher: Any = "model", rules=RULES, reduction="mean"):
     """The loss and its gradients, of a table and a teacher that are split over mesh axes."""
     mesh_axes = "data" if setting == "manual" and reduction == "none" else ()
     rules = None if setting in ("automatic", "explicit") else rules
@@ -71,7 +73,7 @@ def on_mesh(setting, kind, axis="model", of_teacher="model", rules=RULES, reduct
     return eqx.filter_jit(jax.value_and_grad(loss, (0, 1)))
 
 
-def place_all(mesh, arguments, axis="model", of_teacher="model"):
+def place_all(mesh, arguments, axis="model", of_teacher: Any = "model"):
     table, *batched, teacher = arguments
     batched = (place(mesh, array, "data") for array in batched)
     return place(mesh, table, axis), *batched, place(mesh, teacher, of_teacher)
@@ -146,6 +148,18 @@ def test_a_shard_map_wants_tables_split_alike():
         placed = place_all(mesh, arguments)
         with pytest.raises(ValueError, match="same number of rows of student .* 24 and 26"):
             on_mesh("manual", "forward")(*placed)
+
+
+def test_a_shard_map_wants_the_vocabulary_of_the_teacher_split_by_the_same_rule():
+    *others, teacher = make_arguments()
+    teacher = EmbeddingTable(teacher.embeddings, ("tokens", "embedding"), "tokens", padding_rows=3)
+    mesh = make_mesh("manual")
+    with jax.set_mesh(mesh):
+        placed = place_all(mesh, (*others, teacher), of_teacher=None)
+        with pytest.raises(
+            ValueError, match=r"must be those of the student, \('model',\), got \(\)"
+        ):
+            on_mesh("manual", "forward", of_teacher=None)(*placed)
 
 
 @settings

@@ -550,14 +550,19 @@ def test_examples_split_over_an_explicit_mesh_share_the_table():
     assert f",{V // 4},{D}]" not in text and f",{V},{D}]" not in text
 
 
-def test_a_closure_that_differs_from_device_to_device_is_refused():
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_closure_that_differs_from_device_to_device_is_refused(alone):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     table = EmbeddingTable(jnp.ones((5, 4)), ("vocabulary", "embedding"))
 
     def loss(table, hidden, targets):
         scale = lax.axis_index("data").astype(jnp.float32)
         decode = EmbeddingDecode(table)
-        return decode.token_loss(lambda scores: scale * scores.log_prob, hidden, targets)
+
+        def fn(scores):
+            return scale if alone else scale * scores.log_prob
+
+        return decode.token_loss(fn, hidden, targets)
 
     mapped = jax.shard_map(loss, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())
     with pytest.raises(ValueError, match="differs from device to device of this `jax.shard_map`"):

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
+from eqx_embedding._sharding import Split
 
 from ..helpers import compile_by_default, compiled_memory
 from .helpers import (
@@ -288,6 +289,19 @@ def test_a_table_may_be_split_in_any_way(padding_rows, setting, axes):
         table = place(make_mesh(setting), table, *axes)
         function = jax.jit(jax.value_and_grad(tied_loss, (0, 1)))
         assert_trees_close(function(table, hidden, targets), expected)
+
+
+@pytest.mark.slow
+def test_columns_may_be_split_if_the_mesh_does_not_divide_the_rows():
+    _, hidden, targets, _ = arguments_of_a_loss(0)
+    table, targets = make_table(V - 6), targets % (V - 6)
+    function = jax.jit(jax.value_and_grad(tied_loss, (0, 1)))
+    expected = function(table, hidden, targets)
+    mesh = make_mesh("explicit")
+    with jax.set_mesh(mesh):
+        hidden, targets = place(mesh, (hidden, targets), "data")
+        table = place(mesh, table, None, "model")
+        assert_trees_close(jax.jit(function)(table, hidden, targets), expected)
 
 
 @pytest.mark.slow
@@ -569,3 +583,13 @@ def test_a_split_that_a_shard_map_does_not_show_is_refused():
             inside(lambda *a, use=use: use(rules, *a), P("model"), P("model"))
         with pytest.raises(ValueError, match="table differs along.*'model'.*a table of its own"):
             inside(lambda *a, use=use: use(None, *a), P("model"), P("model"))
+
+
+def test_an_error_of_a_mapped_function_stays_as_it_is():
+    def fails(array):
+        raise ValueError("another error")
+
+    with jax.set_mesh(make_mesh("rules")):
+        mapping = Split(jax.sharding.get_abstract_mesh(), batch=(("data",),))
+        with pytest.raises(ValueError, match="^another error"):
+            mapping.map(fails, (P("data"),), P("data"), (jnp.ones(8),))
