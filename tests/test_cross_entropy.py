@@ -200,18 +200,27 @@ def test_a_single_row_of_padding_has_no_part_beside_a_bias_and_a_cap_below_one()
 @pytest.mark.slow
 @pytest.mark.one_in(3)
 def test_a_token_of_weight_zero_poisons_nothing(reduction, poison):
+    """Nor does a token whose target is ignored, whatever its weight."""
     layer = make_layer(with_bias=True)
     hidden = make_hidden(layer, BATCH)
-    targets = np.where(WEIGHTS == 0, -100, TARGETS)
-    poisoned = jnp.where((WEIGHTS == 0)[..., None], poison, hidden)
+    masked = WEIGHTS == 0
+    ignored = masked & (np.cumsum(masked).reshape(BATCH) % 2 == 0)
+    assert 0 < ignored.sum() < masked.sum()
     run = functools.partial(
         value_and_gradients,
         layer,
-        weights=jnp.asarray(WEIGHTS),
         cotangent=jnp.ones(BATCH) if reduction == "none" else None,
         reduction=reduction,
     )
-    for one, other in zip(run(poisoned, targets), run(hidden, TARGETS), strict=True):
+    poisoned = run(
+        jnp.where(masked[..., None], poison, hidden),
+        np.where(ignored, -100, TARGETS),
+        weights=jnp.asarray(np.where(ignored, 2, WEIGHTS)),
+        ignore_index=-100,
+    )
+    expected = run(hidden, TARGETS, weights=jnp.asarray(WEIGHTS))
+    expected = (*expected[:-1], jnp.where(ignored, 0, expected[-1]))  # of the weights
+    for one, other in zip(poisoned, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
