@@ -177,7 +177,14 @@ def put_rows(
         return put_into(array, place, index, new)
 
     def put_table(node: Any, new: Any) -> Any:
-        return map_arrays(put, node, new) if is_table(node) else new
+        if not is_table(node):
+            return new
+        if not is_table(new):
+            raise ValueError(
+                f"rows must have a table in place of each table, got {type(new).__name__}: "
+                "change the result of take_rows, for example with `eqx.tree_at`."
+            )
+        return map_arrays(put, node, new)
 
     return jax.tree.map(put_table, tree, rows, is_leaf=is_table)
 

@@ -387,6 +387,7 @@ ONE = np.asarray([1])
         (lambda t: put_rows(t, ONE, take_rows(t, FOUR_TOKENS)), "for the 1 rows of a table"),
         (lambda t: put_rows(t, ONE, [t]), "rows must have the structure of the tree"),
         (lambda t: put_rows([t], ONE, [None]), "rows must have the structure of the tree"),
+        (lambda t: put_rows(t, ONE, jnp.ones((1, 3))), "rows must have a table in place of each"),
         (
             lambda t: put_rows(t, ONE, without_bias(t)),
             "must have an array for their bias",

@@ -351,9 +351,10 @@ def test_under_vmap_each_example_is_searched_alone():
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-5), actual, expected)
 
 
-def test_keys_alone_may_be_mapped():
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_keys_of_any_kind_may_be_mapped(impl):
     decode, hidden = make_operands()
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0, impl=impl), 4)
     actual = jax.vmap(lambda key: decode.sample(hidden, key=key))(keys)
     expected = [decode.sample(hidden, key=key) for key in keys]
     np.testing.assert_array_equal(actual, np.stack(expected))
