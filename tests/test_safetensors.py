@@ -152,6 +152,13 @@ def test_a_dtype_that_cannot_hold_the_numbers_is_refused(stored, largest, path):
         load_safetensors(path, dtype=jnp.float16)
 
 
+@pytest.mark.parametrize("number", [500.0, -np.inf])
+def test_a_dtype_without_infinity_holds_no_larger_numbers(number, path):
+    save(path, {"wte.weight": np.asarray([[448.0, np.nan], [number, 0.0]], np.float32)})
+    with pytest.raises(ValueError, match="has numbers that float8_e4m3fn cannot hold"):
+        load_safetensors(path, dtype=jnp.float8_e4m3fn)
+
+
 @pytest.mark.parametrize("wanted", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64"])
 def test_the_dtype_is_that_of_the_file_or_as_wanted(stored, wanted, path):
