@@ -60,7 +60,7 @@ def divergences_reference(kind, T, z, y):
     """Of each token, and the derivatives with respect to the logits `z`, in float64."""
     log_p, log_q = log_softmax(z / T), log_softmax(y / T)
     p, q = np.exp(log_p), np.exp(log_q)
-    log_m = np.log((p + q) / 2)
+    log_m = np.logaddexp(log_p, log_q) - np.log(2)
 
     def kl(a, log_a, log_b):
         return (a * (log_a - log_b)).sum(-1)
@@ -114,6 +114,21 @@ def test_values_and_gradients_match_numpy(dtype, kind):
         assert_close(a, e, tolerance, tolerance)
     # Tokens of weight zero are not computed, and so not part of the gradient of their weights
     assert_close(actual[4][WEIGHTS != 0], expected[4][WEIGHTS != 0], tolerance, tolerance)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+def test_low_temperatures_lose_no_precision(kind, temperature):
+    def make_decode(seed):
+        embeddings, bias = make_array((300, 8), seed=seed), make_array((300,), seed=seed + 1)
+        return EmbeddingDecode(EmbeddingTable(embeddings, ("vocabulary", "embedding"), bias=bias))
+
+    problem = make_decode(1), make_array((N, 8), seed=5), make_decode(3), make_array((N, 8), seed=6)
+    actual = value_and_gradients(*problem, WEIGHTS, kind=kind, temperature=temperature)
+    expected = mean_reference(kind, temperature, *problem, WEIGHTS)
+    for a, e in zip(actual[:4], expected, strict=False):
+        assert_close(float64(a) * temperature, e * temperature, 1e-5, 1e-5)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from ._chunks import over_tiles, tile
 from ._devices import sum_over_devices
 from ._logits import Head, Options, tile_logits
 from ._reference import Divergence
-from ._scores import find_statistics, Used
+from ._scores import cool, find_statistics, Used
 
 
 # Takes cotangents, and returns a function of the first row of a tile, and of its logits.
@@ -65,16 +65,13 @@ def count_rows(head: Head) -> int:
 def _log_softmax(options: Options, head: Head, z: Array) -> Callable[[Array], Array]:
     """A function of a tile of the logits `z` that returns its log-probabilities."""
 
-    def cooled(z: Array) -> Array:
-        return z if options.temperature == 1 else z / options.temperature
-
     def logits(start: Any, size: int) -> Array:
-        return cooled(tile(z, start, size))
+        return tile(z, start, size)
 
     no_targets = jnp.zeros((z.shape[1], 0), "int32")
     statistics = find_statistics(options, Used(), head, no_targets, logits)
     maximum, log_total = statistics.maximum[None], jnp.log(statistics.total)[None]
-    return lambda z: (cooled(z) - maximum) - log_total
+    return lambda z: cool(options, z - maximum) - log_total
 
 
 def _terms(kind: str, log_p: Array, log_q: Array) -> tuple[Array, Array]:

@@ -107,8 +107,8 @@ def _add_tile(
     # The scores do not depend on what is subtracted, so neither do their derivatives.
     largest = lax.stop_gradient(jnp.max(z, axis=0))
     higher = jnp.maximum(statistics.maximum, largest)
-    new = _lower(statistics, higher, tokens_before(options, head, start))
-    shifted = z - higher[None]
+    new = _lower(options, statistics, higher, tokens_before(options, head, start))
+    shifted = cool(options, z - higher[None])
     e = jnp.exp(shifted)
     here = (targets >= start) & (targets < start + len(z))
     found = jnp.take_along_axis(z, jnp.where(here, targets - start, 0), axis=0)
@@ -128,10 +128,19 @@ def _add_tile(
     return new
 
 
-def _lower(statistics: Statistics, higher: Array, count: Any) -> Statistics:
+def cool(options: Options, difference: Array) -> Array:
+    """A difference between logits, divided by the temperature.
+
+    Logits are not divided before they are subtracted: XLA for CPUs rounds such a quotient in one
+    place and not in another, and their difference is large at a low temperature.
+    """
+    return difference if options.temperature == 1 else difference / options.temperature
+
+
+def _lower(options: Options, statistics: Statistics, higher: Array, count: Any) -> Statistics:
     """The statistics of `count` tokens, relative to a higher maximum."""
     maximum, total, target_z, below, weighted, top = statistics
-    step = maximum - higher
+    step = cool(options, maximum - higher)
     factor = jnp.exp(step)
     weighted = factor * (weighted + jnp.where(total > 0, step * total, 0.0))
     below = below + jnp.where(count > 0, count * step, 0.0)
@@ -144,7 +153,7 @@ def _merge_devices(options: Options, used: Used, head: Head, statistics: Statist
     if not axes:
         return statistics
     highest = max_over_devices(mesh, axes, lax.stop_gradient(statistics.maximum))
-    local = _lower(statistics, highest, tokens_before(options, head, len(head.rows)))
+    local = _lower(options, statistics, highest, tokens_before(options, head, len(head.rows)))
     names = ["total"]
     names += ["below"] if used.mean_log_prob else []
     names += ["weighted"] if used.entropy else []
