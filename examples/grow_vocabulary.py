@@ -10,6 +10,7 @@ Writes growth.png and a checkpoint to --out. generate.py can read the checkpoint
 import dataclasses
 import math
 import time
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,18 +100,23 @@ def read_new_text(path: Path | None) -> Text:
 
 
 def frequent_strings(
-    tokens: Integer[np.ndarray, " tokens"], pieces: list[bytes], count: int
+    tokens: Integer[np.ndarray, " tokens"],
+    pieces: list[bytes],
+    count: int,
+    reserved: Set[str] = frozenset(),
 ) -> list[bytes]:
     """Up to `count` strings that would save many tokens: byte pair encoding continued, except
-    that a pair may cross the ends of words and lines."""
+    that a pair may cross the ends of words and lines.
+
+    Strings in `reserved` and parts of characters are only used as parts of longer strings."""
     tokens, pieces, known = tokens.astype(np.int64), list(pieces), set(pieces)
-    first_new = len(pieces)
-    while len(pieces) < first_new + count:
+    strings = []
+    while len(strings) < count:
         pairs, counts = np.unique(tokens[:-1] * len(pieces) + tokens[1:], return_counts=True)
         for pair in pairs[np.argsort(-counts, kind="stable")[: np.sum(counts > 1)]].tolist():
             left, right = divmod(pair, len(pieces))
             piece = pieces[left] + pieces[right]
-            if piece not in known and piece.decode(errors="ignore").encode() == piece:
+            if piece not in known:
                 break
         else:
             break  # no pair that occurs twice is left
@@ -122,7 +128,10 @@ def frequent_strings(
         tokens = np.delete(tokens, at + 1)
         pieces.append(piece)
         known.add(piece)
-    return pieces[first_new:]
+        text = piece.decode(errors="ignore")
+        if text.encode() == piece and text not in reserved:
+            strings.append(piece)
+    return strings
 
 
 def bits_per_byte(model: Transformer, text: Tokens) -> float:
@@ -186,9 +195,11 @@ def train_rows(
 
 
 def more_tokens(config: Config, tokenizer: Tokenizer, text: Text, train: Tokens) -> Tokenizer:
-    strings = frequent_strings(train.values, tokenizer.pieces, config.new_tokens)
+    strings = frequent_strings(
+        train.values, tokenizer.pieces, config.new_tokens, reserved=tokenizer.names
+    )
     if not strings:
-        raise SystemExit(f"in {text.name}, no two tokens follow each other more than once.")
+        raise SystemExit(f"in {text.name}, no string that could be a new token occurs twice.")
     return add_tokens(tokenizer, strings)
 
 

@@ -83,6 +83,19 @@ def test_frequent_strings_are_those_of_byte_pair_encoding_by_hand():
     assert all(string.decode() for string in frequent_strings(euros, pieces, 3))
 
 
+@pytest.mark.parametrize("word", ["é", "für", "Ã©", "電話", "łąkę 🙂"])
+def test_new_tokens_of_any_characters_change_no_old_token(word):
+    """A tokenizer.json spells the byte 0xe9 as "é", and the bytes of "é" as "Ã©"."""
+    old = train_bpe("été 2 times ".encode() * 50, 280)
+    data = f"{word} {word}; caf{word} {word}!\n".encode() * 20
+    new_strings = frequent_strings(old.encode(data), old.pieces, 9, reserved=old.names)
+    new = add_tokens(old, new_strings)
+    assert any(word in string.decode() for string in new_strings)
+    assert new.pieces == old.pieces + new_strings
+    for text in data, "é Ã© 電話 für".encode(), bytes(range(256)):
+        assert new.decode(new.encode(text)) == text
+
+
 def test_added_tokens_leave_the_rest_of_a_text_as_it_was():
     old = train_bpe(b"one two three " * 50, 270)
     new = add_tokens(old, [b"\n    ", b" of the "])

@@ -35,6 +35,7 @@ class Tokenizer:
         byte_of = {char: byte for byte, char in enumerate(_chars_of_bytes())}
         vocabulary = self._encoder.get_vocab(with_added_tokens=True)
         added = self._encoder.get_added_tokens_decoder()
+        self.names = frozenset(vocabulary)
         self.pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for token, index in vocabulary.items():
             spelled = index not in added and all(char in byte_of for char in token)
@@ -124,7 +125,8 @@ def train_bpe(data: bytes, vocab_size: int) -> Tokenizer:
 def add_tokens(tokenizer: Tokenizer, pieces: list[bytes]) -> Tokenizer:
     """A tokenizer that takes `pieces`, which are UTF-8, as tokens wherever they stand in a text.
 
-    They come after the tokens that there are. All other text is cut as before.
+    They come after the tokens that there are. All other text is cut as before. No piece may be one
+    of `tokenizer.names`: "é" is the name of the byte 0xe9 there, which would become the piece.
     """
     from tokenizers import AddedToken, Tokenizer as HuggingFace
 
