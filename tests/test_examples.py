@@ -25,6 +25,7 @@ import pytest
 import tokenizers
 import train_lm
 from support import generation, pictures, terminal, text_data, tokenizer as tokenizer_module
+from support.checkpoints import Checkpoints
 from support.generation import sample
 from support.terminal import from_command_line
 from support.tokenizer import add_tokens, read_tokenizer, Tokenizer, train_bpe
@@ -396,6 +397,15 @@ def test_two_runs_do_not_write_to_one_folder(finished, text, tmp_path):
     last = max(int(path.name) for path in (config.run.out / "checkpoints").glob("[0-9]*[0-9]"))
     again = changed(config, resume=True, steps=last + 1)
     assert train_lm.main(again)[-1]["step"] == last + 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_broken(finished, tmp_path):
+    config = changed(finished[0], out=tmp_path / "out", resume=True, steps=302, report_every=1)
+    shutil.copytree(finished[0].run.out, config.run.out)
+    with Checkpoints(config.run.out, exists=True, reads_only=True) as checkpoints:
+        train_lm.main(config)  # replaces both that there were
+        assert checkpoints.about()["metrics"][-1]["step"] == 302
 
 
 def test_a_full_disk_is_said_in_one_line_and_loses_nothing(finished, tmp_path, monkeypatch):

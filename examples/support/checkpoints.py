@@ -194,8 +194,15 @@ class Checkpoints:
             return manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
     def _go_back(self, error: ValueError) -> None:
-        """Says that the last checkpoint is broken, and takes the one before it for the last."""
-        step = self.steps.pop()
+        """Says that the last checkpoint is broken, and takes the one before it for the last.
+
+        If it is only gone, because a run that trains has replaced it by newer ones, takes the
+        newest.
+        """
+        step, there = self.steps.pop(), self._find_steps()
+        if self.reads_only and there and there[-1] > step:
+            self.steps = there
+            return
         message = f"the checkpoint {self.out}/checkpoints/{step} is broken: {error}."
         if self.reads_only and self.steps:
             raise SystemExit(f"{message} train_lm.py --resume tries the one before it.")
