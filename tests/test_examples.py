@@ -213,7 +213,7 @@ def test_resuming_with_other_settings_names_them_and_changes_nothing(finished, c
 def test_a_run_is_not_overwritten(finished):
     config, _ = finished
     before = content(config.run.out)
-    with pytest.raises(SystemExit, match="holds a run: go on with --resume, or choose another"):
+    with pytest.raises(SystemExit, match="holds a run: choose another --out. train_lm.py --resume"):
         train_lm.main(config)
     assert content(config.run.out) == before
 

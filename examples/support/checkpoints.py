@@ -169,7 +169,8 @@ class Checkpoints:
     def _must_be_new(self) -> None:
         if self.steps:
             raise SystemExit(
-                f"{self.out} holds a run: go on with --resume, or choose another --out."
+                f"{self.out} holds a run: choose another --out. train_lm.py --resume goes on with "
+                "a run of its own."
             )
         if (self.out / "metrics.jsonl").exists():  # it would be written again
             raise SystemExit(f"{self.out} holds a run: choose another --out.")
