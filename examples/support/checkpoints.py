@@ -70,8 +70,8 @@ class Checkpoints:
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
-        # orbax logs pages about errors that it raises as well
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in "absl", "asyncio":  # they log pages about errors that orbax raises as well
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         # It makes the folder: so it waits until there is something to write.
         with one_line(f"write to {self.out}"):
             if jax.process_index() == 0 and not self.steps:
