@@ -427,6 +427,40 @@ def test_a_full_disk_is_said_in_one_line_and_loses_nothing(finished, tmp_path, m
     assert train_lm.main(config)[-1]["step"] == 301
 
 
+READ_ONLY = """
+import errno, os, runpy, sys
+mkdir = os.mkdir
+
+def refuse(path, *args, **options):
+    if "301.orbax" in str(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+    mkdir(path, *args, **options)
+
+os.mkdir = refuse
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_made_keeps_no_process_waiting(finished, tmp_path):
+    """A thread of orbax would wait ten minutes for the folder of the checkpoint."""
+    config = changed(finished[0], out=tmp_path / "out", steps=301)
+    shutil.copytree(finished[0].run.out, config.run.out)
+    _, *options = command(config)
+    failed = subprocess.run(
+        [sys.executable, "-c", READ_ONLY, *options, "--resume"],
+        capture_output=True,
+        text=True,
+        env=python_environment(),
+        timeout=200,
+    )
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert failed.stderr.endswith("--resume goes on from step 300.\n"), failed.stderr
+    assert "Read-only file system" in failed.stderr
+
+
 def test_a_text_that_cannot_be_used_is_refused_in_one_line(text, tmp_path):
     for name, data, message in [
         ("missing", None, "cannot read the text .*missing: No such file or directory"),

@@ -219,7 +219,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step in self._broken:
                 to = self.out / f"broken-{step}-{time.time_ns()}"
-                os.rename(self.folder / str(step), to)
+                with one_line(f"move the broken checkpoint {step} to {to}"):
+                    os.rename(self.folder / str(step), to)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("broken checkpoints are put aside")
         self.manager.reload()

@@ -63,6 +63,14 @@ def run_script(main: Callable[[Any], Any], config: type[Any], description: str |
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             main(from_command_line(config, description))
         sys.stdout.flush()
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        with contextlib.suppress(OSError):  # nobody reads it
+            sys.stdout.flush()
+            print(error.code, file=sys.stderr, flush=True)
+        # Python's own exit may wait ten minutes for a checkpoint that cannot be written
+        os._exit(1)
     except BrokenPipeError:
         os._exit(1)  # the reader has seen enough; Python's own exit would complain
     except OSError as error:
