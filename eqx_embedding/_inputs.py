@@ -278,11 +278,8 @@ def keys_of_tokens(
     """
     count = math.prod(batch)
     start = lax.axis_index(mesh_axes).astype("uint32") * count if mesh_axes else 0
-    if jax.random.key_impl(key) in ("rbg", "unsafe_rbg"):
-        # Under `jax.vmap`, these draw numbers from the key of the first example alone
-        words = jax.random.key_data(jax.random.fold_in(key, 0))[:2]
-    else:
-        words = jax.random.bits(key, (2,), "uint32")
+    # Not bits: under `jax.vmap`, keys of kind rbg draw them from the key of the first example alone
+    words = jax.random.key_data(jax.random.fold_in(key, 0))[:2]
     whole = jax.random.wrap_key_data(words, impl="threefry2x32")
     places = start + jnp.arange(count, dtype="uint32")
     keys = jax.vmap(functools.partial(jax.random.fold_in, whole))(places)
