@@ -117,12 +117,14 @@ def test_values_and_gradients_match_numpy(dtype, kind):
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
-def test_low_temperatures_lose_no_precision(kind, temperature):
+def test_low_temperatures_lose_no_precision(kind, soft_cap, temperature):
     def make_decode(seed):
         embeddings, bias = make_array((300, 8), seed=seed), make_array((300,), seed=seed + 1)
-        return EmbeddingDecode(EmbeddingTable(embeddings, ("vocabulary", "embedding"), bias=bias))
+        table = EmbeddingTable(embeddings, ("vocabulary", "embedding"), bias=bias)
+        return EmbeddingDecode(table, soft_cap)
 
     problem = make_decode(1), make_array((N, 8), seed=5), make_decode(3), make_array((N, 8), seed=6)
     actual = value_and_gradients(*problem, WEIGHTS, kind=kind, temperature=temperature)

@@ -240,6 +240,16 @@ def test_at_temperature_zero_the_likeliest_token_is_drawn(temperature):
 
 
 @pytest.mark.slow
+def test_low_temperatures_beside_a_soft_cap_draw_the_likeliest_token():
+    table = EmbeddingTable(make_array((129, 4)), ("vocabulary", "embedding"))
+    decode, hidden = EmbeddingDecode(table, soft_cap=30.0), 4 * make_array((16, 4), seed=1)
+    expected = np.argmax(from_logits(decode, hidden), 1)
+    for temperature in 1e-12, 1e-29:
+        tokens = decode.sample(hidden, temperature=temperature, key=jax.random.key(0))
+        np.testing.assert_array_equal(tokens, expected)
+
+
+@pytest.mark.slow
 def test_each_token_has_its_own_temperature():
     decode, hidden = make_operands()
     many = jnp.broadcast_to(hidden[:1], (3, 50_000, D))

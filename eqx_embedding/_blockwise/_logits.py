@@ -221,7 +221,11 @@ def tile_logits(
         preferred_element_type=options.wide,
     )[:, :C]
     z = z if head.bias is None else z + tile(head.bias, start, size)[:, None]
-    z = z if options.soft_cap is None else options.soft_cap * jnp.tanh(z / options.soft_cap)
+    if options.soft_cap is not None:
+        z = options.soft_cap * jnp.tanh(z / options.soft_cap)
+        # Changes no number, but makes XLA round the product before it subtracts from it. A low
+        # temperature would make much of the difference.
+        z = jnp.maximum(z, -options.soft_cap)
     z = without_padding(options, head, z, start, -jnp.inf)
     return lax.optimization_barrier(z) if options.plan.hold_logits else z
 

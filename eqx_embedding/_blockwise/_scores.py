@@ -131,8 +131,8 @@ def _add_tile(
 def cool(options: Options, difference: Array) -> Array:
     """A difference between logits, divided by the temperature.
 
-    Logits are not divided before they are subtracted: XLA for CPUs rounds such a quotient in one
-    place and not in another, and their difference is large at a low temperature.
+    XLA rounds a quotient or product in one place, and not where it is subtracted from at once. So
+    logits that were divided first would differ by more than they should.
     """
     return difference if options.temperature == 1 else difference / options.temperature
 
