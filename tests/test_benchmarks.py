@@ -118,8 +118,8 @@ def test_wrong_and_missing_programs_are_shown_as_such(monkeypatch, capsys):
         assert any(line.startswith(f"{name} ") and "not run" in line for line in lines)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_torch")
+@pytest.mark.exhaustive
 def test_each_row_has_times_memory_and_error(monkeypatch, capsys):
     monkeypatch.setattr(cross_entropy, "PEERS", {"optax": peers.with_optax})
     shape = ["--shape", "32", "8", "50", "--rounds", "1"]
@@ -264,7 +264,7 @@ def test_all_train_the_same_model_in_the_same_way(capsys):
         assert row["seconds"] > 0 and row["ratio"] > 0 and row["page_faults"] >= 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_have_the_same_parameters():
     config = train_step.train_lm.Config(data=train_step.train_lm.DataConfig(batch_size=2))
     runs, _ = train_step.make_runs(SIZES, config)
@@ -278,7 +278,7 @@ def test_all_have_the_same_parameters():
         assert sum(p.numel() for p in runs["torch"].model.parameters()) == size
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_training_step_without_torch_says_so(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     sys.modules.pop("benchmarks.gpt_torch", None)

@@ -261,6 +261,7 @@ def test_the_tuning_loss_is_that_of_the_logits(run, getkey):
 @pytest.mark.parametrize(
     "fixture, picture", [("distilled", "distill"), ("tuned", "policy_gradient")]
 )
+@pytest.mark.one_in(2)
 def test_metrics_and_a_picture_are_written(fixture, picture, request):
     config, metrics = request.getfixturevalue(fixture)
     lines = (config.out / "metrics.jsonl").read_text().splitlines()

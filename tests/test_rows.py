@@ -261,7 +261,7 @@ def test_steps_of_sgd_equal_the_dense_ones_bit_for_bit():
     ],
     ids=["adamw", "nesterov", "rprop", "schedule-free", "chain"],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.slow
 def test_steps_move_the_rows_of_their_batch_alone(make):
     """Lazy updates: each step is the dense one of a model with only the rows of the batch."""

@@ -693,6 +693,7 @@ for i, wait in enumerate(np.random.default_rng(0).uniform(0, 0.02, 30)):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+@pytest.mark.one_in(2)
 def test_a_save_that_is_killed_when_all_is_written_leaves_the_old_file_whole(moment, path):
     save_safetensors(make_table("first"), path)
     code = f"""

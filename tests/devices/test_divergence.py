@@ -85,7 +85,7 @@ def expect(arguments, kind, reduction="mean"):
 
 @settings
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 def test_a_split_vocabulary_gives_the_same(setting, kind):
     arguments = make_arguments()
     mesh = make_mesh(setting)
@@ -164,7 +164,7 @@ def test_a_shard_map_wants_the_vocabulary_of_the_teacher_split_by_the_same_rule(
 
 @settings
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 def test_soft_targets_give_the_same(setting, reduction):
     table, hidden, _, weights, _ = make_arguments()
     draw = np.random.default_rng(0)

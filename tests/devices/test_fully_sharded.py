@@ -122,7 +122,7 @@ def with_rules(function, rules, closed, *operands):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [FEW, MANY])
 @pytest.mark.parametrize("setting, layout", SETTINGS)
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, length):
     assert_equals_one_device(mean_and_scores, setting, layout, length)
 
@@ -138,7 +138,7 @@ def test_gradients_are_summed_around_rings_of_devices(monkeypatch):
 @pytest.mark.parametrize("function", [losses_alone, logits_and_vectors])
 @pytest.mark.parametrize("setting", ["explicit", "rules", "manual"])
 @pytest.mark.parametrize("layout", ["rows over model, then data", "columns"])
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 def test_losses_that_stay_apart_logits_and_vectors_do(function, setting, layout):
     assert_equals_one_device(function, setting, layout, FEW)
 

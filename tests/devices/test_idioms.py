@@ -63,7 +63,7 @@ def filter_shard(shardings, tree):
 
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses])
 @pytest.mark.parametrize("shardings", [whole, over_first_axes])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 def test_filter_shard_splits_batches_and_models(shardings, loss):
     """In and outside of `jit`, as in Equinox's example, for which no mesh is set."""

@@ -182,7 +182,7 @@ def test_scores_equal_those_of_one_device(setting):
         ("manual", None, "mean"),
     ],
 )
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 def test_mapped_examples_equal_those_of_one_device(setting, spmd_axis_name, reduction):
     def losses(rules, *operands, name=spmd_axis_name):
         loss = functools.partial(loss_of_example, reduction, rules)
@@ -229,6 +229,7 @@ def mapped_on_one_device(reduction):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.one_in(2)
 def test_each_example_of_an_explicit_mesh_has_its_own_gradients(reduction):
     def gradients(*operands):
         def loss(*operands):
@@ -271,6 +272,7 @@ def test_a_batch_may_be_split_over_an_axis_without_a_rule():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data", "model"])
+@pytest.mark.one_in(2)
 def test_each_example_may_have_a_table_that_rules_split(axis):
     """Whatever mesh axis `spmd_axis_name` names for the examples."""
     table, closed, *batched = make_operands()
@@ -486,7 +488,7 @@ def test_the_gradient_of_hidden_is_summed_in_float32(setting, reduction):
     "setting, mapped",
     [("rules", False), ("manual", False), ("explicit", False), ("explicit", True)],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_any_loss_moves_a_few_numbers_a_token_and_gradients_once(setting, mapped):
     rows, examples, tokens = 2048, 16, 32
 

@@ -148,7 +148,7 @@ def loss_on_one_device(padding_rows, reduction, precision):
 @settings
 @padded
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 def test_a_loss_equals_that_of_one_device(setting, padding_rows, reduction, precision):
     expected = loss_on_one_device(padding_rows, reduction, precision)
     function = functools.partial(cross_entropy, reduction=reduction)
@@ -175,7 +175,7 @@ def biased_loss_on_one_device(padding_rows):
 @pytest.mark.slow
 @settings
 @pytest.mark.parametrize("padding_rows", [0, 1, 3])
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 def test_a_loss_with_a_bias_equals_that_of_one_device(setting, padding_rows):
     expected = biased_loss_on_one_device(padding_rows)
     with split(setting, *arguments_with_a_bias(padding_rows)) as arguments:
@@ -321,7 +321,7 @@ def test_columns_may_be_split_if_the_mesh_does_not_divide_the_rows():
 )
 @pytest.mark.parametrize("sizes", [(8, 1), (1, 8), (4, 2)], ids=str)
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 def test_a_mesh_may_have_any_shape(setting, sizes, axes):
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
     expected = tied_loss_on_one_device(3)
@@ -408,7 +408,7 @@ def test_a_target_out_of_range_is_nan_on_every_device(setting):
     assert np.isnan(losses[0, 0]) and np.isnan(losses).sum() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_layers_work_without_jit():
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
 
@@ -468,7 +468,7 @@ def compiled_loss(setting, data, model, rows=2048, padding_rows=0):
 @pytest.mark.slow
 @padded
 @pytest.mark.parametrize("setting", ["rules", "explicit", "manual"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_a_loss_moves_a_few_numbers_a_chunk_and_each_gradient_once(setting, padding_rows):
     found = collectives(compiled_loss(setting, data=2, model=4, padding_rows=padding_rows))
     assert set(found) == {"all-reduce"}
@@ -516,9 +516,8 @@ def test_a_decode_moves_nothing(setting):
     assert not collectives(compiled)
 
 
-@pytest.mark.slow
 @settings
-@pytest.mark.one_in(4)
+@pytest.mark.exhaustive
 def test_memory_per_device_falls_as_the_mesh_grows(setting):
     def size(data, model):
         analysis = compiled_memory(compiled_loss(setting, data, model, rows=8192))
