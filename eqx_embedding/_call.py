@@ -30,7 +30,7 @@ from ._blockwise import (
 )
 from ._inputs import (
     as_data,
-    as_int,
+    as_named_int,
     keys_of_tokens,
     prepare_targets,
     prepare_weights,
@@ -149,14 +149,13 @@ class Call(NamedTuple):
         return sample_tokens(self.options, split, k, operands)
 
     def check_k(self, name: str, k: Whole) -> int:
-        if isinstance(k, bool):
-            raise TypeError(f"{name} must be a number of tokens, got {k}.")
+        k = as_named_int(name, k)
         if not 1 <= k <= self.options.vocab_size:
             raise ValueError(
                 f"{name} must be at least 1 and at most vocab_size={self.options.vocab_size}, got "
                 f"{k}."
             )
-        return as_int(k)
+        return k
 
     def _place(self, array: Array) -> Array:
         return self.split.place(array, self.split.batch)

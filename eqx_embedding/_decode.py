@@ -20,7 +20,7 @@ from ._call import Call
 from ._inputs import (
     as_array,
     as_float_dtype,
-    as_int,
+    as_named_int,
     as_real,
     as_temperature,
     at_least_float32,
@@ -617,7 +617,7 @@ class EmbeddingDecode(eqx.Module):
             soft_cap=None if self.soft_cap is None else float(self.soft_cap),
             dtype=dtype,
             wide=wide,
-            chunk_size=None if chunk_size is None else as_int(chunk_size),
+            chunk_size=None if chunk_size is None else as_named_int("chunk_size", chunk_size),
             tiles=split.can_tile,
             transposed=self.table._row_axis != RowAxis(0),
         )

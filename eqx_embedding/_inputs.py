@@ -28,6 +28,13 @@ def as_int(number: Whole) -> int:
     return operator.index(number)
 
 
+def as_named_int(name: str, number: Any) -> int:
+    """The same, for no truth value: `ignore_index=True` would be the token 1."""
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {number!r:.80}.")
+    return as_int(number)
+
+
 def as_real(number: Real | None) -> Any:
     """A NumPy number as a Python number, whose dtype JAX's promotion ignores."""
     return number.item() if isinstance(number, np.generic) else number
@@ -144,8 +151,9 @@ def prepare_targets(
     xp = np if isinstance(targets, np.ndarray) else jnp
     counts = None
     # JAX cannot compare with a number that does not fit the dtype
-    if ignore_index is not None and _fits(ignore_index, targets.dtype):
-        counts = targets != as_int(ignore_index)
+    index = None if ignore_index is None else as_named_int("ignore_index", ignore_index)
+    if index is not None and np.iinfo(targets.dtype).min <= index <= np.iinfo(targets.dtype).max:
+        counts = targets != index
     targets = place(jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32)))
     if target_weights is None:
         return targets, None, counts
@@ -189,10 +197,6 @@ def prepare_weights(
     if normalize:
         weights = _normalize_weights(weights, mask, mesh_axes)
     return weights, mask
-
-
-def _fits(number: Whole, dtype: np.dtype) -> bool:
-    return np.iinfo(dtype).min <= as_int(number) <= np.iinfo(dtype).max
 
 
 def _as_weights(name: str, weights: ArrayLike) -> Array | np.ndarray:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from ._inputs import as_int, at_least_float32, Whole
+from ._inputs import as_named_int, at_least_float32, Whole
 
 
 # The covariance of new rows, as a part of that of the old ones. Hewitt (2021) takes the same part.
@@ -41,7 +41,7 @@ def check_pieces(
     """Raises a `ValueError` unless each piece is an old token, and stands for a new one."""
     if not pieces:
         return None
-    parts_of = {as_int(token): _as_ints(parts) for token, parts in pieces.items()}
+    parts_of = {as_named_int("pieces", token): _as_ints(parts) for token, parts in pieces.items()}
     for token, parts in parts_of.items():
         if not old_tokens <= token < tokens:
             raise ValueError(
@@ -64,7 +64,8 @@ def check_pieces(
 
 def _as_ints(parts: Sequence[Whole] | np.ndarray | Array) -> list[int]:
     # An element of a JAX array is an array
-    return [*map(as_int, np.asarray(parts) if isinstance(parts, jax.Array) else parts)]
+    parts = np.asarray(parts) if isinstance(parts, jax.Array) else parts
+    return [as_named_int("pieces", part) for part in parts]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ._inputs import as_int, check_byte_order, Whole
+from ._inputs import as_named_int, check_byte_order, Whole
 from ._join import join_trees
 from ._new_rows import check_pieces, make_rows, Means, Pieces
 from ._sharding import as_axes, Axes
@@ -144,7 +144,8 @@ class _Sizes(NamedTuple):
 
 
 def _check_size(vocab_size: Whole, multiple: Whole | None) -> tuple[int, int]:
-    size, multiple = as_int(vocab_size), 1 if multiple is None else as_int(multiple)
+    size = as_named_int("vocab_size", vocab_size)
+    multiple = 1 if multiple is None else as_named_int("pad_to_multiple_of", multiple)
     if min(size, multiple) < 1:
         raise ValueError(
             f"vocab_size and pad_to_multiple_of must be at least 1, got {size} and {multiple}."

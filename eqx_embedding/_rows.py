@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Int, Integer, PyTree
 
-from ._inputs import as_int, check_byte_order, is_seen, nan_where, tokens_in_range, Whole
+from ._inputs import as_named_int, check_byte_order, is_seen, nan_where, tokens_in_range, Whole
 from ._sharding import varying_axes
 from ._suggest import suggest, suggest_tokens
 from ._tree import check_structures, find_tables, find_vocab_size, is_table_of, map_arrays, Place
@@ -52,7 +52,7 @@ def unique_tokens(
     A `ValueError` for a size below 1. A `TypeError` for tokens that are not integers, or of 64 bits
     and traced outside of JAX's 64-bit mode.
     """
-    size = as_int(size)
+    size = as_named_int("size", size)
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
     tokens, in_range = tokens_in_range("tokens", tokens, NO_TOKEN)

@@ -17,6 +17,7 @@ from eqx_embedding import (
     resize_vocabulary,
     save_safetensors,
     take_rows,
+    unique_tokens,
 )
 
 from .helpers import (
@@ -29,6 +30,9 @@ from .helpers import (
     make_table,
     NAMES,
 )
+
+
+ONES = np.ones(4, int)
 
 
 @pytest.mark.parametrize(
@@ -252,3 +256,24 @@ def test_numpy_numbers_serve_as_sizes_and_options(tmp_path):
     assert loss(np.int32(0), np.int8(1), None) == loss(0, 1, None)
     grown = resize_vocabulary(table, np.int64(9), key=key, pad_to_multiple_of=np.int16(8))
     assert eqx.tree_equal(grown, resize_vocabulary(table, 9, key=key, pad_to_multiple_of=8))
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("ignore_index", lambda t, h: EmbeddingDecode(t).cross_entropy(h, ONES, ignore_index=True)),
+        ("chunk_size", lambda t, h: EmbeddingDecode(t).cross_entropy(h, ONES, chunk_size=True)),
+        ("k", lambda t, h: EmbeddingDecode(t).top_k(h, True)),
+        ("vocab_size", lambda t, h: resize_vocabulary(t, True, pad_to_multiple_of=1)),
+        ("pad_to_multiple_of", lambda t, h: resize_vocabulary(t, 9, pad_to_multiple_of=True)),
+        ("size", lambda t, h: unique_tokens(ONES, True)),
+        (
+            "pieces",
+            lambda t, h: resize_vocabulary(t, 9, pad_to_multiple_of=1, pieces={"a": [1]}),
+        ),
+    ],
+)
+def test_a_switch_or_text_is_no_number(name, call):
+    """`ignore_index=True` would be the token 1."""
+    with pytest.raises(TypeError, match=f"^{name} must be an integer, got (True|'a')"):
+        call(make_table("first"), make_array((4, 4), seed=1))

@@ -338,7 +338,7 @@ def test_a_seed_in_the_place_of_a_key_is_a_clear_error():
 
 def test_k_is_no_switch():
     decode, hidden = make_operands()
-    with pytest.raises(TypeError, match="top_k must be a number of tokens, got True"):
+    with pytest.raises(TypeError, match="top_k must be an integer, got True"):
         decode.sample(hidden, top_k=True, key=jax.random.key(0))
 
 
