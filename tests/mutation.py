@@ -39,7 +39,7 @@ TESTS = {
     "_partition": "partition types devices/rows",
     "_product": "decode tying devices/split",
     "_raise": "lookup modes devices/raise",
-    "_resize": "resize devices/resize",
+    "_resize": "resize types devices/resize",
     "_rows": "rows types devices/rows",
     "_safetensors": "safetensors",
     "_sharding": "decode devices/split devices/fully_sharded devices/losses",

@@ -634,6 +634,9 @@ def resize_what_does_not_fit(case):
         "another optimizer": lambda: resize(adam.init(old), fresh=sm3.init(new)),
         "not resized": lambda: resize(adam.init(old), fresh=adam.init(old)),
         "another size": lambda: resize(adam.init(old), fresh=adam.init(smaller)),
+        "another width": lambda: resize(
+            old, fresh=EmbeddingTable(jnp.zeros((15, 5)), old.axis_names)
+        ),
         "another leaf": lambda: resize((old, count), fresh=(new, jnp.zeros((3, 5)))),
         "another rank": lambda: resize((old, count), fresh=(new, jnp.zeros(3))),
         "a number": lambda: resize((old, count), fresh=(new, 3.0)),
@@ -660,6 +663,7 @@ def resize_what_does_not_fit(case):
             "another size",
             r"mu.embeddings has the shape \(13, 4\), and \(14, 4\) in fresh",
         ),
+        ("another width", r"embeddings has the shape \(13, 4\), and \(15, 5\) in fresh"),
         ("another leaf", r"tree\[1\] has the shape \(3, 2\), and \(3, 5\) in fresh"),
         ("another rank", r"tree\[1\] has the shape \(3, 2\), and \(3,\) in fresh"),
         ("a number", r"tree\[1\] has the shape \(3, 2\), and None in fresh"),
@@ -815,6 +819,9 @@ def test_padding_must_be_asked_for_where_there_is_some():
             message = r"tree\[1\] has 2 padding rows.*given: 1 for no padding, or the multiple"
             with pytest.raises(ValueError, match=message):
                 resize_vocabulary([plain, tree], size)
+    one = EmbeddingTable(make_array((8, 4)), NAMES, padding_rows=1)
+    with pytest.raises(ValueError, match="tree has 1 padding row"):
+        resize_vocabulary(one, 9)
     assert eqx.tree_equal(
         resize_vocabulary(plain, 9), resize_vocabulary(plain, 9, pad_to_multiple_of=1)
     )
