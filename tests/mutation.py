@@ -64,7 +64,7 @@ TESTS = {
     "_blockwise/_reference": "score token_loss",
     "_blockwise/_scatter": "devices/fully_sharded devices/split",
     "_blockwise/_search": "search devices/search",
-    "_blockwise/_scores": "score soft_targets cross_entropy devices/fully_sharded",
+    "_blockwise/_scores": "score soft_targets cross_entropy divergence devices/fully_sharded",
 }
 
 # One replacement for each operator, the nearest one; every keyword, decorator and number.
