@@ -397,6 +397,11 @@ def test_wrong_tokens_and_policies_are_clear_errors_without_checks(unchecked):
             "jnp.argmax(..., axis=-1).",
         ),
         (
+            "float tokens to be unique",
+            "Instead of tokens=float64[2], use integers; for one-hot vectors these are "
+            "jnp.argmax(..., axis=-1).",
+        ),
+        (
             "array to ignore",
             "Instead of ignore_index=int32[2], use a Python number, which is known while JAX "
             "traces the program.",
