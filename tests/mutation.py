@@ -44,7 +44,7 @@ TESTS = {
     "_safetensors": "safetensors",
     "_sharding": "decode devices/split devices/fully_sharded devices/losses",
     "_suggest": "types",
-    "_table": "table lookup decode",
+    "_table": "table lookup decode partition",
     "_tree": "resize rows partition",
     "_blockwise/__init__": "types",
     "_blockwise/_batch": "vmap token_loss cross_entropy",

@@ -65,6 +65,12 @@ def test_tokens_that_are_no_tokens_have_no_place():
         unique_tokens(tokens, 0)
 
 
+def test_a_table_may_have_a_single_token():
+    table = EmbeddingTable(jnp.ones((1, 3)), ("vocabulary", "embedding"))
+    taken = jax.tree.map(lambda x: x + 1, take_rows(table, np.asarray([0])))
+    np.testing.assert_array_equal(put_rows(table, np.asarray([0]), taken).embeddings, 2)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.one_in(6)
 @pytest.mark.slow
