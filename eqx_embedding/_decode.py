@@ -341,9 +341,9 @@ class EmbeddingDecode(eqx.Module):
         - `rules`: the axes of the device mesh that split the first axis of the batch and the axes
             of the table, such as `{"batch": "data", "vocabulary": "model"}`. Not needed for
             explicit mesh axes, which are part of the types of the arrays. Automatic axes cannot be
-            seen here. Without rules for them the loss is right and the table is not gathered, but
-            the gradient of the table is summed over devices once for each chunk, instead of once,
-            and with weights, hidden vectors move between devices. Inside a `jax.shard_map`, rules
+            seen here. Without rules for them the loss is right, but XLA chooses what devices send,
+            and they may do so once for each chunk instead of once: the gradient of the table,
+            hidden vectors, or a table that its columns split. Inside a `jax.shard_map`, rules
             are needed for those of its axes that split the batch or the vocabulary. If they are
             missing there, this is an error, except with `check_vma=False`, where it cannot be
             detected.
