@@ -4,6 +4,7 @@ By the table of `_reference.py`. Both logits of the chunk are held; their probab
 again where they are needed, for each tile of the vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,12 +65,8 @@ def count_rows(head: Head) -> int:
 
 def _log_softmax(options: Options, head: Head, z: Array) -> Callable[[Array], Array]:
     """A function of a tile of the logits `z` that returns its log-probabilities."""
-
-    def logits(start: Any, size: int) -> Array:
-        return tile(z, start, size)
-
     no_targets = jnp.zeros((z.shape[1], 0), "int32")
-    statistics = find_statistics(options, Used(), head, no_targets, logits)
+    statistics = find_statistics(options, Used(), head, no_targets, functools.partial(tile, z))
     maximum, log_total = statistics.maximum[None], jnp.log(statistics.total)[None]
     return lambda z: cool(options, z - maximum) - log_total
 
