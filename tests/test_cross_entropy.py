@@ -214,9 +214,9 @@ def test_a_token_of_weight_zero_poisons_nothing(reduction, poison):
     )
     poisoned = run(
         jnp.where(masked[..., None], poison, hidden),
-        np.where(ignored, -100, TARGETS),
+        np.where(ignored, -1, np.where(masked, -100, TARGETS)),
         weights=jnp.asarray(np.where(ignored, 2, WEIGHTS)),
-        ignore_index=-100,
+        ignore_index=-1,
     )
     expected = run(hidden, TARGETS, weights=jnp.asarray(WEIGHTS))
     expected = (*expected[:-1], jnp.where(ignored, 0, expected[-1]))  # of the weights
