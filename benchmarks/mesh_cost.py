@@ -84,15 +84,16 @@ def fully_sharded(s: Sizes, d: int, m: int) -> Cost:
     held = 3 * rows * s.D + 3 * tokens * s.D + min(s.C, tokens) * (rows if few else s.V)
     if few:
         held += s.N * s.D  # the gradient of all vectors, for the lookup
-        # for the lookup, XLA sums the vectors over the devices, and gathers their gradient and the
-        # tokens, twice; for the loss, vectors, targets and one cotangent each are gathered, three
-        # numbers are summed, and the gradient is summed, of which each device keeps its part
-        sent = reduced(n, 4 * s.N * s.D) + gathered(n, 4 * s.N * (s.D + 2))
+        # for the lookup, tokens and the gradient of their vectors are gathered, and the vectors
+        # are summed; for the loss, vectors, targets and one cotangent each are gathered, three
+        # numbers are summed, and the gradient of the vectors is. Of the sums of vectors, each
+        # device keeps its part
+        sent = gathered(n, 4 * s.N * (2 * s.D + 1))
         sent += gathered(n, 4 * s.N * (2 * s.D + 2)) + reduced(n, 12 * s.N)
     else:
-        # the table twice; its gradients, which XLA sums whole for the lookup
+        # the table, once for both, and two gradients of it
         held += 3 * table - rows * s.D
-        sent = 3 * gathered(n, 4 * table) + reduced(n, 4 * table)
+        sent = 3 * gathered(n, 4 * table)
     return Cost(4 * held, sent, 6 * tokens * s.V * s.D)
 
 

@@ -119,7 +119,8 @@ class EmbeddingDecode(eqx.Module):
         """**Arguments:**
 
         - `hidden`: vectors of shape `*batch` followed by the embedding axes.
-        - `rules`: as in [`eqx_embedding.EmbeddingLookup`][].
+        - `rules`: needed only inside a `jax.shard_map` along whose axes the table differs, as in
+            [`eqx_embedding.EmbeddingLookup`][].
         - `key`: ignored, for compatibility with `eqx.nn.Sequential`.
 
         **Returns:**

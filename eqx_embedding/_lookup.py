@@ -1,20 +1,28 @@
 """`EmbeddingLookup`: tokens to vectors, and the gradient of that."""
 
 import functools
-from typing import final, get_args, Literal
+from typing import Any, final, get_args, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
-from ._blockwise import gather_wide, widen
+from ._blockwise import call_as_one, gather_wide, scatter, widen
 from ._inputs import at_least_float32, nan_where, tokens_in_range
 from ._raise import raise_unless
-from ._sharding import explicit_axes, find_split, remaining
+from ._sharding import (
+    Arrangement,
+    explicit_axes,
+    find_split,
+    MappedAxisError,
+    remaining,
+    Split,
+    sum_over,
+)
 from ._suggest import suggest, suggest_tokens
 from ._table import EmbeddingTable, RowAxis, Rules
 
@@ -49,6 +57,83 @@ def _take_jvp(row_axis, fill_value, out_sharding, primals, tangents):
     wide = widen(at_least_float32(array.dtype), tangents[0])
     tangent = _take(wide, index, row_axis, 0.0, out_sharding)
     return _take(array, index, row_axis, fill_value, out_sharding), tangent.astype(array.dtype)
+
+
+class _Options(NamedTuple):
+    """What is known of a lookup when the program is compiled."""
+
+    row_axis: RowAxis
+    past_the_end: int  # the row of a token that has none
+    split: Split
+
+    def arrange(self, array: Array, index: Array) -> Arrangement:
+        num_rows = self.row_axis.of(array.shape)
+        return self.split.arrange(index.size, num_rows, split_columns=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _take_on_devices(options: _Options, array: Array, index: Array) -> Array:
+    """The rows of an index in a table that explicit or automatic mesh axes split.
+
+    XLA would do this as well, but it may sum the gradient of the whole table on each device.
+    """
+    row_axis, _, split = options
+    arrangement = options.arrange(array, index)
+    rows, batch = P(*row_axis.restore(tuple(arrangement.spec))), P(*split.batch)
+    vectors = P(*split.batch, *arrangement.columns)
+
+    def on_one_device(array: Array, index: Array) -> Array:
+        with jax.auto_pcast(True):
+            return _take_on_device(options, arrangement, None, array, index)
+
+    def on_devices(operands: tuple[Array, Array]) -> Array:
+        try:
+            return split.map(on_one_device, (rows, batch), vectors, operands)
+        except MappedAxisError:  # The rule below knows more.
+            return _take_by_xla(options, *operands)
+
+    def on_examples(size: int, mesh_axes: Any, mapped: Any, operands: Any) -> Any:
+        if mapped[0]:  # each example has a table of its own
+            return None
+        return _take_on_devices(options._replace(split=split.with_examples(mesh_axes)), *operands)
+
+    return call_as_one(on_devices, (array, index), vmap_rule=on_examples)
+
+
+def _take_by_xla(options: _Options, array: Array, index: Array) -> Array:
+    """The rows of an index in a table that no axes split, or only manual ones."""
+    split = options.split
+    # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
+    batch = explicit_axes(index)
+    others = [remaining(axes, batch) for axes in explicit_axes(array)]
+    sharding = split.sharding(options.row_axis.replace(others, batch))
+    options = options._replace(split=split.inside)
+    return _take_on_device(options, options.arrange(array, index), sharding, array, index)
+
+
+def _take_on_device(
+    options: _Options,
+    arrangement: Arrangement,
+    out_sharding: NamedSharding | None,
+    array: Array,
+    index: Array,
+) -> Array:
+    """The rows of an index, of which a device has some."""
+    row_axis, past_the_end, _ = options
+    dtype, tokens = array.dtype, arrangement.tokens
+    gathered = row_axis.restore(arrangement.gathered)
+    array = gather_wide(dtype, at_least_float32(dtype), gathered, array)
+    if not arrangement.vocabulary:
+        return _take(array, index, row_axis, jnp.nan, out_sharding).astype(dtype)
+    start = lax.axis_index(arrangement.vocabulary) * row_axis.of(array.shape)
+    of_all = lax.all_gather(index.reshape(-1), tokens, tiled=True) if tokens else index
+    vectors = _take(array, of_all - start.astype(index.dtype), row_axis, 0.0, out_sharding)
+    # One device has the row of a token, the others add zeros.
+    vectors = sum_over(remaining(arrangement.vocabulary, [tokens]), vectors.astype(dtype))
+    if tokens:
+        vectors = scatter(tokens, 0, vectors).reshape(*index.shape, *vectors.shape[1:])
+    missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
+    return nan_where(missing, vectors)
 
 
 @final
@@ -104,9 +189,13 @@ class EmbeddingLookup(eqx.Module):
             out of range stays out of range. (Give it to this call and not to a function under
             `jax.jit`, `jax.vmap` or `jax.lax.scan`: JAX narrows their arguments before any code of
             theirs runs.)
-        - `rules`: needed only inside a `jax.shard_map` along whose axes the table differs: those
-            which split its vocabulary, such as `{"vocabulary": "model"}`, or `{"vocabulary": None}`
-            if each device has a table of its own. Defaults to `None`. See
+        - `rules`: the axes of the device mesh that split the first axis of the tokens and the axes
+            of the table, such as `{"batch": "data", "vocabulary": "model"}`. The types of arrays
+            say this for explicit axes. For automatic axes, vectors are right without rules, but
+            XLA chooses what devices send, such as the whole gradient of a split table. Inside a
+            `jax.shard_map` along whose axes the table differs, rules are needed: those which split
+            its vocabulary, such as `{"vocabulary": "model"}`, or `{"vocabulary": None}` if each
+            device has a table of its own. Defaults to `None`. See
             [`eqx_embedding.EmbeddingTable.partition_spec`][].
         - `key`: ignored, for compatibility with `eqx.nn.Sequential`.
 
@@ -133,24 +222,12 @@ class EmbeddingLookup(eqx.Module):
                 'out_of_range="raise" or "clip".'
             )
         of_device = tokens if isinstance(tokens, jax.Array) else None
-        split = find_split(table, of_device, 0, rules)
-        vocab_size, mesh_axes, dtype = split.vocab_size(table), split.manual_vocabulary, array.dtype
-        shared = row_axis.restore(split.manual_shared)
-        array = gather_wide(dtype, at_least_float32(dtype), shared, array)
+        split = find_split(table, of_device, np.ndim(tokens), rules)
+        vocab_size = split.vocab_size(table)
         past_the_end = vocab_size + table.padding_rows
         index = self._find_rows(tokens, vocab_size, past_the_end)
-        # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
-        batch = explicit_axes(index)
-        others = [remaining(axes, batch) for axes in explicit_axes(array)]
-        sharding = split.sharding(row_axis.replace(others, batch))
-        if not mesh_axes:
-            return _take(array, index, row_axis, jnp.nan, sharding).astype(dtype)
-        # Each device has some of the rows.
-        start = lax.axis_index(mesh_axes) * row_axis.of(array.shape)
-        vectors = _take(array, index - start.astype(index.dtype), row_axis, 0.0, sharding)
-        vectors = lax.psum(vectors, mesh_axes).astype(dtype)
-        missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
-        return nan_where(missing, vectors)
+        take = _take_on_devices if split.can_enter else _take_by_xla
+        return take(_Options(row_axis, past_the_end, split), array, index)
 
     def _find_rows(
         self, tokens: Integer[ArrayLike, "*batch"], vocab_size: int, past_the_end: int

@@ -23,6 +23,10 @@ from ._table import EmbeddingTable, Rules
 Axes = tuple[str, ...]
 
 
+class MappedAxisError(ValueError):
+    """An explicit mesh axis splits a table, and the axis that a `jax.vmap` maps over."""
+
+
 class Split(NamedTuple):
     """Which mesh axes split what in one call. Axes of the table are in rows-first order."""
 
@@ -37,6 +41,17 @@ class Split(NamedTuple):
     def mapped(self) -> set[str]:
         """The axes that must become manual for each device to see its parts alone."""
         return {*flat(self.batch), *flat(self.table)}
+
+    @property
+    def can_enter(self) -> bool:
+        """Whether explicit or automatic axes split the table, outside of any `shard_map`."""
+        manual = AxisType.Manual in axis_types(self.mesh).values()
+        return not manual and self.size(flat(self.table)) > 1
+
+    @property
+    def inside(self) -> "Split":
+        """Without axes that are not manual."""
+        return self._replace(batch=(), table=((),) * len(self.table))
 
     @property
     def all_batch(self) -> Axes:
@@ -60,7 +75,9 @@ class Split(NamedTuple):
         """The number of tokens of the whole table of which this device may have a part."""
         return table._count_tokens(table._num_rows * self.size(self.manual_table[0]))
 
-    def arrange(self, num_tokens: Any, num_rows: int) -> "Arrangement":
+    def arrange(
+        self, num_tokens: Any, num_rows: int, *, split_columns: bool = False
+    ) -> "Arrangement":
         """Decides which rows each device works on.
 
         Of mesh axes that split the table as well as the batch, no device has all that its tokens
@@ -68,34 +85,38 @@ class Split(NamedTuple):
         and the rows, and `model` the rows, then a device works on the rows that all devices of its
         `model` have together; or on its own rows, with the tokens of all devices.
 
+        With `split_columns`, a device need not have all columns of its rows.
+
         Both numbers are those of the arrays that are handed over, which are the part of a device
         along manual axes. The number of tokens may be symbolic where nothing is split.
         """
         batch = flat(self.batch)
         shared = [common(axes, batch) for axes in self.table]
-        vocabulary, *others = (remaining(axes, [batch]) for axes in self.table)
+        vocabulary, *columns = (remaining(axes, [batch]) for axes in self.table)
         manual, manual_shared = self.manual_vocabulary, self.manual_shared
 
         def divides(axes: Axes) -> bool:
             return num_rows % self.size(axes + flat(shared)) == 0
 
-        # JAX turns parts of columns into parts of rows, by an all-to-all.
-        if divides(vocabulary + flat(others)):
-            vocabulary += flat(others)
+        if not split_columns:
+            # JAX turns parts of columns into parts of rows, by an all-to-all.
+            if divides(vocabulary + flat(columns)):
+                vocabulary += flat(columns)
+            columns = [()] * len(columns)
         gathered = tuple(map(operator.add, manual_shared, shared))
         # A gathered manual axis must be the last that splits the rows, so none may follow it.
         kept = () if manual_shared[0] else vocabulary
-        whole = Arrangement((kept + shared[0], *shared[1:]), manual + kept, gathered, ())
+        table = kept + shared[0], *map(operator.add, columns, shared[1:])
+        whole = Arrangement(table, manual + kept, gathered, ())
         if not flat(gathered) or flat(manual_shared[1:]) or not divides(vocabulary):
             return whole
         tokens = num_tokens * self.size(flat(gathered)) // self.size(batch)
         rows = num_rows * self.size(manual_shared[0]) // self.size(vocabulary)
         if tokens >= rows:
             return whole
+        split, of_tokens = vocabulary + flat(shared), manual_shared[0] + flat(shared)
         none = ((),) * len(shared)
-        split = (vocabulary + flat(shared), *none[1:])
-        of_tokens = manual_shared[0] + flat(shared)
-        return Arrangement(split, manual + manual_shared[0] + split[0], none, of_tokens)
+        return Arrangement((split, *columns), manual + manual_shared[0] + split, none, of_tokens)
 
     def sharding(self, axes: Sequence[Axes]) -> NamedSharding | None:
         """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""
@@ -144,7 +165,7 @@ class Split(NamedTuple):
                 # No type shows which explicit axes a `jax.vmap` maps over
                 if "to be a subset of mesh.axis_names" not in str(error):
                     raise
-                raise ValueError(
+                raise MappedAxisError(
                     f"one of the mesh axes {sorted(names)} splits the table as well as the axis "
                     "that this `jax.vmap` maps over. Call the method on the whole batch instead, "
                     "or reshard the table first."
@@ -167,6 +188,12 @@ class Arrangement(NamedTuple):
     @property
     def spec(self) -> PartitionSpec:
         return _spec(self.table)
+
+    @property
+    def columns(self) -> tuple[Axes, ...]:
+        """How the embedding axes are split in what each device works on."""
+        pairs = zip(self.table[1:], self.gathered[1:], strict=True)
+        return tuple(remaining(axes, [gathered]) for axes, gathered in pairs)
 
 
 def _mesh_is_unset() -> bool:

@@ -196,6 +196,7 @@ def test_many_tokens_take_little_more_than_the_gradient_of_the_table(target):
 
 # Over devices
 
+SCATTERS = "reduce-scatter", "collective-permute"
 FEW, MANY = 256, 1024  # tokens of each of eight devices: fewer than the rows in all, or more
 
 
@@ -224,11 +225,7 @@ def test_a_fully_sharded_table_is_gathered_once_and_its_gradient_scattered(targe
     assert len(gathers) == 1 and "bf16[4096,128]" in gathers[0][0] and gathers[0][1] == 1
     # the gradient is never summed whole
     assert not any(kind == "all-reduce" and "4096,128" in types for kind, types, _ in found)
-    scatters = [
-        (types, trips)
-        for kind, types, trips in found
-        if kind in ("reduce-scatter", "collective-permute")
-    ]
+    scatters = [(types, trips) for kind, types, trips in found if kind in SCATTERS]
     if target == "h100":
         assert [trips for _, trips in scatters] == [1]
     else:  # half of a part goes each way around the ring
@@ -328,6 +325,76 @@ def test_everything_else_compiles_and_holds_no_second_table(target, layout, func
     parts = 1 if layout == "one device" else 4
     tables, logits = 2 * 4 * 4096 * 128 / parts, 4 * 256 * 4096 / parts
     assert memory.temp_size_in_bytes < tables + 8 * logits + 4 * 4 * 256 * 128
+
+
+SHARDED = {  # the rules of the table, and the shape of what each device has of it
+    "rows": ({"vocabulary": "data"}, "4096,128"),
+    "columns": ({"embedding": "data"}, "4096,128"),
+    "both": ({"vocabulary": ("model", "data")}, "1024,128"),
+}
+
+
+def sharded_operands(target, kind, rules, tokens):
+    """A table of 4096 rows on eight devices, and so many tokens for each that `data` splits."""
+    model = 4 if "model" in str(rules) else 1
+    grid = np.asarray(accelerators.find_devices(target, 8)).reshape(8 // model, model)
+    mesh = Mesh(grid, ("data", "model"), axis_types=(kind, kind))
+    table = make_table(jax.ShapeDtypeStruct((4096, 128), "bfloat16"))
+    spec = table.partition_spec(rules)
+    rows = jax.ShapeDtypeStruct((4096, 128), "bfloat16", sharding=NamedSharding(mesh, spec))
+    shape, sharding = (8 // model, tokens), NamedSharding(mesh, P("data"))
+    return mesh, make_table(rows), jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
+
+
+def with_loss(table, tokens, rules=None):
+    return EmbeddingDecode(table).cross_entropy(make_hidden(tokens), tokens, rules=rules)
+
+
+def with_lookup(table, tokens, rules=None):
+    vectors = EmbeddingLookup(table)(tokens, rules=rules)
+    return jnp.sum(jnp.sin(vectors.astype("float32")))
+
+
+def with_mapped_lookup(table, tokens, rules=None):
+    vectors = jax.vmap(EmbeddingLookup(table))(tokens)
+    return jnp.sum(jnp.sin(vectors.astype("float32")))
+
+
+@pytest.mark.parametrize("layout", SHARDED)
+@pytest.mark.parametrize(
+    "setting, function",
+    [
+        *((setting, with_loss) for setting in ("explicit", "rules", "manual")),
+        *((setting, with_lookup) for setting in ("explicit", "rules", "manual")),
+        ("explicit", with_mapped_lookup),
+    ],
+)
+def test_in_every_setting_a_sharded_table_is_gathered_once(target, layout, setting, function):
+    """And its gradient is summed in float32, by each device for the part that it keeps."""
+    rules, whole = SHARDED[layout]
+    rules = {"batch": "data", **rules}
+    kind = AxisType.Explicit if setting == "explicit" else AxisType.Auto
+    mesh, table, tokens = sharded_operands(target, kind, rules, 1152)
+
+    def total(table, tokens):
+        if setting == "explicit":
+            return function(table, tokens)
+        if setting == "rules":
+            return function(table, tokens, rules)
+        return jax.shard_map(
+            lambda *operands: jax.lax.psum(function(*operands, rules), ("data",)),
+            in_specs=(table.partition_spec(rules), P("data")),
+            out_specs=P(),
+        )(table, tokens)
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(total)).trace(table, tokens)
+        found = collectives(accelerators.compile_for(target, traced).as_text())
+    gathers = [(types, trips) for kind, types, trips in found if kind == "all-gather"]
+    assert len(gathers) == 1 and f"bf16[{whole}]" in gathers[0][0] and gathers[0][1] == 1, found
+    assert not any(kind == "all-reduce" and whole in types for kind, types, _ in found), found
+    scattered = [types for kind, types, _ in found if kind in SCATTERS]
+    assert scattered and all("f32[" in types for types in scattered), found
 
 
 @pytest.mark.parametrize("function", [lookup, decode])

@@ -35,6 +35,8 @@ from ._logits import (
     Options as Options,
     Teacher as Teacher,
 )
+from ._primitive import call_as_one as call_as_one
 from ._reference import TokenScores as TokenScores
+from ._scatter import scatter as scatter
 from ._scores import Used as Used
 from ._search import Draws as Draws

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from eqx_embedding import EmbeddingDecode, EmbeddingLookup
+from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
 from .helpers import (
     assert_trees_close,
@@ -160,6 +160,43 @@ def assert_equals_one_device(function, setting, layout, length):
             on_mesh(setting, rules, function, out_specs), place(mesh, closed), table, *batched
         )
         assert_trees_close(actual, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [FEW, MANY])
+@pytest.mark.parametrize("vocabulary_axis", [0, 1])
+@pytest.mark.parametrize("setting, layout", [*SETTINGS, *(("vmap", layout) for layout in LAYOUTS)])
+@pytest.mark.one_in(12)
+def test_a_lookup_and_its_gradient_equal_those_of_one_device(
+    setting, layout, vocabulary_axis, length
+):
+    rules = LAYOUTS[layout]
+    table, _, tokens, *_ = make_operands(length)
+    if vocabulary_axis == 1:
+        table = EmbeddingTable(table.embeddings.T, ("embedding", "vocabulary"), padding_rows=3)
+    tokens = tokens.at[:, 1].set(table.vocab_size).at[2, 3].set(-1)  # out of range
+    factors = random((*tokens.shape, D), seed=6)
+
+    def look_up(_, rules, table, tokens):
+        if setting == "vmap":
+            return jax.vmap(EmbeddingLookup(table))(tokens)
+        return EmbeddingLookup(table)(tokens, rules=rules)
+
+    def differentiate(look_up, table, tokens, factors):
+        def total(table, tokens, factors):
+            vectors = look_up(None, table, tokens)
+            return jnp.sum(jnp.where(jnp.isnan(vectors), 0, vectors) * factors), vectors
+
+        return eqx.filter_jit(jax.value_and_grad(total, has_aux=True))(table, tokens, factors)
+
+    alone = functools.partial(with_rules, look_up, None)
+    expected = differentiate(alone, table, tokens, factors)
+    mesh = make_mesh("explicit" if setting == "vmap" else setting)
+    with jax.set_mesh(mesh):
+        table = jax.device_put(table, table.shardings(mesh, rules))
+        tokens, factors = (place(mesh, x, rules["batch"]) for x in (tokens, factors))
+        on_devices = on_mesh(setting, rules, look_up, P(rules["batch"]))
+        assert_trees_close(differentiate(on_devices, table, tokens, factors), expected)
 
 
 @pytest.mark.slow
