@@ -43,6 +43,12 @@ class Split(NamedTuple):
         return {*flat(self.batch), *flat(self.table)}
 
     @property
+    def device_kind(self) -> str:
+        """Of the devices of the mesh, or else of those of this process."""
+        device = None if self.mesh is None else self.mesh.abstract_device
+        return (jax.devices()[0] if device is None else device).device_kind
+
+    @property
     def can_enter(self) -> bool:
         """Whether explicit or automatic axes split the table, outside of any `shard_map`."""
         manual = AxisType.Manual in axis_types(self.mesh).values()

@@ -12,7 +12,7 @@ from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from toy_transformer import ModelConfig
 
-from benchmarks import accelerators, programs, whole_step
+from benchmarks import accelerators, mesh_cost, programs, whole_step
 from benchmarks.losses import LOSSES
 from eqx_embedding import (
     combine_rows,
@@ -109,11 +109,62 @@ def compiled_text(target, layout, tokens=1024):
     return text
 
 
+def one_device(target, shape, dtype="bfloat16"):
+    found, kind = accelerators.find_devices(target, 1), AxisType.Explicit
+    return accelerators.make_operands(found, "one device", shape, jnp.dtype(dtype), kind)
+
+
 def figures(target, shape, loss, dtype="bfloat16"):
-    found = accelerators.find_devices(target, 1)
-    kind = AxisType.Explicit
-    given = accelerators.make_operands(found, "one device", shape, jnp.dtype(dtype), kind)
-    return accelerators.measure(target, loss, *given)
+    return accelerators.measure(target, loss, *one_device(target, shape, dtype))
+
+
+# The largest shapes that docs/benchmarks.md has numbers of, and what each may hold in MiB.
+@pytest.mark.parametrize("target", ["v6e", "v5p", "h100"], indirect=True)
+@pytest.mark.parametrize(
+    "shape, on_tpu, on_gpu",
+    [
+        ((4096, 4096, 128256), 2005, 2400),
+        ((8192, 2304, 256000), 3080, 3080),
+        ((32768, 4096, 128256), 3200, 3200),
+        ((32768, 2560, 128256), 2600, 2600),
+        ((32768, 768, 50304), 880, 880),
+    ],
+)
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_the_loss_holds_as_little_as_promised(target, shape, on_tpu, on_gpu):
+    found = figures(target, shape, loss)
+    assert found["temporaries"] <= (on_gpu if target == "h100" else on_tpu)
+    assert found["smallest product"] >= min(1024, shape[1])
+
+
+@pytest.mark.parametrize("target, devices", [("v5e", 16), ("h100", 8)], indirect=["target"])
+@pytest.mark.parametrize("layout", ["fully sharded", "split over both"])
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_a_large_sharded_table_takes_two_gradients_of_it(target, devices, layout):
+    traced = trace(target, (8192 if target == "v5e" else 16384, 4096, 128256), layout, devices)
+    memory = accelerators.compile_for(target, traced).memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= 4300 * 2**20
+
+
+@pytest.mark.parametrize("tokens", [4096, 8192])
+@pytest.mark.usefixtures("jax_defaults")
+def test_without_a_gradient_of_the_table_logits_of_1024_tokens_are_held(target, tokens):
+    N, D, V = tokens, 1024, 32000
+    (operands, mesh), logits = one_device(target, (N, D, V)), 4 * 1024 * V
+
+    def temporaries(function):
+        with jax.set_mesh(mesh):
+            traced = jax.jit(function).trace(*operands)
+            memory = accelerators.compile_for(target, traced).memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert temporaries(loss) < 1.2 * logits + 12 * N * D
+    # with the gradient of the logits, in bfloat16
+    assert temporaries(jax.value_and_grad(loss)) < 1.2 * 1.5 * logits + 12 * N * D
 
 
 # Few tokens, for which the plain way is best, and just as many as chunks are made for. The worst
@@ -125,6 +176,8 @@ def figures(target, shape, loss, dtype="bfloat16"):
         ((1000, 768, 50304), "bfloat16"),
         ((1600, 768, 50304), "bfloat16"),
         ((1600, 768, 50304), "float32"),
+        ((2100, 1024, 32000), "bfloat16"),
+        ((3000, 2048, 50304), "bfloat16"),
         ((1900, 768, 50304), "bfloat16"),
         ((1300, 1024, 16384), "bfloat16"),
         ((2400, 256, 16384), "bfloat16"),
@@ -139,6 +192,28 @@ def test_the_loss_never_takes_more_memory_than_the_plain_way(target, shape, dtyp
     assert ours["temporaries"] <= plain["temporaries"] + 1
     # the last chunk may be filled up
     assert ours["operations"] == pytest.approx(plain["operations"], rel=0.02)
+
+
+@pytest.mark.parametrize("target", ["v5e", "v5p", "tpu7x"], indirect=True)
+@pytest.mark.parametrize(
+    "shape", [(1600, 768, 50304), (3200, 1024, 16384), (5000, 4096, 32000), (7208, 3072, 32000)]
+)
+@pytest.mark.usefixtures("jax_defaults")
+def test_neither_does_it_on_other_tpus(target, shape):
+    ours, plain = (figures(target, shape, f) for f in (loss, plain_loss))
+    assert ours["temporaries"] <= plain["temporaries"] + 1
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("function", [loss, jax.value_and_grad(loss, (0, 1))])
+@pytest.mark.parametrize("tokens", [1500, 2100, 3000, 4100, 5000])
+def test_no_chunk_has_fewer_than_1024_tokens(platform, tokens, function):
+    hidden, rows, targets = operands()
+    given = (jax.ShapeDtypeStruct((tokens, *x.shape[1:]), x.dtype) for x in (hidden, targets))
+    hidden, targets = given
+    traced = jax.jit(function).trace(hidden, rows, targets)
+    (size,) = chunk_sizes(traced.lower(lowering_platforms=(platform,)).as_text())
+    assert size >= 1024
 
 
 @pytest.mark.slow
@@ -412,6 +487,26 @@ def test_gradients_of_a_table_on_each_device_are_summed_in_float32(target, kind,
         found = collectives(accelerators.compile_for(target, traced).as_text())
     sums = [types for kind, types, _ in found if kind == "all-reduce" and "4096,128" in types]
     assert sums and not any("bf16" in types for types in sums), found
+
+
+@pytest.mark.parametrize("layout, d, m", [("vocabulary split", 32, 8), ("fully sharded", 256, 1)])
+@pytest.mark.parametrize("target", ["v5p"], indirect=True)
+def test_what_256_tpus_send_is_as_predicted(target, layout, d, m):
+    devices = accelerators.find_devices(target, 256)
+    sizes = mesh_cost.Sizes(N=2**16, D=128, V=2**15, C=256)
+    predicted = mesh_cost.LAYOUTS[layout](sizes, d, m)
+    counted = mesh_cost.measure(sizes, layout, d, m, devices, "tpu")
+    assert counted.operations == predicted.operations
+    if layout == "fully sharded":
+        assert counted.sent == pytest.approx(predicted.sent, rel=0.01)
+    else:  # XLA for TPUs adds the gradients of lookup and loss before it sums them
+        assert 0.4 * predicted.sent < counted.sent < predicted.sent
+
+
+def test_times_are_those_of_the_same_losses():
+    losses, _ = accelerators.losses_of(None)
+    times = accelerators.run_for_time((64, 8, 100), losses, "float32", rounds=1)
+    assert list(times) == list(losses) and all(seconds > 0 for seconds in times.values())
 
 
 @pytest.mark.usefixtures("jax_defaults")

@@ -303,6 +303,7 @@ def _prepare(
         token_axes=arrangement.tokens,
         rows_dtype=operands.rows.dtype if is_alone(rows) else options.wide,
         room=not flat(gathered),
+        device_kind=split.device_kind,
         outer_axes=_outer_axes(split, head),
         token_type=kind._replace(varying=kind.varying - {*same}),
     )

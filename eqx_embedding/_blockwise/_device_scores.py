@@ -28,7 +28,7 @@ def device_scores(options: Options, used: Used, operands: Operands) -> Scores:
 
 def all_scores(options: Options, used: Used, operands: Operands) -> Scores:
     scores = functools.partial(_scores, used)
-    return on_device(scores, options, options.token_type, operands)
+    return on_device(scores, options.without_gradient, options.token_type, operands)
 
 
 def _scores(used: Used, options: Options, operands: Operands) -> Scores:

@@ -82,7 +82,6 @@ def _map_chunks(
     find: Callable[..., Any], options: Options, operands: Operands, *tokens: Any
 ) -> Any:
     """`find(options, head, x, *tokens)` for the vectors and tokens of each chunk."""
-    options = options._replace(room=False)  # No gradient is computed whose place logits could use.
 
     def run(options: Options, operands: Operands, *tokens: Any) -> Any:
         head = make_head(options, operands)
@@ -93,4 +92,4 @@ def _map_chunks(
         _, found = chunks_of(options, operands).run(chunk, (operands.hidden, *tokens), ())
         return found
 
-    return on_device(run, options, options.token_type, operands, *tokens)
+    return on_device(run, options.without_gradient, options.token_type, operands, *tokens)

@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jaxtyping import Array
 
 from .._inputs import at_least_float32
@@ -29,7 +30,7 @@ def device_total(
 ) -> tuple[Array, Scores | None]:
     """The sum of the weighted losses of N tokens, and their scores."""
     total = functools.partial(_total, function, return_scores)
-    return on_device(total, options, options.token_type, operands)
+    return on_device(total, options.without_gradient, options.token_type, operands)
 
 
 def _total(
@@ -50,8 +51,11 @@ def _total(
 
 
 def _device_total_forward(
-    options: Options, function: TokenFunction, return_scores: bool, operands: Operands
+    options: Options, function: TokenFunction, return_scores: bool, given: Operands
 ) -> Any:
+    operands = custom_vjp_primal_tree_values(given)
+    if not given.rows.perturbed:
+        options = options.without_gradient  # of the table, which is frozen
     both = functools.partial(_total_and_gradients, function, return_scores)
     types = Operands(*map(device_type, operands))
     of_saved = Operands(*(kind.outside(options.outer_axes) for kind in types))
@@ -117,4 +121,4 @@ def _device_total_backward(
     return (without_devices(scale, types.value, cotangent, gradients),)
 
 
-device_total.defvjp(_device_total_forward, _device_total_backward)
+device_total.defvjp(_device_total_forward, _device_total_backward, symbolic_zeros=True)

@@ -52,6 +52,7 @@ class Options(NamedTuple):
     comparison: Comparison | None = None  # `None` for scores of targets
     rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
     room: bool = True  # whether logits fit into the place of a gradient, before it is written
+    device_kind: str = ""  # of the devices that the program is most likely for
     plan: Any = None  # a `Plan` for a platform
     mesh: AbstractMesh | None = None
     vocabulary_axes: tuple[str, ...] = ()  # manual axes of the mesh that split the rows
@@ -72,9 +73,15 @@ class Options(NamedTuple):
             tiles=self.tiles,
             masked=operands.mask is not None,
             room=self.room,
+            device_kind=self.device_kind,
             chunk_size=self.chunk_size,
         )
         return self._replace(plan=make_plan(platform, work))
+
+    @property
+    def without_gradient(self) -> "Options":
+        """Where no gradient of the table is computed, whose place logits could use."""
+        return self._replace(room=False)
 
     @property
     def temperature(self) -> float:

@@ -35,6 +35,7 @@ class Work(NamedTuple):
     tiles: bool  # whether a device can cut its rows into tiles
     masked: bool  # whether some tokens may not count
     room: bool  # whether logits fit into the place of a gradient, before it is written
+    device_kind: str  # of the devices that the program is most likely for
     chunk_size: int | None  # that was asked for
 
 
@@ -81,7 +82,7 @@ def _cpu_plan(work: Work) -> Plan:
     several chunks also the gradient of all vectors, and the logits of a chunk; and float32 copies
     that XLA makes of tables and vectors in bfloat16. A mask needs chunks, to skip some.
     """
-    N, V, D, heads, dtype, wide, tiles, masked, _, chunk_size = work
+    N, V, D, heads, dtype, wide, tiles, masked, _, _, chunk_size = work
     largest = 128 if masked else 256
     C = max(min(max(heads * D * 13 // 16, 128), largest), 2**20 // V)
     narrow = dtype == jnp.bfloat16
@@ -100,6 +101,7 @@ def _cpu_plan(work: Work) -> Plan:
     return Plan(chunk_size or C, tile_size, wide, wide, transpose=D < 256, round_early=False)
 
 
+LEAN_TPUS = "TPU v5 lite", "TPU v5", "TPU v6 lite"  # whose compiler copies no rows for a loop
 SMALLEST = 1024  # tokens; smaller products would leave an accelerator idle
 
 
@@ -121,19 +123,23 @@ def _accelerator_chunk(platform: Platform, work: Work) -> int:
     their gradient on a GPU. Chunks hold 4D for the sum of the table's gradient, and 4ND/V for that
     of all vectors before it is rounded. On a GPU they hold 4C for logits, as far as these do not
     fit into the place of the result, and 2C for their gradient; on a TPU 8C for both, unless one
-    fits. A single chunk of all tokens, which is the plain way, is best as long as it holds no more.
-    Where the table is gathered, the result is only the part of a device: no logits fit into its
-    place, and chunks are as small as they may be.
+    fits. On a TPU7x they hold 4C at least, and copies of rows and vectors, 2D and 4ND/V: XLA makes
+    these for a loop. A single chunk of all tokens, which is the plain way, is best as long as it
+    holds no more. Where the table is gathered, the result is only the part of a device: no logits
+    fit into its place, and chunks are as small as they may be.
     """
-    if not work.room:
-        return SMALLEST // work.heads
     N, V, D, heads, *_ = work
-    N = N * heads
+    N = max(N * heads, 1)
     quarter = -(-N // 512) * 128  # rounded up: four chunks are enough
-    C = min(max(min(D // 256 * 128, quarter), SMALLEST), 2048)
+    C = min(max(min(D // 256 * 128, quarter), SMALLEST), 2048) if work.room else SMALLEST
+    if N < SMALLEST * -(-N // C):  # chunks are even
+        C = -(-N // max(N // SMALLEST, 1))
     sums = 4 * D + 4 * N * D // V
     if platform == "gpu":
         is_plain = 6 * N <= sums + max(4 * C - 2 * D, 0) + 2 * C
     else:
-        is_plain = 4 * N <= sums + (8 * C if 4 * C > 2 * D else 0)
-    return max(work.N, 1) if is_plain else C // heads
+        of_logits = 8 * C if 4 * C > 2 * D else 0
+        if work.device_kind not in LEAN_TPUS:
+            of_logits = max(of_logits, 4 * C) + 2 * D + 4 * N * D // V
+        is_plain = 4 * N <= sums + of_logits
+    return -(-(N if work.room and is_plain else C) // heads)
