@@ -36,10 +36,12 @@ def with_penzai(hidden, rows, targets):
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-def with_tokamax(hidden, rows, targets):
+def with_tokamax(hidden, rows, targets, implementation=None):
     tokamax, flags = importlib.import_module("tokamax"), importlib.import_module("absl.flags")
     flags.FLAGS.mark_as_parsed()  # else tokamax would read our command line
-    return tokamax.linear_softmax_cross_entropy_loss(hidden, targets, rows.T, reduction="mean")
+    return tokamax.linear_softmax_cross_entropy_loss(
+        hidden, targets, rows.T, reduction="mean", implementation=implementation
+    )
 
 
 PEERS = {
