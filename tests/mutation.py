@@ -34,7 +34,7 @@ TESTS = {
     "_decode": "decode cross_entropy inputs table",
     "_inputs": "inputs lookup cross_entropy types search devices/search",
     "_join": "resize devices/resize",
-    "_lookup": "lookup tying inputs devices/split",
+    "_lookup": "lookup tying inputs devices/split devices/fully_sharded",
     "_new_rows": "resize",
     "_partition": "partition types devices/rows",
     "_product": "decode tying devices/split",
