@@ -503,6 +503,7 @@ def test_what_256_tpus_send_is_as_predicted(target, layout, d, m):
         assert 0.4 * predicted.sent < counted.sent < predicted.sent
 
 
+@pytest.mark.slow
 def test_times_are_those_of_the_same_losses():
     losses, _ = accelerators.losses_of(None)
     times = accelerators.run_for_time((64, 8, 100), losses, "float32", rounds=1)
