@@ -11,19 +11,19 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
-from ._blockwise import call_as_one, gather_wide, scatter, widen
+from ._blockwise import call_as_one, gather_wide, widen
 from ._inputs import at_least_float32, nan_where, tokens_in_range
 from ._raise import raise_unless
 from ._sharding import (
     Arrangement,
+    Axes,
     explicit_axes,
     find_split,
     MappedAxisError,
     remaining,
     Split,
-    sum_over,
 )
-from ._suggest import suggest, suggest_tokens
+from ._suggest import explain_spmd, suggest, suggest_tokens
 from ._table import EmbeddingTable, RowAxis, Rules
 
 
@@ -54,84 +54,91 @@ def _take_jvp(row_axis, fill_value, out_sharding, primals, tangents):
     array, index = primals
     # The gradient is the transpose of this line: a scatter-add, in float32 at least, for bfloat16
     # stops counting the repeats of a token at 256, and float16 at 2048.
-    wide = widen(at_least_float32(array.dtype), tangents[0])
+    wide = widen(at_least_float32(array.dtype), jnp.asarray(tangents[0]))  # it may be of NumPy
     tangent = _take(wide, index, row_axis, 0.0, out_sharding)
     return _take(array, index, row_axis, fill_value, out_sharding), tangent.astype(array.dtype)
 
 
-class _Options(NamedTuple):
+class _Lookup(NamedTuple):
     """What is known of a lookup when the program is compiled."""
 
     row_axis: RowAxis
     past_the_end: int  # the row of a token that has none
     split: Split
 
-    def arrange(self, array: Array, index: Array) -> Arrangement:
-        num_rows = self.row_axis.of(array.shape)
-        return self.split.arrange(index.size, num_rows, split_columns=True)
 
-
+@explain_spmd
 @functools.partial(jax.jit, static_argnums=0)
-def _take_on_devices(options: _Options, array: Array, index: Array) -> Array:
-    """The rows of an index in a table that explicit or automatic mesh axes split.
+def _take_of_mesh(lookup: _Lookup, array: Array, index: Array) -> Array:
+    """The rows of an index, on a mesh. Examples of a `jax.vmap` are looked up together."""
 
-    XLA would do this as well, but it may sum the gradient of the whole table on each device.
-    """
-    row_axis, _, split = options
-    arrangement = options.arrange(array, index)
-    rows, batch = P(*row_axis.restore(tuple(arrangement.spec))), P(*split.batch)
-    vectors = P(*split.batch, *arrangement.columns)
-
-    def on_one_device(array: Array, index: Array) -> Array:
-        with jax.auto_pcast(True):
-            return _take_on_device(options, arrangement, None, array, index)
-
-    def on_devices(operands: tuple[Array, Array]) -> Array:
+    def on_mesh(operands: tuple[Array, Array]) -> Array:
+        array, index = operands
+        row_axis, _, split = lookup
+        arrangement = split.gather_rows(index.shape, row_axis.of(array.shape))
         try:
-            return split.map(on_one_device, (rows, batch), vectors, operands)
-        except MappedAxisError:  # The rule below knows more.
-            return _take_by_xla(options, *operands)
+            if arrangement is not None:
+                return _take_gathered(lookup, arrangement, array, index)
+        except MappedAxisError:
+            pass  # This is a `jax.vmap`, for which `of_examples` is called next.
+        return _take_as_split(lookup, array, index)
 
-    def on_examples(size: int, mesh_axes: Any, mapped: Any, operands: Any) -> Any:
+    def of_examples(size: int, mesh_axes: Any, mapped: Any, operands: Any) -> Any:
         if mapped[0]:  # each example has a table of its own
             return None
-        return _take_on_devices(options._replace(split=split.with_examples(mesh_axes)), *operands)
+        return _take_of_mesh(
+            lookup._replace(split=lookup.split.with_examples(mesh_axes)), *operands
+        )
 
-    return call_as_one(on_devices, (array, index), vmap_rule=on_examples)
+    return call_as_one(on_mesh, (array, index), vmap_rule=of_examples)
 
 
-def _take_by_xla(options: _Options, array: Array, index: Array) -> Array:
-    """The rows of an index in a table that no axes split, or only manual ones."""
-    split = options.split
+def _take_gathered(lookup: _Lookup, arrangement: Arrangement, array: Array, index: Array) -> Array:
+    """The rows of an index in a table that each device gathers.
+
+    XLA would do that as well; but XLA for TPUs sums the gradient of the whole table.
+    """
+    row_axis, past_the_end, split = lookup
+    rows, batch = P(*row_axis.restore(tuple(arrangement.spec))), P(*split.batch)
+
+    def on_device(array: Array, index: Array) -> Array:
+        axes = row_axis, past_the_end, arrangement.gathered, arrangement.vocabulary
+        with jax.auto_pcast(True):
+            return _take_on_device(*axes, None, array, index)
+
+    out_spec = P(*split.batch, *arrangement.columns)
+    return split.map(on_device, (rows, batch), out_spec, (array, index))
+
+
+def _take_as_split(lookup: _Lookup, array: Array, index: Array) -> Array:
+    """The rows of an index in a table that only manual axes split, as far as is known here."""
+    row_axis, past_the_end, split = lookup
     # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
     batch = explicit_axes(index)
     others = [remaining(axes, batch) for axes in explicit_axes(array)]
-    sharding = split.sharding(options.row_axis.replace(others, batch))
-    options = options._replace(split=split.inside)
-    return _take_on_device(options, options.arrange(array, index), sharding, array, index)
+    sharding = split.sharding(row_axis.replace(others, batch))
+    axes = row_axis, past_the_end, split.manual_shared, split.manual_vocabulary
+    return _take_on_device(*axes, sharding, array, index)
 
 
 def _take_on_device(
-    options: _Options,
-    arrangement: Arrangement,
+    row_axis: RowAxis,
+    past_the_end: int,
+    gathered: tuple[Axes, ...],
+    vocabulary: Axes,
     out_sharding: NamedSharding | None,
     array: Array,
     index: Array,
 ) -> Array:
-    """The rows of an index, of which a device has some."""
-    row_axis, past_the_end, _ = options
-    dtype, tokens = array.dtype, arrangement.tokens
-    gathered = row_axis.restore(arrangement.gathered)
-    array = gather_wide(dtype, at_least_float32(dtype), gathered, array)
-    if not arrangement.vocabulary:
+    """The rows of an index, if devices along the axes `vocabulary` have different rows."""
+    dtype = array.dtype
+    array = gather_wide(dtype, at_least_float32(dtype), row_axis.restore(gathered), array)
+    if not vocabulary:
         return _take(array, index, row_axis, jnp.nan, out_sharding).astype(dtype)
-    start = lax.axis_index(arrangement.vocabulary) * row_axis.of(array.shape)
-    of_all = lax.all_gather(index.reshape(-1), tokens, tiled=True) if tokens else index
-    vectors = _take(array, of_all - start.astype(index.dtype), row_axis, 0.0, out_sharding)
+    start = lax.axis_index(vocabulary) * row_axis.of(array.shape)
+    vectors = _take(array, index - start.astype(index.dtype), row_axis, 0.0, out_sharding)
     # One device has the row of a token, the others add zeros.
-    vectors = sum_over(remaining(arrangement.vocabulary, [tokens]), vectors.astype(dtype))
-    if tokens:
-        vectors = scatter(tokens, 0, vectors).reshape(*index.shape, *vectors.shape[1:])
+    vectors = lax.psum(vectors.astype(dtype), vocabulary)
     missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
     return nan_where(missing, vectors)
 
@@ -222,12 +229,13 @@ class EmbeddingLookup(eqx.Module):
                 'out_of_range="raise" or "clip".'
             )
         of_device = tokens if isinstance(tokens, jax.Array) else None
-        split = find_split(table, of_device, np.ndim(tokens), rules)
+        split = find_split(table, of_device, np.ndim(tokens), rules, must_divide=False)
         vocab_size = split.vocab_size(table)
         past_the_end = vocab_size + table.padding_rows
         index = self._find_rows(tokens, vocab_size, past_the_end)
-        take = _take_on_devices if split.can_enter else _take_by_xla
-        return take(_Options(row_axis, past_the_end, split), array, index)
+        has_batch = of_device is not None  # the same host tokens are on all devices
+        take = _take_of_mesh if has_batch and split.has_parts else _take_as_split
+        return take(_Lookup(row_axis, past_the_end, split), array, index)
 
     def _find_rows(
         self, tokens: Integer[ArrayLike, "*batch"], vocab_size: int, past_the_end: int

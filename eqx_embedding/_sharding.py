@@ -49,15 +49,10 @@ class Split(NamedTuple):
         return (jax.devices()[0] if device is None else device).device_kind
 
     @property
-    def can_enter(self) -> bool:
-        """Whether explicit or automatic axes split the table, outside of any `shard_map`."""
+    def has_parts(self) -> bool:
+        """Whether explicit or automatic axes split the table, outside of any `jax.shard_map`."""
         manual = AxisType.Manual in axis_types(self.mesh).values()
         return not manual and self.size(flat(self.table)) > 1
-
-    @property
-    def inside(self) -> "Split":
-        """Without axes that are not manual."""
-        return self._replace(batch=(), table=((),) * len(self.table))
 
     @property
     def all_batch(self) -> Axes:
@@ -81,9 +76,28 @@ class Split(NamedTuple):
         """The number of tokens of the whole table of which this device may have a part."""
         return table._count_tokens(table._num_rows * self.size(self.manual_table[0]))
 
-    def arrange(
-        self, num_tokens: Any, num_rows: int, *, split_columns: bool = False
-    ) -> "Arrangement":
+    def gather_rows(self, shape: tuple[Any, ...], num_rows: int) -> "Arrangement | None":
+        """How to gather the table for a lookup, or `None` if XLA does as well.
+
+        That is unless the same mesh axes split the table and the tokens, of the given shape, which
+        are at least as many as the rows. Columns that other axes split stay where they are.
+        """
+        batch = flat(self.batch)
+        shared = tuple(common(axes, batch) for axes in self.table)
+        group = self.size(flat(shared))
+        if group == 1:
+            return None
+        vocabulary, *others = (remaining(axes, [batch]) for axes in self.table)
+        sizes = zip(shape, self.batch, strict=True)
+        if any(not isinstance(n, int) or n % self.size(axes) != 0 for n, axes in sizes):
+            return None  # a symbolic size, of `jax.export`, or rules that do not fit
+        num_tokens = math.prod(shape) * group // self.size(batch)
+        if num_tokens < num_rows // self.size(vocabulary):
+            return None
+        table = tuple(map(operator.add, (vocabulary, *others), shared))
+        return Arrangement(table, vocabulary, shared, ())
+
+    def arrange(self, num_tokens: Any, num_rows: int) -> "Arrangement":
         """Decides which rows each device works on.
 
         Of mesh axes that split the table as well as the batch, no device has all that its tokens
@@ -91,38 +105,34 @@ class Split(NamedTuple):
         and the rows, and `model` the rows, then a device works on the rows that all devices of its
         `model` have together; or on its own rows, with the tokens of all devices.
 
-        With `split_columns`, a device need not have all columns of its rows.
-
         Both numbers are those of the arrays that are handed over, which are the part of a device
         along manual axes. The number of tokens may be symbolic where nothing is split.
         """
         batch = flat(self.batch)
         shared = [common(axes, batch) for axes in self.table]
-        vocabulary, *columns = (remaining(axes, [batch]) for axes in self.table)
+        vocabulary, *others = (remaining(axes, [batch]) for axes in self.table)
         manual, manual_shared = self.manual_vocabulary, self.manual_shared
 
         def divides(axes: Axes) -> bool:
             return num_rows % self.size(axes + flat(shared)) == 0
 
-        if not split_columns:
-            # JAX turns parts of columns into parts of rows, by an all-to-all.
-            if divides(vocabulary + flat(columns)):
-                vocabulary += flat(columns)
-            columns = [()] * len(columns)
+        # JAX turns parts of columns into parts of rows, by an all-to-all.
+        if divides(vocabulary + flat(others)):
+            vocabulary += flat(others)
         gathered = tuple(map(operator.add, manual_shared, shared))
         # A gathered manual axis must be the last that splits the rows, so none may follow it.
         kept = () if manual_shared[0] else vocabulary
-        table = kept + shared[0], *map(operator.add, columns, shared[1:])
-        whole = Arrangement(table, manual + kept, gathered, ())
+        whole = Arrangement((kept + shared[0], *shared[1:]), manual + kept, gathered, ())
         if not flat(gathered) or flat(manual_shared[1:]) or not divides(vocabulary):
             return whole
         tokens = num_tokens * self.size(flat(gathered)) // self.size(batch)
         rows = num_rows * self.size(manual_shared[0]) // self.size(vocabulary)
         if tokens >= rows:
             return whole
-        split, of_tokens = vocabulary + flat(shared), manual_shared[0] + flat(shared)
         none = ((),) * len(shared)
-        return Arrangement((split, *columns), manual + manual_shared[0] + split, none, of_tokens)
+        split = (vocabulary + flat(shared), *none[1:])
+        of_tokens = manual_shared[0] + flat(shared)
+        return Arrangement(split, manual + manual_shared[0] + split[0], none, of_tokens)
 
     def sharding(self, axes: Sequence[Axes]) -> NamedSharding | None:
         """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""
@@ -280,7 +290,12 @@ def sum_over(axes: Iterable[str], array: Array) -> Array:
 
 
 def find_split(
-    table: EmbeddingTable, batched: Array | None, batch_axes: int, rules: Rules | None
+    table: EmbeddingTable,
+    batched: Array | None,
+    batch_axes: int,
+    rules: Rules | None,
+    *,
+    must_divide: bool = True,
 ) -> Split:
     """Which mesh axes split a table, and a batch of tokens that it is used on.
 
@@ -289,6 +304,8 @@ def find_split(
     - `table`: not a stacked one.
     - `batched`: tokens or hidden vectors, of which the first `batch_axes` axes may be split;
         `None` for tokens in a NumPy array or a Python number.
+    - `must_divide`: whether the first axis of the batch must be a multiple of the mesh axes that
+        split it.
     - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and each axis
         of the table, under its name.
 
@@ -308,7 +325,7 @@ def find_split(
     explicit = row_axis.first(explicit_axes(embeddings))
     table_axes = dict(zip(names, explicit, strict=True))
     split = _read_split(mesh, table_axes, batched, batch_axes, rules)
-    if split.batch and batched is not None:
+    if must_divide and split.batch and batched is not None:
         _check_divides(split, "batch", batched.shape[0], split.batch[0], "")
     advice = " Make the table with `pad_to_multiple_of`."
     for name, size, axes in zip(names, row_axis.first(embeddings.shape), split.table, strict=True):

@@ -37,6 +37,5 @@ from ._logits import (
 )
 from ._primitive import call_as_one as call_as_one
 from ._reference import TokenScores as TokenScores
-from ._scatter import scatter as scatter
 from ._scores import Used as Used
 from ._search import Draws as Draws

@@ -6,9 +6,14 @@ without devices in mind, such as the loss function of a user, does not see to th
 starts with zeros is an error. `without_devices` takes mesh and axes out of the types, and puts them
 back into those of the results. That is right for code which treats the part of each device by
 itself; sums over devices are `sum_over_devices` and its kind.
+
+In between, each device has numbers of its own, also of an array that is the same on all. So the
+transpose of taking out an axis, along which an array is the same, is a sum over it. If a result is
+the same along an axis, the devices share its cotangent.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -84,12 +89,12 @@ def widen(dtype: DTypeLike, array: Array) -> Array:
 
 def without_devices(function: Callable[..., Any], types: PyTree, *arguments: PyTree) -> Any:
     """`function(*arguments)`, whose results are given the `types`, a prefix of their tree."""
-    arguments = jax.tree.map(_erase_type, arguments)
+    axes = varying_axes(*jax.tree.leaves(arguments))
+    arguments = jax.tree.map(functools.partial(_erase_type, axes=axes), arguments)
     with no_mesh():
         results = call_as_one(function, *arguments)
-    return jax.tree.map(
-        _restore_type, types, results, is_leaf=lambda node: isinstance(node, DeviceType)
-    )
+    restore = functools.partial(_restore_type, axes=axes)
+    return jax.tree.map(restore, types, results, is_leaf=lambda node: isinstance(node, DeviceType))
 
 
 def retype(kind: DeviceType, tree: PyTree) -> PyTree:
@@ -144,18 +149,23 @@ def _collective(
         return _erase_type(cast_to_varying(frozenset(axes), operation(array, axes)))
 
 
-def _erase_type(array: Array) -> Array:
+def _erase_type(array: Array, axes: frozenset[str] = frozenset()) -> Array:
+    """Without a type, where it may differ along the axes as well."""
     kind = device_type(array)
-    return array if kind.mesh.empty else _erase.bind(array, kind=kind)
+    if kind.mesh.empty:
+        return array
+    return _erase.bind(array, kind=kind, same=tuple(sorted(axes - kind.varying)))
 
 
-def _restore_type(kind: DeviceType, tree: PyTree) -> PyTree:
+def _restore_type(kind: DeviceType, tree: PyTree, axes: frozenset[str] = frozenset()) -> PyTree:
+    """With a type. Along those of the axes that it does not have, the arrays are the same."""
     if kind.mesh.empty:
         return tree
-    return jax.tree.map(lambda array: _restore.bind(array, kind=kind), tree)
+    same = tuple(sorted(axes - kind.varying))
+    return jax.tree.map(lambda array: _restore.bind(array, kind=kind, same=same), tree)
 
 
-def _with_type(new_type, aval, *, kind):
+def _with_type(new_type, aval, *, kind, same):
     mesh, varying = new_type(kind)
     return aval.update(
         sharding=NamedSharding(mesh, PartitionSpec(*[None] * aval.ndim)),
@@ -163,12 +173,23 @@ def _with_type(new_type, aval, *, kind):
     )
 
 
-def _transpose(reverse, cotangent, _, *, kind):
-    return [reverse.bind(cotangent, kind=kind)]
+def _transpose_erase(cotangent, _, *, kind, same):
+    if not same:
+        return [_restore.bind(cotangent, kind=kind, same=())]
+    with jax.sharding.use_abstract_mesh(kind.mesh):
+        wider = kind._replace(varying=kind.varying.union(same))
+        return [lax.psum(_restore.bind(cotangent, kind=wider, same=()), same)]
 
 
-def _map(primitive, axis, arrays, dims, *, kind):
-    result, (dim,) = primitive.bind(*arrays, kind=kind), dims
+def _transpose_restore(cotangent, _, *, kind, same):
+    if not same:
+        return [_erase.bind(cotangent, kind=kind, same=())]
+    count = math.prod(kind.mesh.shape[axis] for axis in same)
+    return [_erase.bind(cotangent, kind=kind, same=same) / count]
+
+
+def _map(primitive, axis, arrays, dims, *, kind, same):
+    result, (dim,) = primitive.bind(*arrays, kind=kind, same=same), dims
     if primitive is _restore and axis.explicit_mesh_axis and dim is not None:
         spec = [None] * result.ndim
         spec[dim] = axis.explicit_mesh_axis
@@ -180,14 +201,14 @@ _erase, _restore = Primitive("erase_device_type"), Primitive("restore_device_typ
 
 
 # No function of this package is called here: its first call imports the type checker.
-for primitive, reverse, new_type in (
-    (_erase, _restore, lambda kind: DeviceType(NO_MESH, frozenset())),
-    (_restore, _erase, lambda kind: kind),
+for primitive, transpose, new_type in (
+    (_erase, _transpose_erase, lambda kind: DeviceType(NO_MESH, frozenset())),
+    (_restore, _transpose_restore, lambda kind: kind),
 ):
-    primitive.def_impl(lambda array, *, kind: array)
+    primitive.def_impl(lambda array, *, kind, same: array)
     primitive.def_abstract_eval(functools.partial(_with_type, new_type))
-    mlir.register_lowering(primitive, lambda context, array, *, kind: [array])
-    ad.deflinear2(primitive, functools.partial(_transpose, reverse))
+    mlir.register_lowering(primitive, lambda context, array, *, kind, same: [array])
+    ad.deflinear2(primitive, transpose)
     batching.fancy_primitive_batchers[primitive] = functools.partial(_map, primitive)
 
 _widen = Primitive("widen")

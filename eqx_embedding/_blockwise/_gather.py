@@ -7,13 +7,13 @@ a reduce-scatter, in float32 at least.
 import functools
 from typing import Any
 
-import jax
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .._sharding import Axes, flat
 from ._devices import widen
+from ._primitive import call_linear
 from ._scatter import scatter, scatter_in_rings
 
 
@@ -34,15 +34,16 @@ def gather(dtype: DTypeLike, mesh_axes: tuple[Axes, ...], array: Array) -> Array
     if not flat(mesh_axes):
         return array
 
-    @jax.custom_vjp
+    wide = array.dtype
+
     def whole(array: Array) -> Array:
         sent = array.astype(dtype)
         for position, axes in enumerate(mesh_axes):
             if axes:
                 sent = lax.all_gather(sent, axes, axis=position, tiled=True)
-        return sent.astype(array.dtype)
+        return sent.astype(wide)
 
-    def backward(_: None, cotangent: Array) -> tuple[Array]:
+    def transpose(cotangent: Array) -> Array:
         for position, axes in enumerate(mesh_axes):
             if axes:
                 cotangent = lax.platform_dependent(
@@ -51,7 +52,6 @@ def gather(dtype: DTypeLike, mesh_axes: tuple[Axes, ...], array: Array) -> Array
                     tpu=functools.partial(scatter_in_rings, axes, position),
                     default=functools.partial(scatter, axes, position),
                 )
-        return (cotangent,)
+        return cotangent
 
-    whole.defvjp(lambda array: (whole(array), None), backward)
-    return whole(array)
+    return call_linear(whole, transpose, array)

@@ -8,6 +8,7 @@ rule of their own, and does not take them apart.
   tiles at once: twice the memory.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,46 @@ def _map(axis, arguments, dims, *, jaxpr, rule):
             results = function(*moved)
     results = jax.tree.leaves(results)
     return results, [0] * len(results)
+
+
+def call_linear(function: Callable[[Any], Any], transpose: Callable[[Any], Any], array: Any) -> Any:
+    """`function(array)`, a linear function, whose transpose is the other one.
+
+    Unlike `jax.custom_vjp`, it has a forward mode; unlike `jax.custom_derivatives.linear_call`, it
+    may be mapped.
+    """
+    with jax.auto_pcast(True):
+        forward = jax.make_jaxpr(function)(array)
+        (result,) = forward.out_avals
+        backward = jax.make_jaxpr(transpose)(result)
+    return _linear.bind(array, forward=forward, backward=backward)
+
+
+def _transpose_linear(cotangent, _, *, forward, backward):
+    return jaxpr_as_fun(backward)(cotangent)
+
+
+def _map_linear(arrays, dims, *, forward, backward):
+    def mapped(array, jaxpr):
+        return jax.vmap(lambda x: jaxpr_as_fun(jaxpr)(x)[0])(array)
+
+    (array,), (dim,) = arrays, dims
+    array = jnp.moveaxis(array, dim, 0)
+    function, transpose = (functools.partial(mapped, jaxpr=jaxpr) for jaxpr in (forward, backward))
+    return call_linear(function, transpose, array), 0
+
+
+_linear = Primitive("call_linear")
+_linear.def_impl(lambda array, *, forward, backward: jaxpr_as_fun(forward)(array)[0])
+_linear.def_abstract_eval(lambda _, *, forward, backward: forward.out_avals[0])
+ad.deflinear2(_linear, _transpose_linear)
+batching.primitive_batchers[_linear] = _map_linear
+mlir.register_lowering(
+    _linear,
+    mlir.lower_fun(
+        lambda array, *, forward, backward: jaxpr_as_fun(forward)(array)[0], multiple_results=False
+    ),
+)
 
 
 def _drop_unused(used_results, *others):
