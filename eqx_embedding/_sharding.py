@@ -171,21 +171,28 @@ class Split(NamedTuple):
             place, in_specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec)
         )
         if self.mapped:
-            names = self.mapped
-            function = jax.shard_map(
-                function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names
+            # JAX fails at second derivatives if explicit axes are left, even of size 1.
+            types = axis_types(self.mesh)
+            explicit = {axis for axis, kind in types.items() if kind == AxisType.Explicit}
+            for names in (self.mapped | explicit, self.mapped):
+                mapped = jax.shard_map(
+                    function,
+                    mesh=self.mesh,
+                    in_specs=in_specs,
+                    out_specs=out_specs,
+                    axis_names=names,
+                )
+                try:
+                    return mapped(*arguments)
+                except ValueError as error:
+                    # No type shows which explicit axes a `jax.vmap` maps over
+                    if "to be a subset of mesh.axis_names" not in str(error):
+                        raise
+            raise MappedAxisError(
+                f"one of the mesh axes {sorted(self.mapped)} splits the table as well as the axis "
+                "that this `jax.vmap` maps over. Call the method on the whole batch instead, "
+                "or reshard the table first."
             )
-            try:
-                return function(*arguments)
-            except ValueError as error:
-                # No type shows which explicit axes a `jax.vmap` maps over
-                if "to be a subset of mesh.axis_names" not in str(error):
-                    raise
-                raise MappedAxisError(
-                    f"one of the mesh axes {sorted(names)} splits the table as well as the axis "
-                    "that this `jax.vmap` maps over. Call the method on the whole batch instead, "
-                    "or reshard the table first."
-                ) from None
         if self.mesh is None or not _mesh_is_unset():
             return function(*arguments)
         # of arrays on an explicit mesh that is not set

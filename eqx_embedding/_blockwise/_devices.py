@@ -27,8 +27,9 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from .._inputs import at_least_float32
 from .._sharding import varying_axes
-from ._primitive import call_as_one
+from ._primitive import call_as_one, call_linear
 from ._scatter import scatter
 
 
@@ -119,7 +120,19 @@ def min_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Ar
 
 def gather_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
     """The arrays of all devices, joined along their first axis."""
-    return _collective(functools.partial(lax.all_gather, tiled=True), mesh, axes, array)
+
+    def join(array: Array, axes: tuple[str, ...]) -> Array:
+        def gather(array: Array) -> Array:
+            return lax.all_gather(array, axes, tiled=True)
+
+        def sum_wide(cotangent: Array) -> Array:
+            wide = cotangent.astype(at_least_float32(cotangent.dtype))
+            return scatter(axes, 0, wide).astype(cotangent.dtype)
+
+        is_float = jnp.issubdtype(array.dtype, jnp.floating)
+        return call_linear(gather, sum_wide, array) if is_float else gather(array)
+
+    return _collective(join, mesh, axes, array)
 
 
 def sum_to_owners(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
