@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
@@ -143,6 +143,83 @@ def test_losses_that_stay_apart_logits_and_vectors_do(function, setting, layout)
     assert_equals_one_device(function, setting, layout, FEW)
 
 
+def look_up(table, tokens):
+    return jnp.sum(jnp.sin(EmbeddingLookup(table)(tokens)))
+
+
+def directional(table, tokens):
+    direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), table)
+    return jax.jvp(lambda table: look_up(table, tokens), (table,), (direction,))
+
+
+def hessian_product(table, tokens):
+    direction = jax.tree.map(jnp.ones_like, table)
+    return jax.jvp(jax.grad(lambda table: look_up(table, tokens)), (table,), (direction,))
+
+
+def gradient_of_each(table, tokens):
+    return jax.vmap(lambda tokens: jax.grad(look_up)(table, tokens))(tokens)
+
+
+@pytest.mark.parametrize("length", [FEW, MANY])
+@pytest.mark.parametrize(
+    "function, layout",
+    [
+        *((function, layout) for function in (directional, hessian_product) for layout in LAYOUTS),
+        # `jax.vmap` maps over no mesh axis that splits a table as well
+        (gradient_of_each, "columns over model"),
+    ],
+)
+@pytest.mark.slow
+@pytest.mark.one_in(8)
+def test_a_lookup_has_forward_mode_and_gradients_of_examples(function, layout, length):
+    embeddings, tokens = random((V, D)), make_operands(length)[2]
+    table = EmbeddingTable(embeddings, ("vocabulary", "embedding"))
+    expected = eqx.filter_jit(function)(table, tokens)
+    mesh, rules = make_mesh("explicit"), LAYOUTS[layout]
+    with jax.set_mesh(mesh):
+        table = jax.device_put(table, table.shardings(mesh, rules))
+        actual = eqx.filter_jit(function)(table, place(mesh, tokens, rules["batch"]))
+        assert_trees_close(actual, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("setting", ["explicit", "rules"])
+def test_tokens_of_the_host_are_looked_up_in_any_layout(setting, layout):
+    table, mesh = EmbeddingTable(random((V, D)), ("vocabulary", "embedding")), make_mesh(setting)
+    rules = LAYOUTS[layout]
+    tokens = np.arange(2 * V).reshape(2, V) % V
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(table, table.shardings(mesh, rules))
+        vectors = EmbeddingLookup(sharded)(tokens, rules=rules)
+    np.testing.assert_array_equal(vectors, table.embeddings[tokens])
+
+
+@pytest.mark.parametrize("tokens", [8, 800])
+def test_vectors_in_bfloat16_are_looked_up_on_a_mesh_of_two_axes(tokens):
+    """XLA for CPUs ends the process at a sum in bfloat16 over one of two mesh axes."""
+    embeddings, ids = random((V, D)).astype("bfloat16"), jnp.arange(tokens) % V
+    mesh = make_mesh("explicit")
+    with jax.set_mesh(mesh):
+        sharded = EmbeddingTable(place(mesh, embeddings, "data"), ("vocabulary", "embedding"))
+        vectors = jax.jit(lambda table, ids: EmbeddingLookup(table)(ids))(
+            sharded, place(mesh, ids, "data")
+        )
+    np.testing.assert_array_equal(vectors, embeddings[ids])
+
+
+def test_a_lookup_on_a_mesh_exports_for_any_number_of_tokens():
+    mesh = make_mesh("explicit")
+    (size,) = jax.export.symbolic_shape("n")
+    table = EmbeddingTable(random((V, D)), ("vocabulary", "embedding"))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(table, table.shardings(mesh, LAYOUTS["rows"]))
+        tokens = jax.ShapeDtypeStruct((size,), "int32", sharding=NamedSharding(mesh, P()))
+        look_up = jax.jit(lambda tokens: EmbeddingLookup(sharded)(tokens))
+        exported = jax.export.export(look_up)(tokens)
+        assert exported.out_avals[0].shape == (size, D)
+
+
 def assert_equals_one_device(function, setting, layout, length):
     rules = LAYOUTS[layout]
     batch = P(rules["batch"])
@@ -262,6 +339,126 @@ def test_second_derivatives_equal_those_of_one_device(setting, layout, length):
         operands = table, *(place(mesh, x, rules["batch"]) for x in (hidden, targets))
         actual = eqx.filter_jit(functools.partial(total, setting))(*operands)
         assert_trees_close(actual, expected)
+
+
+def scaled_mean(decode, numbers, hidden, targets, rules):
+    return numbers["scale"] * decode.cross_entropy(hidden, targets, rules=rules)
+
+
+def weighted_mean(decode, numbers, hidden, targets, rules):
+    return decode.cross_entropy(hidden, targets, weights=numbers["weights"], rules=rules)
+
+
+def of_data_and_closure(decode, numbers, hidden, targets, rules):
+    def fn(scores, data):
+        return -scores.log_prob * data * numbers["scale"] + scores.entropy * data**2
+
+    return decode.token_loss(fn, hidden, targets, numbers["weights"], rules=rules)
+
+
+def soft_targets(decode, numbers, hidden, targets, rules):
+    weights = jnp.stack([0.25 * numbers["weights"], 0.75 * numbers["weights"]], axis=-1)
+    targets = jnp.stack([targets, (targets + 1) % 93], axis=-1)
+    return decode.cross_entropy(hidden, targets, target_weights=weights, rules=rules)
+
+
+def losses_times_weights(decode, numbers, hidden, targets, rules):
+    losses = decode.cross_entropy(hidden, targets, reduction="none", rules=rules)
+    return jnp.mean(losses * numbers["weights"])
+
+
+def scores_times_weights(decode, numbers, hidden, targets, rules):
+    scores = decode.score(hidden, targets, rules=rules)
+    return jnp.mean(scores.log_prob * numbers["weights"])
+
+
+def top_k_times_weights(decode, numbers, hidden, targets, rules):
+    log_probs, _ = decode.top_k(hidden, 3, rules=rules)
+    return jnp.mean(log_probs[..., 1] * numbers["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [FEW, MANY])
+@pytest.mark.parametrize("setting", ["explicit", "rules", "unused axis"])
+@pytest.mark.parametrize(
+    "layout", ["rows", "rows over model, then data", "columns over model", "rows over model"]
+)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        scaled_mean,
+        weighted_mean,
+        of_data_and_closure,
+        soft_targets,
+        losses_times_weights,
+        scores_times_weights,
+        top_k_times_weights,
+    ],
+)
+@pytest.mark.one_in(24)
+def test_gradients_of_gradients_equal_those_of_one_device(loss, layout, setting, length):
+    """By the table, the hidden vectors, and all else: each device must count once."""
+    only_model = {"batch": "data", "vocabulary": "model"}
+    rules = LAYOUTS.get(layout, only_model)
+    table, hidden, targets, weights, _ = make_operands(length)
+    numbers = {"scale": jnp.asarray(0.7), "weights": weights + 0.5}
+
+    def total(rules, numbers, embeddings, hidden, targets):
+        table = EmbeddingTable(embeddings, ("vocabulary", "embedding"), padding_rows=3)
+        return loss(EmbeddingDecode(table), numbers, hidden, targets, rules)
+
+    def penalty(rules, numbers, embeddings, hidden, targets):
+        value, gradients = jax.value_and_grad(functools.partial(total, rules), (0, 1, 2))(
+            numbers, embeddings, hidden, targets
+        )
+        return value**2 + sum(jnp.sum(jnp.sin(3 * x)) for x in jax.tree.leaves(gradients))
+
+    def differentiate(rules, *operands):
+        return jax.jit(jax.grad(functools.partial(penalty, rules), (0, 1, 2)))(*operands)
+
+    # The second derivatives by padding rows that are NaN are NaN
+    embeddings = jnp.nan_to_num(table.embeddings)
+    expected = differentiate(None, numbers, embeddings, hidden, targets)
+    if setting == "unused axis":
+        axes = (AxisType.Explicit,) * 3
+        mesh = jax.make_mesh((2, 2, 2), ("data", "model", "other"), axes)
+    else:
+        mesh = make_mesh(setting)
+    with jax.set_mesh(mesh):
+        spec = table.partition_spec(rules)
+        operands = (
+            {"scale": place(mesh, numbers["scale"]), "weights": place(mesh, weights + 0.5, "data")},
+            jax.device_put(embeddings, NamedSharding(mesh, spec)),
+            place(mesh, hidden, "data"),
+            place(mesh, targets, "data"),
+        )
+        actual = differentiate(rules if setting == "rules" else None, *operands)
+        assert_trees_close(actual, expected)
+
+
+@pytest.mark.slow
+def test_second_derivatives_in_bfloat16_are_summed_in_float32():
+    """XLA for CPUs ends the process at a sum in bfloat16 over one of two mesh axes."""
+    table, hidden, targets, *_ = make_operands(FEW, padding_rows=0)
+
+    def penalty(rules, embeddings, hidden):
+        def loss(embeddings, hidden):
+            table = EmbeddingTable(embeddings, ("vocabulary", "embedding"))
+            decode = EmbeddingDecode(table, dtype=jnp.bfloat16)
+            return decode.cross_entropy(hidden, targets, rules=rules)
+
+        return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(embeddings, hidden))
+
+    def differentiate(rules, *operands):
+        return jax.jit(jax.grad(functools.partial(penalty, rules), (0, 1)))(*operands)
+
+    expected = differentiate(None, table.embeddings, hidden)
+    mesh = make_mesh("rules")
+    with jax.set_mesh(mesh):
+        operands = place(mesh, table.embeddings, "data"), place(mesh, hidden, "data")
+        actual = differentiate(LAYOUTS["rows"], *operands)
+    for a, e in zip(actual, expected):
+        np.testing.assert_allclose(a, e, rtol=0.05, atol=0.02 * np.max(np.abs(e)))
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns over model"])
