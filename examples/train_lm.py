@@ -322,7 +322,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         key = jax.random.split(jax.random.key(config.data.seed))[1]
         results.write_sample(run, model, tokenizer, prompt, key)
         print(f"held out: {results.as_bits(metrics[-1], data.baselines)}")
-        print(f"{run.steps} steps, {time.perf_counter() - began:.0f} s; see {run.out}")
+        print(f"{metrics[-1]['step']} steps, {time.perf_counter() - began:.0f} s; see {run.out}")
     return metrics
 
 

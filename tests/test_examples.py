@@ -154,6 +154,15 @@ def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(finished, tm
 
 
 @pytest.mark.slow
+def test_resuming_for_fewer_steps_than_there_are_says_how_many(finished, tmp_path, capsys):
+    config, metrics = finished
+    out = shutil.copytree(config.run.out, tmp_path / "copy")
+    resumed = train_lm.main(changed(config, out=out, steps=100, resume=True))
+    assert losses(resumed) == losses(metrics)
+    assert "\n300 steps, " in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, options, line",
     [
@@ -476,6 +485,8 @@ def test_a_text_that_cannot_be_used_is_refused_in_one_line(text, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="Is a directory"):
         train_lm.main(tiny(tmp_path, tmp_path / "out"))
+    with pytest.raises(SystemExit, match="/dev/zero is a device, which may have no end"):
+        train_lm.main(tiny(Path("/dev/zero"), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

@@ -101,7 +101,8 @@ def _cpu_plan(work: Work) -> Plan:
     return Plan(chunk_size or C, tile_size, wide, wide, transpose=D < 256, round_early=False)
 
 
-LEAN_TPUS = "TPU v5 lite", "TPU v5", "TPU v6 lite"  # whose compiler copies no rows for a loop
+# Whose compiler copies no rows for a loop. JAX has had two names for some of them.
+LEAN_TPUS = "TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e"
 SMALLEST = 1024  # tokens; smaller products would leave an accelerator idle
 
 
@@ -132,7 +133,7 @@ def _accelerator_chunk(platform: Platform, work: Work) -> int:
     N = max(N * heads, 1)
     quarter = -(-N // 512) * 128  # rounded up: four chunks are enough
     C = min(max(min(D // 256 * 128, quarter), SMALLEST), 2048) if work.room else SMALLEST
-    if N < SMALLEST * -(-N // C):  # chunks are even
+    if N < SMALLEST * -(-N // C):  # Even chunks would be smaller: as many of that size as fit.
         C = -(-N // max(N // SMALLEST, 1))
     sums = 4 * D + 4 * N * D // V
     if platform == "gpu":

@@ -31,6 +31,8 @@ def read_text(path: Path | None) -> Text:
         name, data = "the built-in text", "\n\n".join(topics.values()).encode()
     else:
         name = str(path)
+        if path.is_char_device():  # such as /dev/zero
+            raise SystemExit(f"the text {name} is a device, which may have no end: give a file.")
         try:
             data = path.read_bytes()
         except OSError as error:
