@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from .._inputs import at_least_float32
-from .._sharding import varying_axes
+from .._sharding import sum_over, varying_axes
 from ._primitive import call_as_one, call_linear
 from ._scatter import scatter
 
@@ -187,16 +187,12 @@ def _with_type(new_type, aval, *, kind, same):
 
 
 def _transpose_erase(cotangent, _, *, kind, same):
-    if not same:
-        return [_restore.bind(cotangent, kind=kind, same=())]
+    wider = kind._replace(varying=kind.varying.union(same))
     with jax.sharding.use_abstract_mesh(kind.mesh):
-        wider = kind._replace(varying=kind.varying.union(same))
-        return [lax.psum(_restore.bind(cotangent, kind=wider, same=()), same)]
+        return [sum_over(same, _restore.bind(cotangent, kind=wider, same=()))]
 
 
 def _transpose_restore(cotangent, _, *, kind, same):
-    if not same:
-        return [_erase.bind(cotangent, kind=kind, same=())]
     count = math.prod(kind.mesh.shape[axis] for axis in same)
     return [_erase.bind(cotangent, kind=kind, same=same) / count]
 
