@@ -314,6 +314,7 @@ def main(config: Config) -> list[dict[str, Any]]:
             saved = checkpoints.about()
             check_identity(run.out, identity, saved["identity"])
             tokenizer = Tokenizer(saved["tokenizer"])
+        checkpoints.claim()
         tokenizer = tokenizer or train_bpe(text.train.tobytes(), config.data.vocab_size)
         data = make_data(config, text, tokenizer)
         model, metrics = train(config, data, identity, devices, checkpoints)

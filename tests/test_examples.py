@@ -374,6 +374,7 @@ def refused(config, message):
 
 @pytest.mark.slow
 def test_an_out_that_cannot_be_a_folder_is_refused_in_one_line(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_lm, "make_data", None)  # before work that takes long
     (tmp_path / "file").touch()
     refused(tiny(text, tmp_path / "file"), "file is not a folder")
     refused(tiny(text, tmp_path / "file" / "run"), "cannot .*run: Not a directory")

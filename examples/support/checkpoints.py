@@ -72,10 +72,8 @@ class Checkpoints:
     def manager(self) -> ocp.CheckpointManager:
         for name in "absl", "asyncio":  # they log pages about errors that orbax raises as well
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        # It makes the folder: so it waits until there is something to write.
+        self.claim()
         with one_line(f"write to {self.out}"):
-            if jax.process_index() == 0 and not self.steps:
-                self.claim()
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=2, cleanup_tmp_directories=not self.reads_only
             )
@@ -93,6 +91,8 @@ class Checkpoints:
 
         Called before long work, it finds a folder that cannot be written to while nothing is lost.
         """
+        if self.steps or jax.process_index() > 0:
+            return
         with one_line(f"write to {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
             self.steps = self._open()
