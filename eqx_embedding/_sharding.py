@@ -43,6 +43,12 @@ class Split(NamedTuple):
         return {*flat(self.batch), *flat(self.table)}
 
     @property
+    def entered(self) -> set[str]:
+        """Those that do. JAX fails at second derivatives if any explicit axis is left."""
+        types = axis_types(self.mesh)
+        return self.mapped | {axis for axis, kind in types.items() if kind == AxisType.Explicit}
+
+    @property
     def device_kind(self) -> str:
         """Of the devices of the mesh, or else of those of this process."""
         device = None if self.mesh is None else self.mesh.abstract_device
@@ -170,24 +176,21 @@ class Split(NamedTuple):
         arguments = jax.tree.map(
             place, in_specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec)
         )
+        for names in filter(None, (self.entered, self.mapped)):
+            mapped = jax.shard_map(
+                function,
+                mesh=self.mesh,
+                in_specs=in_specs,
+                out_specs=out_specs,
+                axis_names=names,
+            )
+            try:
+                return mapped(*arguments)
+            except ValueError as error:
+                # No type shows which explicit axes a `jax.vmap` maps over
+                if "to be a subset of mesh.axis_names" not in str(error):
+                    raise
         if self.mapped:
-            # JAX fails at second derivatives if explicit axes are left, even of size 1.
-            types = axis_types(self.mesh)
-            explicit = {axis for axis, kind in types.items() if kind == AxisType.Explicit}
-            for names in (self.mapped | explicit, self.mapped):
-                mapped = jax.shard_map(
-                    function,
-                    mesh=self.mesh,
-                    in_specs=in_specs,
-                    out_specs=out_specs,
-                    axis_names=names,
-                )
-                try:
-                    return mapped(*arguments)
-                except ValueError as error:
-                    # No type shows which explicit axes a `jax.vmap` maps over
-                    if "to be a subset of mesh.axis_names" not in str(error):
-                        raise
             raise MappedAxisError(
                 f"one of the mesh axes {sorted(self.mapped)} splits the table as well as the axis "
                 "that this `jax.vmap` maps over. Call the method on the whole batch instead, "

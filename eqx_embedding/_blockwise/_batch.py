@@ -312,7 +312,7 @@ def _prepare(
 
 def _outer_axes(split: Split, operands: PyTree) -> frozenset[str]:
     """The manual axes of a `jax.shard_map` of the user, around the one that this call enters."""
-    return device_type(operands).varying - split.mapped if split.mapped else frozenset()
+    return device_type(operands).varying - split.entered if split.entered else frozenset()
 
 
 def _flatten(operands: Operands) -> Operands:

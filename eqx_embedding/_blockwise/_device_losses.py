@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._chunks import only
-from ._devices import device_type, retype, Static, without_devices
+from ._devices import device_type, load, save, Saved, without_devices
 from ._function import TokenFunction
 from ._reference import Scores
 from ._scores import nan_if_unknown
@@ -56,23 +56,22 @@ def _device_losses_forward(
     *operands: Any,
 ) -> Any:
     losses = _all_losses(function, of_example, *operands)
-    kind = device_type(operands)
-    return losses, (Static(kind), retype(kind.outside(outer_axes), operands))
+    return losses, save(outer_axes, operands)
 
 
 def _device_losses_backward(
     function: TokenFunction,
     of_example: tuple[bool, ...] | None,
     outer_axes: frozenset[str],
-    saved: tuple[Static, Any],
+    saved: Saved,
     cotangent: Array,
 ) -> Any:
     def pull_back(cotangent: Array, *operands: Any) -> Any:
         _, pullback = eqx.filter_vjp(functools.partial(_losses, function, of_example), *operands)
         return pullback(cotangent)
 
-    kind, operands = saved
-    return without_devices(pull_back, kind.value, cotangent, *operands)
+    types, operands = load(saved)
+    return without_devices(pull_back, tuple(types), cotangent, *operands)
 
 
 device_losses.defvjp(_device_losses_forward, _device_losses_backward)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from .._inputs import nan_where
 from ._chunks import only
-from ._devices import device_type, retype, Static
+from ._devices import load, save, Saved
 from ._gradients import chunk_gradients, chunk_scores, HeadGradient, zero_gradient
 from ._logits import chunks_of, make_head, on_device, Operands, Options
 from ._reference import differentiable, Scores
@@ -42,23 +42,16 @@ def _scores(used: Used, options: Options, operands: Operands) -> Scores:
     return scores
 
 
-def save_operands(options: Options, operands: Operands) -> tuple[Static, Operands]:
-    """What `device_scores_backward` needs of the forward pass."""
-    types = Operands(*map(device_type, operands))
-    saved = (retype(t.outside(options.outer_axes), x) for t, x in zip(types, operands, strict=True))
-    return Static(types), Operands(*saved)
-
-
 def _device_scores_forward(options: Options, used: Used, operands: Operands) -> Any:
-    return all_scores(options, used, operands), save_operands(options, operands)
+    return all_scores(options, used, operands), save(options.outer_axes, operands)
 
 
 def device_scores_backward(
-    options: Options, used: Used, saved: tuple[Static, Operands], cotangents: Scores
+    options: Options, used: Used, saved: Saved, cotangents: Scores
 ) -> tuple[Operands]:
-    types, operands = saved
+    types, operands = (Operands(*each) for each in load(saved))
     gradients = functools.partial(_score_gradients, used)
-    return (on_device(gradients, options, types.value, operands, differentiable(cotangents)),)
+    return (on_device(gradients, options, types, operands, differentiable(cotangents)),)
 
 
 def _score_gradients(

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ._device_scores import all_scores, device_scores_backward, save_operands
+from ._device_scores import all_scores, device_scores_backward
+from ._devices import save, Saved
 from ._logits import chunks_of, Head, make_head, on_device, Operands, Options
 from ._reference import TokenScores
 from ._scores import Used
@@ -51,11 +52,11 @@ def _of_targets_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Arra
 def _device_top_k_forward(options: Options, k: int, operands: Operands) -> Any:
     found = _top_k(options, k, operands)
     _, tokens = found
-    return found, save_operands(options, operands._replace(targets=tokens))
+    return found, save(options.outer_axes, operands._replace(targets=tokens))
 
 
 def _device_top_k_backward(
-    options: Options, k: int, saved: Any, cotangents: tuple[Array, Any]
+    options: Options, k: int, saved: Saved, cotangents: tuple[Array, Any]
 ) -> tuple[Operands]:
     """That of the log-probabilities of `k` targets."""
     cotangent, _ = cotangents  # tokens are integers, which have none

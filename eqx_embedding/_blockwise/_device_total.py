@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from .._inputs import at_least_float32
 from ._chunks import only
-from ._devices import device_type, Static, without_devices
+from ._devices import device_type, load, save, Saved, without_devices
 from ._function import TokenFunction
 from ._gradients import chunk_gradients, chunk_scores, zero_gradient
 from ._logits import chunks_of, make_head, on_device, Operands, Options
@@ -57,10 +57,9 @@ def _device_total_forward(
     if not given.rows.perturbed:
         options = options.without_gradient  # of the table, which is frozen
     both = functools.partial(_total_and_gradients, function, return_scores)
-    types = Operands(*map(device_type, operands))
-    of_saved = Operands(*(kind.outside(options.outer_axes) for kind in types))
-    results, gradients = on_device(both, options, (options.token_type, of_saved), operands)
-    return results, (Static(types), gradients)
+    types = options.token_type, Operands(*map(device_type, operands))
+    results, gradients = on_device(both, options, types, operands)
+    return results, save(options.outer_axes, gradients)
 
 
 def _total_and_gradients(
@@ -104,7 +103,7 @@ def _device_total_backward(
     options: Options,
     function: TokenFunction,
     return_scores: bool,
-    saved: tuple[Static, Operands],
+    saved: Saved,
     cotangents: tuple[Array, Scores | None],
 ) -> tuple[Operands]:
     cotangent, _ = cotangents  # the scores have no gradient
@@ -117,8 +116,8 @@ def _device_total_backward(
 
         return jax.tree.map(scale_one, gradients)
 
-    types, gradients = saved
-    return (without_devices(scale, types.value, cotangent, gradients),)
+    types, gradients = (Operands(*each) for each in load(saved))
+    return (without_devices(scale, types, cotangent, gradients),)
 
 
 device_total.defvjp(_device_total_forward, _device_total_backward, symbolic_zeros=True)

@@ -14,7 +14,7 @@ the same along an axis, the devices share its cotangent.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,20 +42,6 @@ class DeviceType(NamedTuple):
 
     mesh: AbstractMesh
     varying: frozenset[str]  # the manual mesh axes along which it differs
-
-    # JAX cannot save what differs along the axes of two `jax.shard_map`, one inside the other, from
-    # the forward pass for the backward pass. So the types of what is saved do not name the outer
-    # axes; `Static` saves the types as they were.
-
-    def outside(self, axes: frozenset[str]) -> "DeviceType":
-        return self._replace(varying=self.varying - axes)
-
-
-@jax.tree_util.register_static
-class Static(NamedTuple):
-    """A value that JAX keeps beside the arrays of the forward pass."""
-
-    value: Any
 
 
 def device_type(*trees: PyTree) -> DeviceType:
@@ -98,8 +84,32 @@ def without_devices(function: Callable[..., Any], types: PyTree, *arguments: PyT
     return jax.tree.map(restore, types, results, is_leaf=lambda node: isinstance(node, DeviceType))
 
 
-def retype(kind: DeviceType, tree: PyTree) -> PyTree:
-    """The same arrays, of another type."""
+@jax.tree_util.register_static
+class Types(tuple[DeviceType, ...]):
+    """The type of each of some operands, which JAX keeps beside their arrays."""
+
+
+Saved = tuple[Types, list[PyTree]]
+
+
+def save(outer_axes: frozenset[str], operands: Sequence[PyTree]) -> Saved:
+    """The operands, in a form that JAX can save from the forward pass for the backward pass.
+
+    JAX cannot save what differs along the axes of two `jax.shard_map`, one inside the other. So the
+    types of what is saved do not name the outer axes.
+    """
+    types = Types(map(device_type, operands))
+    saved = (kind._replace(varying=kind.varying - outer_axes) for kind in types)
+    return types, list(map(_retype, saved, operands))
+
+
+def load(saved: Saved) -> tuple[Types, list[PyTree]]:
+    """The types of the operands that were saved, and the operands, which have them again."""
+    types, operands = saved
+    return types, list(map(_retype, types, operands))
+
+
+def _retype(kind: DeviceType, tree: PyTree) -> PyTree:
     return _restore_type(kind, jax.tree.map(_erase_type, tree))
 
 

@@ -382,6 +382,53 @@ APART = losses_times_weights, scores_times_weights, top_k_times_weights
 OVER_MODEL = {"batch": "data", "vocabulary": "model"}
 
 
+def make_numbers(length):
+    """The arguments of a loss of `TOTALS` or `APART`: numbers, embeddings, hidden and targets."""
+    table, hidden, targets, weights, _ = make_operands(length)
+    numbers = {"scale": jnp.asarray(0.7), "weights": weights + 0.5}
+    # The second derivatives by padding rows that are NaN are NaN
+    return numbers, jnp.nan_to_num(table.embeddings), hidden, targets
+
+
+def with_numbers(loss, rules, numbers, embeddings, hidden, targets):
+    table = EmbeddingTable(embeddings, ("vocabulary", "embedding"), padding_rows=3)
+    return loss(EmbeddingDecode(table), numbers, hidden, targets, rules)
+
+
+def differentiate_twice(total, *operands):
+    def penalty(*operands):
+        value, gradients = jax.value_and_grad(total, (0, 1, 2))(*operands)
+        return value**2 + sum(jnp.sum(jnp.sin(3 * x)) for x in jax.tree.leaves(gradients))
+
+    return jax.jit(jax.grad(penalty, (0, 1, 2)))(*operands)
+
+
+@functools.cache
+def twice_on_one_device(loss, length):
+    return differentiate_twice(functools.partial(with_numbers, loss, None), *make_numbers(length))
+
+
+def assert_second_derivatives_equal_those_of_one_device(
+    loss, mesh, rules, manual, length, *, needs_rules
+):
+    """`manual` are the mesh axes of a `jax.shard_map` around the loss."""
+    total = functools.partial(with_numbers, loss, rules if needs_rules else None)
+    table = make_table(V)
+    spec, batch = table.partition_spec(rules), P(rules["batch"])
+    specs = {"scale": P(), "weights": batch}, spec, batch, batch
+    expected = twice_on_one_device(loss, length)  # before the mesh is set
+    with jax.set_mesh(mesh):
+        operands = jax.tree.map(
+            lambda array, spec: place(mesh, array, *spec), make_numbers(length), specs
+        )
+        if manual:
+            of_manual = jax.tree.map(
+                lambda spec: P(*(axis if axis in manual else None for axis in spec)), specs
+            )
+            total = jax.shard_map(total, in_specs=of_manual, out_specs=P(), axis_names=manual)
+        assert_trees_close(differentiate_twice(total, *operands), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, length",
@@ -406,44 +453,54 @@ def test_gradients_of_gradients_equal_those_of_one_device(loss, setting, layout,
     """By the table, the hidden vectors, and all else: each device must count once."""
     if setting == "manual" and layout == "columns over model":
         layout = "rows over all"
-    rules = LAYOUTS.get(layout, OVER_MODEL)
-    table, hidden, targets, weights, _ = make_operands(length)
-    weights = weights + 0.5
-
-    def total(rules, numbers, embeddings, hidden, targets):
-        table = EmbeddingTable(embeddings, ("vocabulary", "embedding"), padding_rows=3)
-        return loss(EmbeddingDecode(table), numbers, hidden, targets, rules)
-
-    def differentiate(total, *operands):
-        def penalty(*operands):
-            value, gradients = jax.value_and_grad(total, (0, 1, 2))(*operands)
-            return value**2 + sum(jnp.sum(jnp.sin(3 * x)) for x in jax.tree.leaves(gradients))
-
-        return jax.jit(jax.grad(penalty, (0, 1, 2)))(*operands)
-
-    # The second derivatives by padding rows that are NaN are NaN
-    embeddings = jnp.nan_to_num(table.embeddings)
-    numbers = {"scale": jnp.asarray(0.7), "weights": weights}
-    alone = functools.partial(total, None)
-    expected = differentiate(alone, numbers, embeddings, hidden, targets)
     if setting == "unused axis":
         axes = (AxisType.Explicit,) * 3
         mesh = jax.make_mesh((2, 2, 2), ("data", "model", "other"), axes)
     else:
         mesh = make_mesh(setting)
-    spec, batch = table.partition_spec(rules), P(rules["batch"])
-    function = functools.partial(total, rules if setting in ("rules", "manual") else None)
-    if setting == "manual":
-        specs = {"scale": P(), "weights": batch}, spec, batch, batch
-        function = jax.shard_map(function, in_specs=specs, out_specs=P())
-    with jax.set_mesh(mesh):
-        operands = (
-            {"scale": place(mesh, numbers["scale"]), "weights": place(mesh, weights, *batch)},
-            place(mesh, embeddings, *spec),
-            place(mesh, hidden, *batch),
-            place(mesh, targets, *batch),
-        )
-        assert_trees_close(differentiate(function, *operands), expected)
+    manual = {"data", "model"} if setting == "manual" else set()
+    assert_second_derivatives_equal_those_of_one_device(
+        loss,
+        mesh,
+        LAYOUTS.get(layout, OVER_MODEL),
+        manual,
+        length,
+        needs_rules=setting in ("rules", "manual"),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["explicit", "rules"])
+@pytest.mark.parametrize(
+    "loss, layout, manual",
+    [
+        *((loss, "rows over model", "model") for loss in TOTALS + APART),
+        *(
+            (loss, layout, "data")
+            for loss in TOTALS
+            for layout in ("rows", "rows over model", "columns over model")
+        ),
+    ],
+)
+@pytest.mark.one_in(8)
+def test_gradients_of_gradients_in_a_shard_map_along_one_axis(kind, loss, layout, manual):
+    """JAX cannot save what differs along the axes of this `jax.shard_map` and of one inside it."""
+    rules = LAYOUTS.get(layout, OVER_MODEL)
+    assert_second_derivatives_equal_those_of_one_device(
+        loss, make_mesh(kind), rules, {manual}, FEW, needs_rules=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [of_data_and_closure, losses_times_weights, top_k_times_weights])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.one_in(3)
+def test_gradients_of_gradients_on_an_explicit_mesh_that_splits_nothing(loss, mixed):
+    kinds = AxisType.Explicit, AxisType.Auto if mixed else AxisType.Explicit
+    mesh = jax.make_mesh((2, 4), ("data", "model"), kinds)
+    assert_second_derivatives_equal_those_of_one_device(
+        loss, mesh, {"batch": None}, set(), FEW, needs_rules=False
+    )
 
 
 @pytest.mark.slow
