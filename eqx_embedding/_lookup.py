@@ -19,6 +19,7 @@ from ._sharding import (
     Axes,
     explicit_axes,
     find_split,
+    flat,
     MappedAxisError,
     remaining,
     Split,
@@ -114,9 +115,17 @@ def _take_as_split(lookup: _Lookup, array: Array, index: Array) -> Array:
     """The rows of an index in a table that only manual axes split, as far as is known here."""
     row_axis, past_the_end, split = lookup
     # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
-    batch = explicit_axes(index)
-    others = [remaining(axes, batch) for axes in explicit_axes(array)]
-    sharding = split.sharding(row_axis.replace(others, batch))
+    batch, of_table = explicit_axes(index), explicit_axes(array)
+    others = [remaining(axes, batch) for axes in of_table]
+    is_split = flat(batch + of_table)  # JAX cannot differentiate all that a sharding is given to
+    sharding = split.sharding(row_axis.replace(others, batch)) if is_split else None
+    for gathered, explicit in zip(split.manual_shared, row_axis.first(of_table), strict=True):
+        if gathered and explicit:
+            raise ValueError(
+                f"{gathered}, axes of a `jax.shard_map` around this lookup, and {explicit} split "
+                "the same axis of the table: let the `jax.shard_map` take all axes of the mesh, or "
+                "make the others automatic."
+            )
     axes = row_axis, past_the_end, split.manual_shared, split.manual_vocabulary
     return _take_on_device(*axes, sharding, array, index)
 

@@ -76,7 +76,10 @@ def load(run: Path) -> Trained:
         about = checkpoints.about()
         tokenizer, config = Tokenizer(about["tokenizer"]), about["identity"]["model"]
         key = jax.random.key(0)
-        model = Transformer(len(tokenizer.pieces), ModelConfig(**config), key=key)
+        try:
+            model = Transformer(len(tokenizer.pieces), ModelConfig(**config), key=key)
+        except TypeError as error:
+            raise SystemExit(f"{run} is of another version of these scripts: {error}.") from None
         params, static = eqx.partition(model, eqx.is_inexact_array)
         _, _, (params,) = checkpoints.restore(model=params)
     return Trained(eqx.combine(params, static), tokenizer, about["identity"])

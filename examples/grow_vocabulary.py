@@ -244,10 +244,10 @@ def main(config: Config) -> list[tuple[int, float]]:
         began = time.perf_counter()
         model, reports = train_rows(config, untrained, new, parts, old_parts)
         seconds = time.perf_counter() - began
-        picture = draw(model, untrained, grown, new, parts.train, reports, before)
         identity["data"]["tokenizer"] = grown.name  # so that train_lm.py does not --resume here
         about = {"identity": identity, "tokenizer": grown.json, "metrics": []}
         out.save(config.steps, about, model=eqx.filter(model, eqx.is_inexact_array))
+        picture = draw(model, untrained, grown, new, parts.train, reports, before)
         write_whole(config.out / "growth.png", picture)
     print(f"\nheld-out bits per byte of {text.name}:")
     print(f"{before:8.3f} in the run's {new.start:,} tokens")

@@ -314,9 +314,9 @@ def main(config: Config) -> list[dict[str, Any]]:
             saved = checkpoints.about()
             check_identity(run.out, identity, saved["identity"])
             tokenizer = Tokenizer(saved["tokenizer"])
-        checkpoints.claim()
         tokenizer = tokenizer or train_bpe(text.train.tobytes(), config.data.vocab_size)
         data = make_data(config, text, tokenizer)
+        checkpoints.claim()
         model, metrics = train(config, data, identity, devices, checkpoints)
         results.write_embeddings(run.out, model, tokenizer, data.train.values)
         prompt = data.held_out.values[: max(1, config.model.sequence_length // 2)]

@@ -362,13 +362,16 @@ def main(config: Config) -> list[dict[str, Any]]:
     with new_folder(config.out):
         model, metrics = train(config, model, words, ngrams)
         vectors = np.asarray(vectors_of(model, ngrams))
+        with np.errstate(over="ignore"):
+            length = float(np.linalg.norm(vectors))
+        require_finite(length, what="the length of the vectors")
         old, new = (neighbours(v, words.names, shown) for v in (before, vectors))
-        losses = [(line["step"], line["loss"]) for line in metrics]
-        picture = words_picture(losses, unit(vectors), words.names, new)
         lines = "".join(json.dumps(line) + "\n" for line in metrics)
         write_whole(config.out / "metrics.jsonl", lines.encode())
-        write_whole(config.out / "words.png", picture)
         write_whole(config.out / "vectors.txt", as_text(vectors, words.names).encode())
+        losses = [(line["step"], line["loss"]) for line in metrics]
+        picture = words_picture(losses, unit(vectors), words.names, new)
+        write_whole(config.out / "words.png", picture)
     print("\nthe nearest words, before training and after:")
     for word in shown:
         print(f"{word}\n    before: {', '.join(old[word])}\n    after:  {', '.join(new[word])}")

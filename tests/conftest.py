@@ -37,11 +37,16 @@ for name, examples in {"quick": 16, "full": 230}.items():
 hypothesis.settings.load_profile("quick")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", help="a part of the exhaustive tests, such as 1/2")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Of the cases of a test that is marked `one_in(n)`, all but one in `n` are `exhaustive`.
 
-    Where the command line names a test, as in `test_tying.py::test_name`, all its cases run.
+    Of these tests, `--part` chooses some. Where the command line names a test, as in
+    `test_tying.py::test_name`, all its cases run.
     """
     is_default = config.option.markexpr == "not exhaustive"
     if is_default and any("::" in argument for argument in config.args):
@@ -55,9 +60,15 @@ def pytest_collection_modifyitems(config, items):
         same.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))  # in an order without meaning
         for item in same[-(-len(same) // n) :]:
             item.add_marker("exhaustive")
+    part, parts = map(int, config.option.part.split("/"))
+    of_others = set()
     for item in items:
         if item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
+            if zlib.crc32(item.nodeid.encode()) % parts != part - 1:
+                of_others.add(item)
+    config.hook.pytest_deselected(items=list(of_others))
+    items[:] = [item for item in items if item not in of_others]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -374,7 +374,7 @@ def refused(config, message):
 
 @pytest.mark.slow
 def test_an_out_that_cannot_be_a_folder_is_refused_in_one_line(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_lm, "make_data", None)  # before work that takes long
+    monkeypatch.setattr(train_lm, "train", None)  # before work that takes long
     (tmp_path / "file").touch()
     refused(tiny(text, tmp_path / "file"), "file is not a folder")
     refused(tiny(text, tmp_path / "file" / "run"), "cannot .*run: Not a directory")
@@ -486,6 +486,8 @@ def test_a_text_that_cannot_be_used_is_refused_in_one_line(text, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="Is a directory"):
         train_lm.main(tiny(tmp_path, tmp_path / "out"))
+    with pytest.raises(SystemExit, match="cannot read the text x*: File name too long"):
+        train_lm.main(tiny(Path("x" * 300), tmp_path / "out"))
     with pytest.raises(SystemExit, match="/dev/zero is a device, which may have no end"):
         train_lm.main(tiny(Path("/dev/zero"), tmp_path / "out"))
     assert not (tmp_path / "out").exists()

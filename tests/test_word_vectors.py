@@ -215,9 +215,12 @@ def test_it_runs_while_jax_is_strict_about_dtypes_and_ranks(config, tmp_path, mo
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
-    config = dataclasses.replace(config, out=tmp_path / "out", learning_rate=1e38)
-    with pytest.raises(SystemExit, match="the loss is not finite: try a lower --learning-rate"):
+@pytest.mark.parametrize(
+    "learning_rate, what", [(1e38, "the loss"), (1e19, "the length of the vectors")]
+)
+def test_numbers_that_are_not_finite_stop_the_run(config, tmp_path, learning_rate, what):
+    config = dataclasses.replace(config, out=tmp_path / "out", steps=2, learning_rate=learning_rate)
+    with pytest.raises(SystemExit, match=f"{what} is not finite: try a lower --learning-rate"):
         word_vectors.main(config)
     assert list(config.out.iterdir()) == []
 
@@ -241,6 +244,7 @@ def test_a_folder_that_is_in_use_is_refused(config, trained, tmp_path):
         (f"--batch-size={2**63}", f"--batch-size must be above 0 and below {2**31}, got {2**63}."),
         ("--min-length=7", "--max-length must be at least 7, got 6."),
         ("--threshold=nan", "--threshold must be above 0 and finite, got nan."),
+        ("--learning-rate=1e39", "--learning-rate must be above 0 and below 3.4"),
         ("--stepz=5", "Unrecognized options: --stepz"),
     ],
 )

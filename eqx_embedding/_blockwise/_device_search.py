@@ -46,7 +46,7 @@ def _of_targets_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Arra
         return all_scores(options, Used(), operands)[0]
 
     _, tangent = jax.jvp(log_probs, primals[:1], tangents[:1])
-    return primals[1], tangent
+    return _of_targets(options, *primals), tangent
 
 
 def _device_top_k_forward(options: Options, k: int, operands: Operands) -> Any:

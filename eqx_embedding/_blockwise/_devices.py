@@ -149,7 +149,10 @@ def sum_to_owners(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array
     """The sum of an array over the devices. Each gets a part of its first axis."""
 
     def sum_and_scatter(array: Array, axes: tuple[str, ...]) -> Array:
-        return scatter(axes, 0, array)
+        def gather(cotangent: Array) -> Array:
+            return lax.all_gather(cotangent, axes, tiled=True)
+
+        return call_linear(lambda array: scatter(axes, 0, array), gather, array)
 
     return _collective(sum_and_scatter, mesh, axes, array)
 
@@ -157,6 +160,7 @@ def sum_to_owners(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array
 def index_of_device(mesh: AbstractMesh | None, axes: tuple[str, ...]) -> Any:
     if mesh is None or not axes:
         return np.int32(0)
+
     with jax.sharding.use_abstract_mesh(mesh), jax.auto_pcast(True):
         return _erase_type(lax.axis_index(axes))
 

@@ -115,7 +115,7 @@ def call_linear(function: Callable[[Any], Any], transpose: Callable[[Any], Any],
 
 
 def _transpose_linear(cotangent, _, *, forward, backward):
-    return jaxpr_as_fun(backward)(cotangent)
+    return [_linear.bind(cotangent, forward=backward, backward=forward)]
 
 
 def _map_linear(arrays, dims, *, forward, backward):

@@ -24,6 +24,7 @@ from support.folder import lock, one_line
 from support.meshes import find_all_devices
 
 
+CONTENT = {"identity", "tokenizer", "metrics", "step", "digests"}  # of `about`
 TIMEOUT = 30  # seconds, for a folder to be seen by all who share it
 
 
@@ -102,6 +103,7 @@ class Checkpoints:
         """Writes in the background, from copies. What goes into `about` is JSON."""
         about = {
             **about,
+            "step": step,
             "x64": _x64(),
             "digests": {name: _digest(tree) for name, tree in trees.items()},
         }
@@ -149,7 +151,8 @@ class Checkpoints:
             return step, about, trees
 
     def _find_steps(self) -> list[int]:
-        return sorted(ocp.utils.checkpoint_steps(self.folder)) if self.folder.is_dir() else []
+        steps = ocp.utils.checkpoint_steps(self.folder) if self.folder.is_dir() else []
+        return sorted(step for step in steps if (self.folder / str(step)).is_dir())  # not "0012"
 
     def _open(self) -> list[int]:
         """Keeps other runs out, and finds the steps of the checkpoints that there are."""
@@ -179,6 +182,10 @@ class Checkpoints:
         about = self._read(step, "about", ocp.args.JsonRestore())
         if not isinstance(about, dict) or about.pop("digest", None) != _digest_of_json(about):
             raise ValueError("what it says of itself has changed, or is of another version")
+        if missing := CONTENT - about.keys():
+            raise ValueError(f"it does not tell its {', '.join(sorted(missing))}")
+        if about["step"] != step:
+            raise ValueError(f"it is a copy of that of step {about['step']}")
         there = about.get("x64", False)
         if there != _x64():
             raise SystemExit(

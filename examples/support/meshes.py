@@ -48,6 +48,10 @@ class MeshConfig:
         require(self, "process_id", at_least=0, below=self.num_processes)
         if (self.num_processes > 1) != (self.coordinator is not None):
             raise ValueError("--num-processes above 1 and --coordinator must be given together.")
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+                raise ValueError(f"--coordinator must be HOST:PORT, got {self.coordinator}.")
         if self.data < 0 or self.model < 1 or ROWS_MULTIPLE % self.model != 0:
             raise ValueError(
                 f"--mesh.data must be at least 0, and --mesh.model a divisor of {ROWS_MULTIPLE}, "

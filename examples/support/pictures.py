@@ -5,12 +5,15 @@ import itertools
 import re
 from typing import Any
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float, Integer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, FontProperties, get_font
 
+
+matplotlib.rcdefaults()  # the same pictures whatever a matplotlibrc says, such as `text.usetex`
 
 COLORS = {
     "lower case": "tab:blue",

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,12 @@ LONGEST = 2**16  # bytes of settings, as JSON
 
 def start_process(mesh: MeshConfig) -> None:
     """Connects this process with the others."""
+    if mesh.process_id == 0:
+        _check_port(mesh)
+    print(
+        f"waiting up to {TIMEOUT} s for {mesh.num_processes} processes at {mesh.coordinator}",
+        file=sys.stderr,
+    )
     jax.config.update("jax_enable_preemption_service", False)  # it would hold SIGTERM back
     jax.distributed.initialize(
         mesh.coordinator,
@@ -32,6 +39,18 @@ def start_process(mesh: MeshConfig) -> None:
         heartbeat_timeout_seconds=TIMEOUT,
         shutdown_timeout_seconds=TIMEOUT,
     )
+
+
+def _check_port(mesh: MeshConfig) -> None:
+    """Stops the program with one line if process 0 cannot have the port, where JAX would crash."""
+    assert mesh.coordinator is not None
+    host, _, port = mesh.coordinator.rpartition(":")
+    try:
+        socket.create_server(("", int(port))).close()
+    except OSError as error:
+        raise SystemExit(
+            f"cannot use the port of --coordinator {host}:{port}: {error.strerror}."
+        ) from None
 
 
 def check_settings(identity: dict[str, Any], run: Any, mesh: tuple[int, int]) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 Number = int | float
 
 
-def require_finite(*losses: float) -> None:
+def require_finite(*numbers: float, what: str = "the loss") -> None:
     """Stops the program with one line if a loss is not finite: what follows would be worthless."""
-    if not all(map(math.isfinite, losses)):
-        raise SystemExit("the loss is not finite: try a lower --learning-rate.")
+    if not all(map(math.isfinite, numbers)):
+        raise SystemExit(f"{what} is not finite: try a lower --learning-rate.")
 
 
 def require(
@@ -23,13 +23,14 @@ def require(
 ) -> None:
     """Raises a `ValueError`, of which tyro makes a message, unless all fields are in a range.
 
-    Infinity and NaN never are, nor are integers that 32 bits cannot hold, unless `below` is given.
+    Infinity and NaN never are, nor are numbers that 32 bits cannot hold, unless `below` is given.
     """
     for name in names:
         value = getattr(config, name)
-        too_large = isinstance(value, int) and value >= 2**31 and below == math.inf
+        largest = 2**31 if isinstance(value, int) else 2.0**128
+        too_large = below == math.inf and largest <= value < math.inf
         if too_large or not (above < value < below and at_least <= value <= at_most):
-            top = 2**31 if too_large else below
+            top = largest if too_large else below
             limits = {"above": above, "at least": at_least, "below": top, "at most": at_most}
             limits = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
             limits += [] if math.isfinite(value) else ["finite"]

@@ -59,6 +59,10 @@ def run_script(main: Callable[[Any], Any], config: type[Any], description: str |
     import jax  # not at the top: it takes seconds, in which Ctrl-C must work already
 
     try:
+        try:
+            os.getcwd()
+        except OSError:
+            raise SystemExit("the current folder was removed: change to another one.") from None
         # whatever JAX_NUMPY_DTYPE_PROMOTION and JAX_NUMPY_RANK_PROMOTION say: optax mixes both
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             main(from_command_line(config, description))

@@ -31,9 +31,11 @@ def read_text(path: Path | None) -> Text:
         name, data = "the built-in text", "\n\n".join(topics.values()).encode()
     else:
         name = str(path)
-        if path.is_char_device():  # such as /dev/zero
-            raise SystemExit(f"the text {name} is a device, which may have no end: give a file.")
         try:
+            if path.is_char_device():  # such as /dev/zero
+                raise SystemExit(
+                    f"the text {name} is a device, which may have no end: give a file."
+                )
             data = path.read_bytes()
         except OSError as error:
             raise SystemExit(f"cannot read the text {name}: {error.strerror}.") from None

@@ -62,7 +62,11 @@ class Tokenizer:
         return np.concatenate(tokens)
 
     def decode(self, tokens: Integer[np.ndarray, " tokens"]) -> bytes:
-        return b"".join(self.pieces[token] for token in tokens)
+        if self.json is None:
+            return tokens.astype(np.uint8).tobytes()
+        # In parts, because Python holds 88 bytes for each piece until all are joined
+        parts = (tokens[i : i + PIECE].tolist() for i in range(0, len(tokens), PIECE))
+        return b"".join(b"".join(self.pieces[token] for token in part) for part in parts)
 
 
 def _cut(text: str) -> Iterator[str]:

@@ -422,9 +422,11 @@ def assert_second_derivatives_equal_those_of_one_device(
             lambda array, spec: place(mesh, array, *spec), make_numbers(length), specs
         )
         if manual:
-            of_manual = jax.tree.map(
-                lambda spec: P(*(axis if axis in manual else None for axis in spec)), specs
-            )
+
+            def of_manual(spec):
+                return P(*(axes if set(np.ravel(axes)) <= manual else None for axes in spec))
+
+            of_manual = jax.tree.map(of_manual, specs)
             total = jax.shard_map(total, in_specs=of_manual, out_specs=P(), axis_names=manual)
         assert_trees_close(differentiate_twice(total, *operands), expected)
 
