@@ -229,9 +229,9 @@ def main(config: Config) -> list[tuple[int, float]]:
         old_text = read_text_of(config.run, identity, config.old_text, "--old-text")
         length = model.positions.vocab_size
         parts, old_parts = (Parts(*tokenize(t, tokenizer, length)) for t in (text, old_text))
+        out.claim()
         before, old_before = (bits_per_byte(model, t.held_out) for t in (parts, old_parts))
         grown = more_tokens(config, tokenizer, text, parts.train)
-        out.claim()
         new = range(len(tokenizer.pieces), len(grown.pieces))
         parts, old_parts = (Parts(*tokenize(t, grown, length)) for t in (text, old_text))
         print(f"{text.name}: {new.start:,} tokens, {before:.3f} bits per byte; {len(new)} new ones")

@@ -94,7 +94,7 @@ class RunConfig:
     resume: bool = False
     """Continue from the last checkpoint in --out."""
     steps: int = 1500
-    """How many batches to train on."""
+    """How many batches to train on. The learning rate follows them, also after --resume."""
     report_every: int = 150
     """Steps between two reports. Each measures the held-out loss, and writes a checkpoint and the
     pictures."""

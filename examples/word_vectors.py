@@ -20,6 +20,7 @@ import dataclasses
 import json
 import re
 import time
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,10 +117,18 @@ class Words(NamedTuple):
     text: Integer[np.ndarray, " tokens"]
 
 
+def in_lower_case(text: str) -> str:
+    """In one of the forms that Unicode has for the same letters, such as é."""
+    return unicodedata.normalize("NFC", text.lower())
+
+
 def read_words(config: Config) -> Words:
     text = read_text(config.text)
     content = np.concatenate([text.train, text.held_out]).tobytes().decode(errors="replace")
-    found = re.findall(r"[^\W\d]\w*", content.lower())
+    content = in_lower_case(content)
+    # Python's \w leaves out the marks that are part of words in Hindi, Tamil or Hebrew
+    marks = sorted(char for char in set(content) if unicodedata.category(char)[0] == "M")
+    found = re.findall(rf"[^\W\d][\w{''.join(marks)}]*", content)
     counted = collections.Counter(found).most_common()
     names, counts = [], []
     for name, count in counted:
@@ -308,7 +317,7 @@ def words_to_show(config: Config, words: Words) -> list[str]:
         if config.text is None:
             return [word for word in WORDS if word in words.names]
         return ([name for name in words.names if len(name) > 4] or words.names)[:8]
-    chosen = [word.lower() for word in config.words]
+    chosen = [in_lower_case(word) for word in config.words]
     missing = [word for word in chosen if word not in words.names]
     if missing:
         raise SystemExit(
@@ -353,13 +362,14 @@ def main(config: Config) -> list[dict[str, Any]]:
     began = time.perf_counter()
     words = read_words(config)
     shown = words_to_show(config, words)
-    ngrams = find_ngrams(words.names, config)
-    print(f"{len(words.names):,} words, which occur {len(words.text):,} times")
-    used = len(np.unique(ngrams.rows))
-    print(f"their n-grams have {used:,} of {config.rows:,} rows of {config.embedding_size} numbers")
-    model = Model(config, len(words.names), jax.random.key(config.seed))
-    before = np.asarray(vectors_of(model, ngrams))
     with new_folder(config.out):
+        ngrams = find_ngrams(words.names, config)
+        print(f"{len(words.names):,} words, which occur {len(words.text):,} times")
+        used = len(np.unique(ngrams.rows))
+        size = config.embedding_size
+        print(f"their n-grams have {used:,} of {config.rows:,} rows of {size} numbers")
+        model = Model(config, len(words.names), jax.random.key(config.seed))
+        before = np.asarray(vectors_of(model, ngrams))
         model, metrics = train(config, model, words, ngrams)
         vectors = np.asarray(vectors_of(model, ngrams))
         with np.errstate(over="ignore"):

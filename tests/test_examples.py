@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ import numpy as np
 import pytest
 import tokenizers
 import train_lm
-from support import generation, pictures, terminal, text_data, tokenizer as tokenizer_module
+from support import (
+    checkpoints,
+    generation,
+    pictures,
+    terminal,
+    text_data,
+    tokenizer as tokenizer_module,
+)
 from support.checkpoints import Checkpoints
 from support.generation import sample
 from support.terminal import from_command_line
@@ -322,28 +330,63 @@ def test_a_flipped_bit_in_an_array_is_found(finished, tmp_path):
                 assert eqx.tree_equal(model, expected)
 
 
-@pytest.mark.parametrize("key", ["identity", "tokenizer", "metrics", "digests", "digest"])
+def rewrite_about(out, change):
+    """Changes what a checkpoint says of itself, as another version of the scripts would do."""
+    path = out / "checkpoints/300/about/metadata"
+    about = json.loads(path.read_text())
+    digest = about.pop("digest")
+    assert digest == checkpoints._digest_of_json(about)
+    change(about)
+    path.write_text(json.dumps(about | {"digest": checkpoints._digest_of_json(about)}))
+
+
+@pytest.mark.parametrize("key", ["identity", "tokenizer", "metrics", "digests", "step"])
 def test_resuming_from_metadata_without_a_key_is_an_error_and_changes_nothing(
     finished, tmp_path, key
 ):
     config = changed(finished[0], out=tmp_path / "broken", resume=True)
     shutil.copytree(finished[0].run.out, config.run.out)
     shutil.rmtree(config.run.out / "checkpoints" / "200")
-    path = config.run.out / "checkpoints/300/about/metadata"
-    about = json.loads(path.read_text())
-    del about[key]
-    path.write_text(json.dumps(about))
+    rewrite_about(config.run.out, lambda about: about.pop(key))
     before = content(config.run.out)
     for run in (
         lambda: train_lm.main(config),
         lambda: generate.main(generate.Config(config.run.out)),
     ):
         with pytest.raises(
-            SystemExit, match="checkpoints/300 is broken: .*Nothing was ch"
+            SystemExit, match=f"/300 is broken: it does not tell its {key}. .*Nothing was ch"
         ) as error:
             run()
         assert "\n" not in str(error.value)
     assert content(config.run.out) == before
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(finished, tmp_path):
+    shutil.copytree(finished[0].run.out, tmp_path / "other")
+    rewrite_about(tmp_path / "other", lambda about: about["identity"]["model"].update(experts=8))
+    with pytest.raises(SystemExit, match="other is of another version .*'experts'") as error:
+        generate.load(tmp_path / "other")
+    assert "\n" not in str(error.value)
+    path = tmp_path / "other/checkpoints/300/about/metadata"
+    about = json.loads(path.read_text())
+    del about["digest"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(
+        SystemExit, match="/300 is broken: what it says of itself has changed"
+    ) as error:
+        generate.load(tmp_path / "other")
+    assert "\n" not in str(error.value)
+
+
+def test_a_copy_of_a_checkpoint_is_not_taken_for_a_later_one(finished, tmp_path, capsys):
+    run = tmp_path / "copied"
+    shutil.copytree(finished[0].run.out, run)
+    for name in "400", "0500":  # of the second, Python makes a number as well
+        shutil.copytree(run / "checkpoints/300", run / "checkpoints" / name)
+    with Checkpoints(run, exists=True) as checkpoints:
+        assert checkpoints.steps == [200, 300, 400]
+        assert checkpoints.about()["step"] == 300
+    assert "checkpoints/400 is broken: it is a copy of that of step 300" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -541,9 +584,26 @@ def test_scripts_run_from_any_folder_and_fail_in_one_line(finished_bpe, tmp_path
     for failed in (
         run([sys.executable, script, "--run", "missing"]),
         run(command(tiny(tmp_path / "missing", tmp_path / "out"))),
+        # in a folder that is gone
+        run(["sh", "-c", f"mkdir a; cd a; rmdir ../a; {sys.executable} {script} --run=b"]),
     ):
         assert failed.returncode == 1
         assert failed.stdout == "" and failed.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_pictures_do_not_depend_on_a_matplotlibrc(tmp_path):
+    """That may ask for LaTeX, which need not be there."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    program = "import matplotlib; from support import pictures; print(matplotlib.rcParams[{!r}])"
+    written = subprocess.run(
+        [sys.executable, "-c", program.format("text.usetex")],
+        capture_output=True,
+        text=True,
+        cwd=EXAMPLES,
+        env=python_environment(MATPLOTLIBRC=str(tmp_path)),
+    )
+    assert written.stdout == "False\n", written.stderr
 
 
 @pytest.mark.parametrize(
@@ -742,6 +802,20 @@ def test_pieces_are_those_of_hugging_face(text, bpe):
     assert list(tokens) == theirs.encode(text.read_text()).ids
     assert bpe.decode(tokens).decode() == theirs.decode(list(tokens))
     assert len(tokens) < 0.6 * len(text.read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_decoding_holds_little_more_than_the_text(bpe, kind):
+    """Python holds 88 bytes for each piece that it joins."""
+    tokenizer, data = Tokenizer() if kind == "bytes" else bpe, b"3 times 3 is 9.\n" * 20_000
+    tokens = tokenizer.encode(data)
+    tracemalloc.start()
+    try:
+        assert tokenizer.decode(tokens) == data
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(data) + 100 * tokenizer_module.PIECE
 
 
 def test_a_text_is_cut_where_no_token_reaches(bpe):

@@ -16,6 +16,7 @@ import train_lm
 from support import checkpoints
 from support.checkpoints import differences
 from support.meshes import MeshConfig
+from support.processes import start_process
 from support.terminal import from_command_line
 from train_lm import Config, DataConfig
 
@@ -196,6 +197,8 @@ def test_a_folder_that_is_not_shared_is_noticed(monkeypatch, tmp_path):
         ({"num_processes": 0}, "--num-processes must be above 0, got 0."),
         ({"num_processes": 2}, "--num-processes above 1 and --coordinator must be given together."),
         ({"coordinator": "a:1"}, "--num-processes above 1 and --coordinator must be given"),
+        ({"coordinator": "here", "num_processes": 2}, "--coordinator must be HOST:PORT, got here."),
+        ({"coordinator": "a:70000", "num_processes": 2}, "--coordinator must be HOST:PORT, got a:"),
         ({"process_id": 1}, "--process-id must be at least 0 and below 1, got 1."),
         (
             {"coordinator": "a:1", "num_processes": 2, "data": 1},
@@ -207,6 +210,13 @@ def test_a_mesh_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError) as error:
         MeshConfig(**changes)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_port_that_is_in_use_is_refused():
+    with socket.create_server(("", 0)) as server:
+        mesh = MeshConfig(coordinator=f"here:{server.getsockname()[1]}", num_processes=2)
+        with pytest.raises(SystemExit, match="cannot use the port .*: Address already in use"):
+            start_process(mesh)
 
 
 @pytest.mark.slow

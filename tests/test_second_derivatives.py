@@ -169,6 +169,29 @@ def test_hessians_are_those_from_logits(method):
     assert_close(actual, expected, 1e-4, 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("in_scan", [False, True])
+@pytest.mark.one_in(8)
+def test_third_derivatives_are_those_from_logits(method, in_scan):
+    """Products of a vector and the second derivative of a gradient penalty."""
+    layer, hidden = make_layer(with_bias=True, soft_cap=2.0), make_array((N, 4), seed=2)
+
+    def products(function, hidden):
+        def gradient(hidden, _):
+            return hidden, jax.grad(lambda hidden: curved(function(layer, hidden)))(hidden)
+
+        def penalty(hidden):
+            gradients = lax.scan(gradient, hidden, None, 1) if in_scan else gradient(hidden, None)
+            return jnp.sum(jnp.sin(gradients[1]))
+
+        return jax.jvp(jax.grad(penalty), (hidden,), (make_array((N, 4), seed=3),))[1]
+
+    actual, expected = (eqx.filter_jit(products)(f, hidden) for f in METHODS[method])
+    assert method == "lookup" or np.any(expected != 0)
+    assert_close(actual, expected, 1e-4, 1e-4)
+
+
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in BOTH_MODES])
 @pytest.mark.one_in(3)
 def test_forward_mode_is_refused_by_jax(method):

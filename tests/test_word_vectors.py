@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import equinox as eqx
@@ -188,6 +189,20 @@ def test_ngrams_are_those_of_the_paper():
     ngrams = word_vectors.find_ngrams(["where", "a"], config)
     assert ngrams.rows.shape == (2, 10) and np.all(ngrams.rows < config.rows)
     np.testing.assert_allclose(ngrams.shares, [[0.1] * 10, [1] + [0] * 9], rtol=1e-6)
+
+
+def test_words_are_whole_in_every_script(config, tmp_path):
+    words = ["हिन्दी", "தமிழ்", "שָׁלוֹם", "café", "İstanbul", "x2"]
+    text = " ".join(words) + ", cafe\u0301; 2x हिन्दी\n"
+    (tmp_path / "text").write_text(text * 10)
+    config = dataclasses.replace(
+        config, text=tmp_path / "text", min_count=10, words=("CAFE\u0301",)
+    )
+    found = word_vectors.read_words(config)
+    expected = [unicodedata.normalize("NFC", word.lower()) for word in words]
+    assert sorted(found.names) == sorted([*expected, "x"])
+    assert found.counts[found.names.index("café")] == 20
+    assert word_vectors.words_to_show(config, found) == ["café"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from ._device_scores import all_scores, device_scores_backward
 from ._devices import save, Saved
 from ._logits import chunks_of, Head, make_head, on_device, Operands, Options
+from ._primitive import call_as_one
 from ._reference import TokenScores
 from ._scores import Used
 from ._search import draw_among, draw_token, Draws, find_likeliest
@@ -33,15 +34,22 @@ def _top_k(options: Options, k: int, operands: Operands) -> Any:
     return _of_targets(options, operands._replace(targets=tokens), log_probs), tokens
 
 
-# For derivatives of the gradient, which has a rule of its own
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _of_targets(options: Options, operands: Operands, log_probs: Array) -> Array:
-    """These log-probabilities, with the derivative of those of the targets."""
+    """These log-probabilities, with the derivative of those of the targets.
+
+    For derivatives of the gradient, which has a rule of its own. As one operation, because to
+    linearize a `jax.lax.scan`, JAX takes the function for its own derivative.
+    """
+    return call_as_one(functools.partial(_differentiable, options), operands, log_probs)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(options: Options, operands: Operands, log_probs: Array) -> Array:
     return log_probs
 
 
-@_of_targets.defjvp
-def _of_targets_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Array, Array]:
+@_differentiable.defjvp
+def _differentiable_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Array, Array]:
     def log_probs(operands: Operands) -> Array:
         return all_scores(options, Used(), operands)[0]
 

@@ -228,6 +228,51 @@ def test_a_shard_map_may_take_some_of_the_axes(setting, rules):
         assert_trees_close(jax.jit(inside)(*arguments), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [None, "data"])
+def test_a_lookup_has_a_gradient_through_a_shard_map_along_an_explicit_axis(rows):
+    """JAX cannot differentiate a lookup that is given a sharding there."""
+    table, hidden, targets, _ = arguments_of_a_loss(padding_rows=0)
+    rules = {"batch": "data", "vocabulary": rows}
+
+    def loss(rules, table, hidden, targets):
+        vectors = EmbeddingLookup(table)(targets, rules=rules)
+        return cross_entropy(rules, table, hidden + vectors, targets)
+
+    expected = jax.jit(jax.value_and_grad(lambda *a: loss(None, *a), (0, 1)))(
+        table, hidden, targets
+    )
+    mesh = make_mesh("explicit")
+    mapped = jax.shard_map(
+        functools.partial(loss, rules),
+        mesh=mesh,
+        in_specs=(P(rows), P("data"), P("data")),
+        out_specs=P(),
+        axis_names={"data"},
+    )
+    with jax.set_mesh(mesh):
+        operands = place(mesh, table, rows), *(place(mesh, x, "data") for x in (hidden, targets))
+        assert_trees_close(jax.jit(jax.value_and_grad(mapped, (0, 1)))(*operands), expected)
+
+
+def test_two_kinds_of_axes_that_split_the_rows_of_a_lookup_are_refused():
+    table, _, targets, _ = arguments_of_a_loss(padding_rows=0)
+    mesh = make_mesh("explicit")
+    mapped = jax.shard_map(
+        lambda table, tokens: EmbeddingLookup(table)(
+            tokens, rules={"batch": "data", "vocabulary": "data"}
+        ),
+        mesh=mesh,
+        in_specs=(P("data"), P("data")),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    with jax.set_mesh(mesh):
+        table = place(mesh, table, ("data", "model"))
+        with pytest.raises(ValueError, match=r"\('model',\) split the same axis of the table"):
+            mapped(table, place(mesh, targets, "data"))
+
+
 def test_a_mean_inside_a_shard_map_is_of_the_devices_tokens_unless_rules_say_more():
     *arguments, _ = arguments_of_a_loss(padding_rows=0)
     expected = jax.jit(jax.value_and_grad(lambda *a: cross_entropy(None, *a), (0, 1)))(*arguments)
