@@ -34,7 +34,8 @@ class ModelConfig:
     """The size of an embedding, a multiple of --num-heads."""
 
     def __post_init__(self):
-        require(self, "sequence_length", "num_layers", "num_heads", "embedding_size", above=0)
+        require(self, "sequence_length", "num_heads", "embedding_size", above=0)
+        require(self, "num_layers", above=0, below=2**16)
         if self.embedding_size % self.num_heads != 0:
             raise ValueError(f"--embedding-size must be a multiple of --num-heads {self.num_heads}")
 

@@ -542,6 +542,7 @@ def test_a_text_that_cannot_be_used_is_refused_in_one_line(text, tmp_path):
         ({"steps": 0}, "--steps must be above 0, got 0"),
         ({"num_heads": 3}, "--embedding-size must be a multiple of --num-heads 3"),
         ({"learning_rate": math.nan}, "--learning-rate must be above 0 and finite, got nan"),
+        ({"num_layers": 2**31 - 1}, "--num-layers must be above 0 and below 65536, got 2147483647"),
         ({"vocab_size": 255}, "--vocab-size must be at least 256, got 255"),
         ({"warmup": 1.0}, "--warmup must be at least 0 and below 1, got 1.0"),
         ({"learning_rate": math.inf}, "--learning-rate must be above 0 and finite, got inf"),
