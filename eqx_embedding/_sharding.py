@@ -45,8 +45,13 @@ class Split(NamedTuple):
     @property
     def entered(self) -> set[str]:
         """Those that do. JAX fails at second derivatives if any explicit axis is left."""
+        return self.mapped | self.explicit
+
+    @property
+    def explicit(self) -> set[str]:
+        """The explicit axes of the mesh, whether they split something or not."""
         types = axis_types(self.mesh)
-        return self.mapped | {axis for axis, kind in types.items() if kind == AxisType.Explicit}
+        return {axis for axis, kind in types.items() if kind == AxisType.Explicit}
 
     @property
     def device_kind(self) -> str:
@@ -142,10 +147,9 @@ class Split(NamedTuple):
 
     def sharding(self, axes: Sequence[Axes]) -> NamedSharding | None:
         """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""
-        if self.mesh is None or AxisType.Explicit not in self.mesh.axis_types:
+        explicit = self.explicit
+        if self.mesh is None or not explicit:
             return None
-        types = axis_types(self.mesh)
-        explicit = {axis for axis, kind in types.items() if kind == AxisType.Explicit}
         return NamedSharding(
             self.mesh, _spec([tuple(a for a in entry if a in explicit) for entry in axes])
         )

@@ -160,7 +160,6 @@ def sum_to_owners(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array
 def index_of_device(mesh: AbstractMesh | None, axes: tuple[str, ...]) -> Any:
     if mesh is None or not axes:
         return np.int32(0)
-
     with jax.sharding.use_abstract_mesh(mesh), jax.auto_pcast(True):
         return _erase_type(lax.axis_index(axes))
 
