@@ -39,14 +39,17 @@ def device_losses(
     `of_example` says which arrays of the closure have the first axis of the batch, too; `None` if
     none has. `outer_axes` are those of a `jax.shard_map` around that of this call.
     """
-    return _all_losses(function, of_example, scores, weights, data, closure, mask)
+    return _all_losses(function, of_example, outer_axes, scores, weights, data, closure, mask)
 
 
 def _all_losses(
-    function: TokenFunction, of_example: tuple[bool, ...] | None, *operands: Any
+    function: TokenFunction,
+    of_example: tuple[bool, ...] | None,
+    outer_axes: frozenset[str],
+    *operands: Any,
 ) -> Array:
     losses = functools.partial(_losses, function, of_example)
-    return without_devices(losses, device_type(operands), *operands)
+    return without_devices(losses, outer_axes, device_type(operands), *operands)
 
 
 def _device_losses_forward(
@@ -55,7 +58,7 @@ def _device_losses_forward(
     outer_axes: frozenset[str],
     *operands: Any,
 ) -> Any:
-    losses = _all_losses(function, of_example, *operands)
+    losses = _all_losses(function, of_example, outer_axes, *operands)
     return losses, save(outer_axes, operands)
 
 
@@ -71,7 +74,7 @@ def _device_losses_backward(
         return pullback(cotangent)
 
     types, operands = load(saved)
-    return without_devices(pull_back, tuple(types), cotangent, *operands)
+    return without_devices(pull_back, outer_axes, tuple(types), cotangent, *operands)
 
 
 device_losses.defvjp(_device_losses_forward, _device_losses_backward)

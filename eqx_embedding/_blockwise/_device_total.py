@@ -117,7 +117,7 @@ def _device_total_backward(
         return jax.tree.map(scale_one, gradients)
 
     types, gradients = (Operands(*each) for each in load(saved))
-    return (without_devices(scale, types, cotangent, gradients),)
+    return (without_devices(scale, options.outer_axes, types, cotangent, gradients),)
 
 
 device_total.defvjp(_device_total_forward, _device_total_backward, symbolic_zeros=True)

@@ -74,14 +74,26 @@ def widen(dtype: DTypeLike, array: Array) -> Array:
     return _widen.bind(array, dtype=jnp.dtype(dtype))
 
 
-def without_devices(function: Callable[..., Any], types: PyTree, *arguments: PyTree) -> Any:
-    """`function(*arguments)`, whose results are given the `types`, a prefix of their tree."""
+def without_devices(
+    function: Callable[..., Any], outer_axes: frozenset[str], types: PyTree, *arguments: PyTree
+) -> Any:
+    """`function(*arguments)`, whose results are given the `types`, a prefix of their tree.
+
+    Derivatives of it save the arguments. What is computed from them has no types, by which JAX
+    would take it for the same on all devices. But with `outer_axes`, JAX cannot save these types.
+    """
     axes = varying_axes(*jax.tree.leaves(arguments))
-    arguments = jax.tree.map(functools.partial(_erase_type, axes=axes), arguments)
-    with no_mesh():
-        results = call_as_one(function, *arguments)
-    restore = functools.partial(_restore_type, axes=axes)
-    return jax.tree.map(restore, types, results, is_leaf=lambda node: isinstance(node, DeviceType))
+
+    def erased(*arguments: PyTree) -> Any:
+        arguments = jax.tree.map(functools.partial(_erase_type, axes=axes), arguments)
+        with no_mesh():
+            results = function(*arguments)
+        restore = functools.partial(_restore_type, axes=axes)
+        return jax.tree.map(
+            restore, types, results, is_leaf=lambda node: isinstance(node, DeviceType)
+        )
+
+    return call_as_one(erased, *arguments, recompute=bool(axes) and not outer_axes)
 
 
 @jax.tree_util.register_static

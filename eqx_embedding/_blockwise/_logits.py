@@ -161,7 +161,7 @@ def on_device(
         tpu = {} if plans["tpu"] == plans["gpu"] else {"tpu": run["tpu"]}
         return lax.platform_dependent(operands, *others, cpu=run["cpu"], default=run["gpu"], **tpu)
 
-    return without_devices(planned, types, operands, *others)
+    return without_devices(planned, options.outer_axes, types, operands, *others)
 
 
 def make_head(options: Options, operands: Operands) -> Head:

@@ -27,9 +27,15 @@ VmapRule = Callable[..., Any]
 
 
 def call_as_one(
-    function: Callable[..., Any], *arguments: Any, vmap_rule: VmapRule | None = None
+    function: Callable[..., Any],
+    *arguments: Any,
+    vmap_rule: VmapRule | None = None,
+    recompute: bool = False,
 ) -> Any:
-    """`function(*arguments)`; it closes over no array. With a `vmap_rule` it has one argument."""
+    """`function(*arguments)`; it closes over no array. With a `vmap_rule` it has one argument.
+
+    With `recompute`, derivatives save the arguments, and nothing that is computed from them.
+    """
     if getattr(jax.config, "jax_disable_jit"):  # to find a fault line by line
         return function(*arguments)
     leaves, structure = jax.tree.flatten(arguments)
@@ -37,14 +43,15 @@ def call_as_one(
     def on_leaves(*leaves: Any) -> Any:
         return function(*structure.unflatten(leaves))
 
-    def rule(size: int, mesh_axes: Axes, mapped: list[bool], leaves: list[Any]) -> Any:
+    def map_arguments(size: int, mesh_axes: Axes, mapped: list[bool], leaves: list[Any]) -> Any:
         assert vmap_rule is not None
         (mapped_argument,), (argument,) = map(structure.unflatten, (mapped, leaves))
         return vmap_rule(size, mesh_axes, mapped_argument, argument)
 
     with jax.auto_pcast(False):  # of the `spmd_axis_name` of a `jax.vmap`
         jaxpr, shapes = jax.make_jaxpr(on_leaves, return_shape=True)(*leaves)
-    results = _call.bind(*leaves, jaxpr=jaxpr, rule=rule if vmap_rule else None)
+    rule = map_arguments if vmap_rule else None
+    results = _call.bind(*leaves, jaxpr=jaxpr, rule=rule, recompute=recompute)
     return jax.tree.structure(shapes).unflatten(results)
 
 
@@ -53,16 +60,16 @@ _call.multiple_results = True
 
 
 @_call.def_impl
-def _run(*arguments, jaxpr, rule):
+def _run(*arguments, jaxpr, rule, recompute):
     return jaxpr_as_fun(jaxpr)(*arguments)
 
 
 @_call.def_effectful_abstract_eval
-def _abstract(*_, jaxpr: ClosedJaxpr, rule):
+def _abstract(*_, jaxpr: ClosedJaxpr, rule, recompute):
     return jaxpr.out_avals, jaxpr.effects
 
 
-def _differentiate(primals, tangents, *, jaxpr, rule):
+def _differentiate(primals, tangents, *, jaxpr, rule, recompute):
     active = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
 
     def of_active(*given: Any) -> Any:
@@ -71,8 +78,9 @@ def _differentiate(primals, tangents, *, jaxpr, rule):
             arguments[i] = argument
         return jaxpr_as_fun(jaxpr)(*arguments)
 
+    function = jax.checkpoint(of_active) if recompute else of_active
     results, results_tangents = jax.jvp(
-        of_active, [primals[i] for i in active], [tangents[i] for i in active]
+        function, [primals[i] for i in active], [tangents[i] for i in active]
     )
     # results that are no floats have none
     return results, [
@@ -81,10 +89,10 @@ def _differentiate(primals, tangents, *, jaxpr, rule):
     ]
 
 
-def _map(axis, arguments, dims, *, jaxpr, rule):
+def _map(axis, arguments, dims, *, jaxpr, rule, recompute):
     mapped = [dim is not None for dim in dims]
     if not any(mapped):  # as in the derivative of something else, for many directions
-        results = _call.bind(*arguments, jaxpr=jaxpr, rule=rule)
+        results = _call.bind(*arguments, jaxpr=jaxpr, rule=rule, recompute=recompute)
         return results, [None] * len(results)
     moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arguments, dims)]
     mesh_axes = as_axes(axis.explicit_mesh_axis)
@@ -153,7 +161,7 @@ def _drop_unused(used_results, *others):
     new = operation.replace(
         invars=[x for x, is_used in zip(operation.invars, used, strict=True) if is_used],
         outvars=[x for x, is_used in zip(operation.outvars, used_results, strict=True) if is_used],
-        params={"jaxpr": ClosedJaxpr(smaller, jaxpr.consts), "rule": None},
+        params=operation.params | {"jaxpr": ClosedJaxpr(smaller, jaxpr.consts)},
     )
     return used, new
 
@@ -163,5 +171,5 @@ partial_eval.dce_rules[_call] = _drop_unused
 batching.fancy_primitive_batchers[_call] = _map
 mlir.register_lowering(
     _call,
-    mlir.lower_fun(lambda *arguments, jaxpr, rule: jaxpr_as_fun(jaxpr)(*arguments), True),
+    mlir.lower_fun(_run, True),
 )

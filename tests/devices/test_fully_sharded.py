@@ -506,6 +506,38 @@ def test_gradients_of_gradients_on_an_explicit_mesh_that_splits_nothing(loss, mi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "loss, setting",
+    [
+        *((of_data_and_closure, kind) for kind in ("explicit", "rules", "manual")),
+        *((loss, kind) for loss in APART for kind in ("explicit", "rules")),
+    ],
+)
+@pytest.mark.one_in(9)
+def test_a_linear_map_of_second_derivatives_may_be_compiled_later(loss, setting):
+    """As for conjugate gradients. JAX keeps arrays for it, which differ from device to device."""
+    numbers, *operands, targets = make_numbers(FEW)
+    rules, mesh = OVER_MODEL, make_mesh(setting)
+
+    def products(function, operands, jit):
+        gradient = jax.grad(lambda *operands: function(numbers, *operands, targets), (0, 1))
+        _, linear = jax.linearize(gradient, *operands)
+        return jit(linear)(*jax.tree.map(jnp.cos, operands))
+
+    expected = products(functools.partial(with_numbers, loss, None), operands, lambda f: f)
+    total = functools.partial(with_numbers, loss, None if setting == "explicit" else rules)
+    batch = P(rules["batch"])
+    specs = {"scale": P(), "weights": batch}, P("model"), batch, batch
+    if setting == "manual":
+        total = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P())
+    with jax.set_mesh(mesh):
+        numbers, *operands, targets = jax.tree.map(
+            lambda array, spec: place(mesh, array, *spec), (numbers, *operands, targets), specs
+        )
+        assert_trees_close(products(total, operands, jax.jit), expected)
+
+
+@pytest.mark.slow
 def test_second_derivatives_in_bfloat16_are_summed_in_float32():
     """XLA for CPUs ends the process at a sum in bfloat16 over one of two mesh axes."""
     table, hidden, targets, *_ = make_operands(FEW, padding_rows=0)
