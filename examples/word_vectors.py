@@ -101,7 +101,8 @@ class Config:
     def __post_init__(self):
         require(self, "min_count", "rows", "min_length", "embedding_size", "steps", above=0)
         require(self, "batch_size", "window", "negatives", "threshold", above=0)
-        require(self, "learning_rate", "report_every", above=0)
+        require(self, "report_every", above=0)
+        require(self, "learning_rate", above=0, at_most=1e38)  # what float32 holds
         require(self, "max_length", at_least=self.min_length)
         require(self, "seed", at_least=0, below=2**63)
 

@@ -259,7 +259,7 @@ def test_a_folder_that_is_in_use_is_refused(config, trained, tmp_path):
         (f"--batch-size={2**63}", f"--batch-size must be above 0 and below {2**31}, got {2**63}."),
         ("--min-length=7", "--max-length must be at least 7, got 6."),
         ("--threshold=nan", "--threshold must be above 0 and finite, got nan."),
-        ("--learning-rate=1e39", "--learning-rate must be above 0 and below 3.4"),
+        ("--learning-rate=1e39", "--learning-rate must be above 0 and at most 1e+38, got 1e+39."),
         ("--stepz=5", "Unrecognized options: --stepz"),
     ],
 )

@@ -87,7 +87,7 @@ def without_devices(
     def erased(*arguments: PyTree) -> Any:
         arguments = jax.tree.map(functools.partial(_erase_type, axes=axes), arguments)
         with no_mesh():
-            results = function(*arguments)
+            results = call_as_one(function, *arguments)  # which `jax.vmap` maps without types
         restore = functools.partial(_restore_type, axes=axes)
         return jax.tree.map(
             restore, types, results, is_leaf=lambda node: isinstance(node, DeviceType)

@@ -23,14 +23,13 @@ def require(
 ) -> None:
     """Raises a `ValueError`, of which tyro makes a message, unless all fields are in a range.
 
-    Infinity and NaN never are, nor are numbers that 32 bits cannot hold, unless `below` is given.
+    Infinity and NaN never are, nor are integers that 32 bits cannot hold, unless `below` is given.
     """
     for name in names:
         value = getattr(config, name)
-        largest = 2**31 if isinstance(value, int) else 2.0**128
-        too_large = below == math.inf and largest <= value < math.inf
+        too_large = isinstance(value, int) and value >= 2**31 and below == math.inf
         if too_large or not (above < value < below and at_least <= value <= at_most):
-            top = largest if too_large else below
+            top = 2**31 if too_large else below
             limits = {"above": above, "at least": at_least, "below": top, "at most": at_most}
             limits = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
             limits += [] if math.isfinite(value) else ["finite"]
