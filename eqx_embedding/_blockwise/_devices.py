@@ -93,7 +93,9 @@ def without_devices(
             restore, types, results, is_leaf=lambda node: isinstance(node, DeviceType)
         )
 
-    return call_as_one(erased, *arguments, recompute=bool(axes) and not outer_axes)
+    if outer_axes or not axes:
+        return erased(*arguments)
+    return call_as_one(erased, *arguments, recompute=True)
 
 
 @jax.tree_util.register_static

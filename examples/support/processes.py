@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from support.checkpoints import differences
+from support.folder import one_line
 from support.meshes import Devices, find_devices, MeshConfig
 
 
@@ -44,13 +45,9 @@ def start_process(mesh: MeshConfig) -> None:
 def _check_port(mesh: MeshConfig) -> None:
     """Stops the program with one line if process 0 cannot have the port, where JAX would crash."""
     assert mesh.coordinator is not None
-    host, _, port = mesh.coordinator.rpartition(":")
-    try:
+    _, _, port = mesh.coordinator.rpartition(":")
+    with one_line(f"use the port of --coordinator {mesh.coordinator}"):
         socket.create_server(("", int(port))).close()
-    except OSError as error:
-        raise SystemExit(
-            f"cannot use the port of --coordinator {host}:{port}: {error.strerror}."
-        ) from None
 
 
 def check_settings(identity: dict[str, Any], run: Any, mesh: tuple[int, int]) -> None:

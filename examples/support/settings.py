@@ -8,7 +8,7 @@ Number = int | float
 
 
 def require_finite(*numbers: float, what: str = "the loss") -> None:
-    """Stops the program with one line if a loss is not finite: what follows would be worthless."""
+    """Stops the program with one line unless all are finite: what follows would be worthless."""
     if not all(map(math.isfinite, numbers)):
         raise SystemExit(f"{what} is not finite: try a lower --learning-rate.")
 

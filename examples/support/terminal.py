@@ -58,11 +58,11 @@ def run_script(main: Callable[[Any], Any], config: type[Any], description: str |
     sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     import jax  # not at the top: it takes seconds, in which Ctrl-C must work already
 
+    from support.folder import one_line  # after the scripts have turned its type checks on
+
     try:
-        try:
+        with one_line("use the current folder"):  # it may have been removed
             os.getcwd()
-        except OSError:
-            raise SystemExit("the current folder was removed: change to another one.") from None
         # whatever JAX_NUMPY_DTYPE_PROMOTION and JAX_NUMPY_RANK_PROMOTION say: optax mixes both
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             main(from_command_line(config, description))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer
 
+from support.folder import one_line
 from support.tokenizer import Tokenizer
 
 
@@ -31,14 +32,12 @@ def read_text(path: Path | None) -> Text:
         name, data = "the built-in text", "\n\n".join(topics.values()).encode()
     else:
         name = str(path)
-        try:
+        with one_line(f"read the text {name}"):
             if path.is_char_device():  # such as /dev/zero
                 raise SystemExit(
                     f"the text {name} is a device, which may have no end: give a file."
                 )
             data = path.read_bytes()
-        except OSError as error:
-            raise SystemExit(f"cannot read the text {name}: {error.strerror}.") from None
     return cut_text(name, data)
 
 

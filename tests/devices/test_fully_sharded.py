@@ -423,11 +423,11 @@ def assert_second_derivatives_equal_those_of_one_device(
         )
         if manual:
 
-            def of_manual(spec):
+            def manual_part(spec):
                 return P(*(axes if set(np.ravel(axes)) <= manual else None for axes in spec))
 
-            of_manual = jax.tree.map(of_manual, specs)
-            total = jax.shard_map(total, in_specs=of_manual, out_specs=P(), axis_names=manual)
+            in_specs = jax.tree.map(manual_part, specs)
+            total = jax.shard_map(total, in_specs=in_specs, out_specs=P(), axis_names=manual)
         assert_trees_close(differentiate_twice(total, *operands), expected)
 
 
