@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import equinox as eqx
 import jax
@@ -214,6 +215,19 @@ def test_no_chunk_has_fewer_than_1024_tokens(platform, tokens, function):
     traced = jax.jit(function).trace(hidden, rows, targets)
     (size,) = chunk_sizes(traced.lower(lowering_platforms=(platform,)).as_text())
     assert size >= 1024
+
+
+@pytest.mark.parametrize("kind, expected", [("TPU v6 lite", 1264), ("TPU7x", 5000)])
+def test_a_tpu_whose_compiler_copies_rows_for_a_loop_has_one_chunk(monkeypatch, kind, expected):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    jax.clear_caches()  # what was traced for other devices
+    N, D, V = 5000, 4096, 32000
+    shapes = ((N, D), "bfloat16"), ((V, D), "bfloat16"), ((N,), "int32")
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    traced = gradient.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert chunk_sizes(text) & {1264, N} == {expected}
+    jax.clear_caches()
 
 
 @pytest.mark.slow

@@ -128,13 +128,6 @@ def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, len
 
 
 @pytest.mark.slow
-def test_gradients_are_summed_around_rings_of_devices(monkeypatch):
-    """With an explicit mesh, as on JAX from 0.11, whichever is installed."""
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
-    assert_equals_one_device(mean_and_scores, "explicit", "rows", MANY)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("function", [losses_alone, logits_and_vectors])
 @pytest.mark.parametrize("setting", ["explicit", "rules", "manual"])
 @pytest.mark.parametrize("layout", ["rows over model, then data", "columns"])
@@ -183,6 +176,32 @@ def test_a_lookup_has_forward_mode_and_gradients_of_examples(function, layout, l
         assert_trees_close(actual, expected)
 
 
+@pytest.mark.parametrize("vocabulary_axis", [0, 1])
+def test_gradients_are_summed_around_rings_of_devices(monkeypatch, vocabulary_axis):
+    """If explicit axes are left in a `jax.shard_map`: as on JAX from 0.11, whichever is installed."""
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    embeddings, tokens = random((V, D)), make_operands(MANY)[2]
+    names = ("vocabulary", "embedding") if vocabulary_axis == 0 else ("embedding", "vocabulary")
+
+    def total(rules, embeddings, tokens):
+        vectors = EmbeddingLookup(EmbeddingTable(embeddings, names))(tokens, rules=rules)
+        return jnp.sum(jnp.sin(vectors))
+
+    def of_device(embeddings, tokens):
+        return jax.lax.psum(total(LAYOUTS["rows"], embeddings, tokens), "data")
+
+    spec = P("data") if vocabulary_axis == 0 else P(None, "data")
+    embeddings = embeddings if vocabulary_axis == 0 else embeddings.T
+    expected = jax.jit(jax.grad(functools.partial(total, None)))(embeddings, tokens)
+    mesh = make_mesh("explicit")
+    with jax.set_mesh(mesh):
+        of_mesh = jax.shard_map(
+            of_device, in_specs=(spec, P("data")), out_specs=P(), axis_names={"data"}
+        )
+        operands = place(mesh, embeddings, *spec), place(mesh, tokens, "data")
+        assert_trees_close(jax.jit(jax.grad(of_mesh))(*operands), expected)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("setting", ["explicit", "rules"])
 def test_tokens_of_the_host_are_looked_up_in_any_layout(setting, layout):
@@ -206,6 +225,53 @@ def test_vectors_in_bfloat16_are_looked_up_on_a_mesh_of_two_axes(tokens):
             sharded, place(mesh, ids, "data")
         )
     np.testing.assert_array_equal(vectors, embeddings[ids])
+
+
+def test_tokens_that_rules_cannot_split_are_looked_up():
+    table, mesh = EmbeddingTable(random((V, D)), ("vocabulary", "embedding")), make_mesh("rules")
+    tokens, rules = jnp.arange(V + 1) % V, LAYOUTS["rows"]
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(table, table.shardings(mesh, rules))
+        vectors = jax.jit(lambda table, tokens: EmbeddingLookup(table)(tokens, rules=rules))(
+            sharded, tokens
+        )
+    np.testing.assert_array_equal(vectors, table.embeddings[tokens])
+
+
+def look_up_with_each(tables, tokens):
+    def total(tables):
+        return jnp.sum(jnp.sin(jax.vmap(lambda table: EmbeddingLookup(table)(tokens))(tables)))
+
+    return jax.value_and_grad(total)(tables)
+
+
+def look_up_examples(table, tokens):
+    def total(table):
+        return jnp.sum(jnp.sin(jax.vmap(EmbeddingLookup(table))(tokens)))
+
+    return jax.value_and_grad(total)(table)
+
+
+@pytest.mark.parametrize(
+    "function, of_tokens, of_table, stacked",
+    [
+        (look_up_with_each, ("data",), "data", 3),
+        (look_up_examples, ("data", "model"), "model", 0),
+        (look_up_examples, ("data", "model"), ("data", "model"), 0),
+    ],
+)
+def test_a_lookup_may_be_mapped_where_tokens_and_table_share_an_axis(
+    function, of_tokens, of_table, stacked
+):
+    shape = (stacked, V, D) if stacked else (V, D)
+    table = EmbeddingTable(random(shape), ("vocabulary", "embedding"))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, V, (4, 128)), "int32")
+    expected = eqx.filter_jit(function)(table, tokens)
+    mesh = make_mesh("explicit")
+    with jax.set_mesh(mesh):
+        table = jax.device_put(table, table.shardings(mesh, {"vocabulary": of_table}))
+        actual = eqx.filter_jit(function)(table, place(mesh, tokens, *of_tokens))
+        assert_trees_close(actual, expected)
 
 
 def test_a_lookup_on_a_mesh_exports_for_any_number_of_tokens():
