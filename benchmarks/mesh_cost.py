@@ -85,9 +85,9 @@ def fully_sharded(s: Sizes, d: int, m: int) -> Cost:
     if few:
         held += s.N * s.D  # the gradient of all vectors, for the lookup
         # for the lookup, XLA sums the vectors over the devices, and gathers their gradient and the
-        # tokens, twice; for the loss, vectors, targets and one cotangent each are gathered, three
+        # tokens; for the loss, vectors, targets and one cotangent each are gathered, three
         # numbers are summed, and the gradient is summed, of which each device keeps its part
-        sent = reduced(n, 4 * s.N * s.D) + gathered(n, 4 * s.N * (s.D + 2))
+        sent = reduced(n, 4 * s.N * s.D) + gathered(n, 4 * s.N * (s.D + 1))
         sent += gathered(n, 4 * s.N * (2 * s.D + 2)) + reduced(n, 12 * s.N)
     else:
         # the table, once for both, and two gradients of it

@@ -23,6 +23,7 @@ from ._sharding import (
     MappedAxisError,
     remaining,
     Split,
+    sum_over,
 )
 from ._suggest import explain_spmd, suggest, suggest_tokens
 from ._table import EmbeddingTable, RowAxis, Rules
@@ -31,33 +32,42 @@ from ._table import EmbeddingTable, RowAxis, Rules
 OutOfRange = Literal["nan", "raise", "clip"]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _take(
-    array: Array,
-    index: Array,
-    row_axis: RowAxis,
-    fill_value: float,
-    out_sharding: NamedSharding | None,
-) -> Array:
-    """The rows of an index, whose axes come first; `fill_value` past the end."""
-    taken = row_axis.at(array, index).get(
-        mode="fill",
-        fill_value=fill_value,
-        wrap_negative_indices=False,
-        out_sharding=out_sharding,
-    )
-    # To move the axes of the result, and not those of the array, spares a copy of its gradient.
-    return row_axis.move_first(taken, index.ndim)
+class _Take(NamedTuple):
+    """How to take the rows of an index, whose axes come first; zeros past the end."""
+
+    row_axis: RowAxis
+    out_sharding: NamedSharding | None
+
+    def __call__(self, array: Array, index: Array) -> Array:
+        if array.dtype == at_least_float32(array.dtype):
+            return self.rows(array, index)
+        # As one operation, because to linearize a `jax.lax.scan`, JAX forgets the derivative.
+        return call_as_one(functools.partial(_take, self), array, index)
+
+    def rows(self, array: Array, index: Array) -> Array:
+        with jax.auto_pcast(True):
+            taken = self.row_axis.at(array, index).get(
+                mode="fill",
+                fill_value=0,
+                wrap_negative_indices=False,
+                out_sharding=self.out_sharding,
+            )
+        # To move the axes of the result, and not those of the array, spares a copy of its gradient.
+        return self.row_axis.move_first(taken, index.ndim)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _take(take: _Take, array: Array, index: Array) -> Array:
+    return take.rows(array, index)
 
 
 @_take.defjvp
-def _take_jvp(row_axis, fill_value, out_sharding, primals, tangents):
+def _take_jvp(take, primals, tangents):
     array, index = primals
     # The gradient is the transpose of this line: a scatter-add, in float32 at least, for bfloat16
     # stops counting the repeats of a token at 256, and float16 at 2048.
     wide = widen(at_least_float32(array.dtype), jnp.asarray(tangents[0]))  # it may be of NumPy
-    tangent = _take(wide, index, row_axis, 0.0, out_sharding)
-    return _take(array, index, row_axis, fill_value, out_sharding), tangent.astype(array.dtype)
+    return take(array, index), take.rows(wide, index).astype(array.dtype)
 
 
 class _Lookup(NamedTuple):
@@ -142,14 +152,17 @@ def _take_on_device(
     """The rows of an index, if devices along the axes `vocabulary` have different rows."""
     dtype = array.dtype
     array = gather_wide(dtype, at_least_float32(dtype), row_axis.restore(gathered), array)
-    if not vocabulary:
-        return _take(array, index, row_axis, jnp.nan, out_sharding).astype(dtype)
-    start = lax.axis_index(vocabulary) * row_axis.of(array.shape)
-    vectors = _take(array, index - start.astype(index.dtype), row_axis, 0.0, out_sharding)
+    start = lax.axis_index(vocabulary) * row_axis.of(array.shape) if vocabulary else 0
+    take = _Take(row_axis, out_sharding)
+    vectors = take(array, index - jnp.asarray(start, index.dtype)).astype(dtype)
     # One device has the row of a token, the others add zeros.
-    vectors = lax.psum(vectors.astype(dtype), vocabulary)
+    vectors = sum_over(vocabulary, vectors)
     missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
-    return nan_where(missing, vectors)
+    return nan_where(missing, vectors) if _has_nan(dtype) else vectors
+
+
+def _has_nan(dtype: np.dtype) -> bool:
+    return bool(np.isnan(np.asarray(np.nan, dtype)))
 
 
 @final
@@ -231,8 +244,7 @@ class EmbeddingLookup(eqx.Module):
         table = self.table
         table._check_arrays()
         array, row_axis = jnp.asarray(table.embeddings), table._row_axis
-        if self.out_of_range == "nan" and not np.isnan(np.asarray(np.nan, array.dtype)):
-            # float4 would answer with a number
+        if self.out_of_range == "nan" and not _has_nan(array.dtype):  # float4 has none
             raise ValueError(
                 f"{array.dtype.name} has no NaN for a token out of range: say "
                 'out_of_range="raise" or "clip".'

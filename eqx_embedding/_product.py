@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from ._blockwise import widen
+from ._blockwise import call_as_one, widen
 from ._sharding import Split
 from ._table import RowAxis
 
@@ -25,23 +25,35 @@ class Product(NamedTuple):
     row_axis: RowAxis  # of the table as it is stored
     out_sharding: Any
 
+    def padded(self, rows: Array) -> bool:
+        """Whether the whole table has padding rows, if this device has these rows of it."""
+        return len(rows) * self.split.size(self.split.manual_vocabulary) != self.vocab_size
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+
 def multiply(product: Product, hidden: Array, rows: Array) -> Array:
     """The matrix product of hidden vectors and all rows, padding included: `*batch rows`."""
+    dtypes = {hidden.dtype, rows.dtype, product.factors}
+    if dtypes == {product.sums} and not product.padded(rows):  # JAX knows the derivative
+        return _contract(product, hidden, rows)
+    # As one operation, because to linearize a `jax.lax.scan`, JAX forgets the derivative.
+    return call_as_one(functools.partial(_multiply, product), hidden, rows)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _multiply(product: Product, hidden: Array, rows: Array) -> Array:
     factors = product.factors
     is_one = product.split.mesh is None and hidden.size == math.prod(rows.shape[1:])
     contract = _contract_one if is_one and jnp.finfo(factors).bits == 16 else _contract
     return contract(product, hidden.astype(factors), rows.astype(factors))
 
 
-@multiply.defjvp
+@_multiply.defjvp
 def _multiply_jvp(product, primals, tangents):
     (hidden, rows), (d_hidden, d_rows) = primals, tangents
-    factors, sums, split, vocab_size, *_ = product
+    factors, sums, *_ = product
     # A NaN in a padding row must not reach the gradient of `hidden`. Padding is removed here, and
     # not before the product, so that a decode without a gradient does not copy the table.
-    tokens = _zero_padding_rows(rows, split, vocab_size).astype(factors)
+    tokens = _zero_padding_rows(product, rows).astype(factors)
     d_logits = _contract(product, widen(sums, d_hidden), tokens)
     d_logits = d_logits + _contract(product, hidden.astype(factors), widen(sums, d_rows))
     return multiply(product, hidden, rows), d_logits
@@ -53,23 +65,24 @@ def _contract(product: Product, hidden: Array, rows: Array) -> Array:
     table = row_axis.move_back(rows)
     batch_axes = hidden.ndim - (table.ndim - 1)
     axes = range(batch_axes, hidden.ndim), row_axis.replace(range(table.ndim), ())
-    return lax.dot_general(
-        hidden,
-        table,
-        (axes, ((), ())),
-        preferred_element_type=product.sums,
-        out_sharding=product.out_sharding,
-    )
+    with jax.auto_pcast(True):
+        return lax.dot_general(
+            hidden,
+            table,
+            (axes, ((), ())),
+            preferred_element_type=product.sums,
+            out_sharding=product.out_sharding,
+        )
 
 
-def _zero_padding_rows(rows: Array, split: Split, vocab_size: int) -> Array:
+def _zero_padding_rows(product: Product, rows: Array) -> Array:
     """The rows that this device has of a table, with zeros for the padding rows."""
-    mesh_axes = split.manual_vocabulary
-    if len(rows) * split.size(mesh_axes) == vocab_size:
+    if not product.padded(rows):
         return rows
+    mesh_axes = product.split.manual_vocabulary
     start = lax.axis_index(mesh_axes) * len(rows) if mesh_axes else 0
     row = lax.broadcasted_iota(np.int32, rows.shape, 0) + start
-    return jnp.where(row < vocab_size, rows, jnp.zeros((), rows.dtype))
+    return jnp.where(row < product.vocab_size, rows, jnp.zeros((), rows.dtype))
 
 
 def _contract_one(product: Product, hidden: Array, rows: Array) -> Array:

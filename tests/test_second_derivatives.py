@@ -8,9 +8,17 @@ import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from eqx_embedding import EmbeddingLookup
+from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
-from .helpers import assert_close, draw, make_array, make_layer, plain_logits, VOCAB_SIZE
+from .helpers import (
+    assert_close,
+    draw,
+    make_array,
+    make_layer,
+    NAMES,
+    plain_logits,
+    VOCAB_SIZE,
+)
 
 
 N, K, CHUNK_SIZE = 6, 3, 4
@@ -199,3 +207,63 @@ def test_forward_mode_is_refused_by_jax(method):
     ours, _ = METHODS[method]
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda hidden: ours(layer, hidden), (hidden,), (hidden,))
+
+
+def of_scale(function, steps, *arguments):
+    """The derivative of a sum over the steps of a `jax.lax.scan`, by a factor of its terms.
+
+    To linearize the scan, JAX forgets rules for derivatives by anything else.
+    """
+
+    def total(scale):
+        def step(total, x):
+            numbers = function(x, *arguments).astype(jnp.result_type(float))
+            return total + scale**2 * jnp.sum(numbers), None
+
+        return lax.scan(step, 0.0, steps)[0]
+
+    return jax.grad(total)(1.0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_second_derivatives_of_lookups_in_a_scan_count_past_256(dtype):
+    tokens = jnp.asarray(np.arange(3 * 3000) % 3 == 0, "int32").reshape(3, 3000)
+
+    def look_up(tokens, embeddings):
+        return EmbeddingLookup(EmbeddingTable(embeddings, NAMES))(tokens)
+
+    gradient = jax.jit(jax.grad(lambda embeddings: of_scale(look_up, tokens, embeddings)))
+    actual = gradient(jnp.ones((2, 4), dtype)).astype("float32")
+    np.testing.assert_allclose(actual, [[2 * 6000] * 4, [2 * 3000] * 4], 0.01)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nan_in_a_padding_row_reaches_no_second_derivative_of_logits_in_a_scan(dtype):
+    embeddings = make_array((5, 4)).astype(dtype)
+    hidden = make_array((3, 6, 4), seed=1).astype(dtype)
+
+    def gradients(rows, padding_rows):
+        def decode(hidden, rows):
+            table = EmbeddingTable(rows, NAMES, padding_rows=padding_rows)
+            return EmbeddingDecode(table)(hidden)
+
+        gradient = jax.grad(lambda rows, hidden: of_scale(decode, hidden, rows), (0, 1))
+        return jax.jit(gradient)(rows, hidden)
+
+    d_rows, d_hidden = gradients(embeddings.at[4:].set(jnp.nan), 1)
+    expected, expected_hidden = gradients(embeddings[:4], 0)
+    np.testing.assert_array_equal(d_rows[:4], expected)
+    np.testing.assert_array_equal(d_rows[4:], 0)
+    np.testing.assert_array_equal(d_hidden, expected_hidden)
+
+
+@pytest.mark.slow
+def test_second_derivatives_of_logits_in_a_scan_are_not_rounded_to_the_dtype_of_factors():
+    embeddings, hidden = make_array((5, 4)), make_array((3, 300, 4), seed=1)
+
+    def decode(hidden, embeddings):
+        return EmbeddingDecode(EmbeddingTable(embeddings, NAMES), dtype=jnp.bfloat16)(hidden)
+
+    actual = jax.jit(jax.grad(lambda embeddings: of_scale(decode, hidden, embeddings)))(embeddings)
+    rounded = np.asarray(hidden.astype("bfloat16"), np.float64).sum((0, 1))
+    np.testing.assert_allclose(actual, np.tile(2 * rounded, (5, 1)), 1e-5)
