@@ -233,6 +233,8 @@ def train(
     about = {"identity": identity, "tokenizer": data.tokenizer.json, "metrics": []}
     if config.run.resume:
         start, about, (params, opt_state) = checkpoints.restore(model=params, optimizer=opt_state)
+        if about["metrics"]:  # perhaps the run ended before it wrote the last
+            results.write_metrics(config.run.out, about["metrics"], data.baselines)
     else:
         start = 0
         checkpoints.save(start, about, model=params, optimizer=opt_state)

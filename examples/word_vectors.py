@@ -378,8 +378,8 @@ def main(config: Config) -> list[dict[str, Any]]:
         require_finite(length, what="the length of the vectors")
         old, new = (neighbours(v, words.names, shown) for v in (before, vectors))
         lines = "".join(json.dumps(line) + "\n" for line in metrics)
-        write_whole(config.out / "metrics.jsonl", lines.encode())
         write_whole(config.out / "vectors.txt", as_text(vectors, words.names).encode())
+        write_whole(config.out / "metrics.jsonl", lines.encode())
         losses = [(line["step"], line["loss"]) for line in metrics]
         picture = words_picture(losses, unit(vectors), words.names, new)
         write_whole(config.out / "words.png", picture)

@@ -162,6 +162,19 @@ def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(finished, tm
 
 
 @pytest.mark.slow
+def test_resuming_writes_what_a_run_had_no_time_to_write(finished, tmp_path):
+    config, metrics = finished
+    out = shutil.copytree(config.run.out, tmp_path / "copy")
+    picture = (out / "loss.png").read_bytes()
+    (out / "loss.png").unlink()
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))
+    train_lm.main(changed(config, out=out, resume=True))
+    assert (out / "metrics.jsonl").read_text() == "".join(lines)
+    assert (out / "loss.png").read_bytes() == picture
+
+
+@pytest.mark.slow
 def test_resuming_for_fewer_steps_than_there_are_says_how_many(finished, tmp_path, capsys):
     config, metrics = finished
     out = shutil.copytree(config.run.out, tmp_path / "copy")
@@ -454,6 +467,47 @@ def test_two_runs_do_not_write_to_one_folder(finished, text, tmp_path):
 
 
 @pytest.mark.slow
+def test_if_a_checkpoint_and_a_picture_cannot_be_written_the_checkpoint_is_named(
+    tmp_path, monkeypatch
+):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.wait_until_finished", full)
+    with pytest.raises(
+        SystemExit, match="cannot write a checkpoint to .*: No space left on device"
+    ):
+        with Checkpoints(tmp_path / "out", exists=False) as checkpoints:
+            checkpoints.claim()
+            checkpoints.save(0, {}, model={"rows": np.zeros(2)})
+            raise SystemExit("cannot write loss.png: No space left on device.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("item", ["about/metadata", "model", "optimizer/manifest.ocdbt"])
+def test_a_checkpoint_that_may_not_be_read_is_not_broken(finished, tmp_path, monkeypatch, item):
+    out = shutil.copytree(finished[0].run.out, tmp_path / "out")
+    before, forbidden = content(out), out / "checkpoints" / "300" / item
+
+    def not_read(*_, **__):  # tensorstore's errors have types of its own
+        raise ValueError(f"Failed to open {forbidden}")
+
+    def check(opened):
+        if Path(opened) == forbidden:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(opened))
+
+    real_open, real_scan = open, os.scandir
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", not_read)
+    monkeypatch.setattr("builtins.open", lambda p, *a, **k: (check(p), real_open(p, *a, **k))[1])
+    monkeypatch.setattr(os, "scandir", lambda p: (check(p), real_scan(p))[1])
+    with Checkpoints(out, exists=True) as checkpoints:
+        with pytest.raises(SystemExit, match=f"cannot read {forbidden}: Permission denied"):
+            checkpoints.about()
+    monkeypatch.undo()
+    assert content(out) == before
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_broken(finished, tmp_path):
     config = changed(finished[0], out=tmp_path / "out", resume=True, steps=302, report_every=1)
     shutil.copytree(finished[0].run.out, config.run.out)
@@ -671,14 +725,22 @@ def test_too_little_memory_is_said_in_one_line(error, monkeypatch):
         ("2>&-", 0, "3 times"),
         (">&- 2>&- <&-", 0, ""),
         (">/dev/full", 1, "cannot print: No space left on device.\n"),
+        # a file as large as the shell allows
+        (
+            "--length=2000 >out 2>err; code=$?; cat err; exit $code",
+            1,
+            "cannot print: File too large.",
+        ),
     ],
 )
 @pytest.mark.exhaustive
-def test_a_terminal_may_be_closed_or_full(finished, streams, code, said):
+def test_a_terminal_may_be_closed_or_full(finished, tmp_path, streams, code, said):
     script, run = EXAMPLES / "generate.py", finished[0].run.out
     shell = f"{sys.executable} {script} --run={run} --prompt='3 times' --length=1 {streams}"
+    if "code" in streams:
+        shell = f"ulimit -f 1; {shell}"
     options: Any = {"capture_output": True, "text": True, "env": python_environment()}
-    done = subprocess.run(["sh", "-c", shell], **options)
+    done = subprocess.run(["sh", "-c", shell], cwd=tmp_path, **options)
     assert done.returncode == code, done.stderr
     assert (done.stdout + done.stderr)[: len(said) or None] == said
 
@@ -828,6 +890,24 @@ def test_a_text_is_cut_where_no_token_reaches(bpe):
     assert max(map(len, pieces)) < 2 * tokenizer_module.PIECE
     whole = tokenizers.Tokenizer.from_str(bpe.json).encode(text, add_special_tokens=False).ids
     np.testing.assert_array_equal(bpe.encode(text.encode()), whole)
+
+
+def test_words_of_any_length_are_learned_from_in_short_pieces():
+    """The time of `tokenizers` grows with the square of the longest word."""
+    word = "".join(np.random.default_rng(0).choice([*"ACGT"], 100_000))
+    pieces = list(tokenizer_module._short_pieces(f"a genome: {word} ends"))
+    assert "".join(pieces) == f"a genome: {word} ends"
+    assert max(map(len, pieces)) <= 2 * tokenizer_module.PIECE
+    tokenizer = train_bpe(word.encode(), 300)
+    assert tokenizer.decode(tokenizer.encode(word.encode())) == word.encode()
+    assert len(tokenizer.pieces) == 300 and len(tokenizer.encode(word.encode())) < len(word) / 2
+
+
+def test_a_tokenizer_with_dropout_gives_the_same_tokens_each_time(bpe):
+    content = json.loads(bpe.json)
+    content["model"]["dropout"] = 0.5
+    tokenizer, text = Tokenizer(json.dumps(content)), b"the rest of the world " * 20
+    np.testing.assert_array_equal(tokenizer.encode(text), bpe.encode(text))
 
 
 def test_a_text_is_not_cut_for_tokens_that_reach_over_spaces(bpe):

@@ -62,8 +62,8 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if "manager" in self.__dict__:
-            if kind is None:
-                self._finish()
+            if kind is None or kind is SystemExit and jax.process_count() == 1:
+                self._finish()  # of two errors, that of the checkpoint is the one to tell
             elif jax.process_count() == 1:  # several might wait for one that has ended
                 with contextlib.suppress(Exception):
                     self.manager.close()
@@ -195,6 +195,7 @@ class Checkpoints:
 
     def _read(self, step: int, name: str, args: Any) -> Any:
         def not_read(error: Exception) -> None:
+            _check_permissions(self.folder / str(step))
             raise ValueError(f"{type(error).__name__} in its {name}") from error
 
         manager = self.manager  # not a broken checkpoint, if this fails
@@ -254,6 +255,21 @@ def errors_of_orbax(fail: Callable[[Exception], None]) -> Iterator[None]:
         raise
     except Exception as error:
         fail(error)
+
+
+def _check_permissions(folder: Path) -> None:
+    """Stops the program with one line if a file may not be read: that breaks no checkpoint."""
+
+    def refuse(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            raise SystemExit(f"cannot read {error.filename}: {error.strerror}.") from None
+
+    for path, _, files in os.walk(folder, onerror=refuse):
+        for name in files:
+            try:
+                open(os.path.join(path, name), "rb").close()
+            except OSError as error:
+                refuse(error)
 
 
 def check_identity(out: Path, here: dict[str, Any], there: dict[str, Any]) -> None:

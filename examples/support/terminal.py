@@ -78,7 +78,8 @@ def run_script(main: Callable[[Any], Any], config: type[Any], description: str |
     except BrokenPipeError:
         os._exit(1)  # the reader has seen enough; Python's own exit would complain
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO):
+        full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+        if error.filename is not None or error.errno not in (*full, errno.EIO):
             raise
         # stdout is a file on a full disk, or a terminal that is gone
         with contextlib.suppress(OSError):

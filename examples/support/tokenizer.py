@@ -32,6 +32,8 @@ class Tokenizer:
         self._encoder = tokenizers.Tokenizer.from_str(content)
         self._encoder.no_truncation()
         self._encoder.no_padding()
+        if hasattr(self._encoder.model, "dropout"):  # of merges, which draws other tokens each time
+            self._encoder.model.dropout = None
         byte_of = {char: byte for byte, char in enumerate(_chars_of_bytes())}
         vocabulary = self._encoder.get_vocab(with_added_tokens=True)
         added = self._encoder.get_added_tokens_decoder()
@@ -79,6 +81,16 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def _short_pieces(text: str) -> Iterator[str]:
+    """The same, where longer words than `PIECE` are cut as well.
+
+    The time that training takes grows with the square of the longest word, such as a genome.
+    """
+    for piece in _cut(text):
+        size = len(piece) if len(piece) <= 2 * PIECE else PIECE // 16
+        yield from (piece[i : i + size] for i in range(0, len(piece), size))
+
+
 def _cuts_before_spaces(tokenizer_json: str) -> bool:
     """Whether no token of this tokenizer.json reaches from a character to a space behind it.
 
@@ -122,7 +134,7 @@ def train_bpe(data: bytes, vocab_size: int) -> Tokenizer:
         initial_alphabet=_chars_of_bytes(),
         show_progress=False,
     )
-    encoder.train_from_iterator(_cut(data.decode(errors="ignore")), trainer)
+    encoder.train_from_iterator(_short_pieces(data.decode(errors="ignore")), trainer)
     return Tokenizer(encoder.to_str())
 
 
