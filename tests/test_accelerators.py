@@ -275,6 +275,15 @@ def test_chunks_that_may_be_skipped_copy_no_gradient(function):
     assert held <= allowed + 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(640, 128, 4096), (1000, 1024, 50257)])
+@pytest.mark.usefixtures("jax_defaults")
+def test_few_tokens_whose_losses_stay_apart_hold_their_logits_once(target, shape):
+    """XLA for GPUs would make one product of the logits of both passes."""
+    held, allowed = (figures(target, shape, f)["temporaries"] for f in (mean_by_hand, plain_loss))
+    assert held <= allowed + 1
+
+
 def test_many_tokens_take_little_more_than_the_gradient_of_the_table(target):
     N, D, V = shape = 8192, 2048, 32000
     found = figures(target, shape, loss)

@@ -43,19 +43,26 @@ def _scores(used: Used, options: Options, operands: Operands) -> Scores:
 
 
 def _device_scores_forward(options: Options, used: Used, operands: Operands) -> Any:
-    return all_scores(options, used, operands), save(options.outer_axes, operands)
+    scores = all_scores(options, used, operands)
+    return scores, save(options.outer_axes, (*operands, jax.lax.stop_gradient(scores[0])))
 
 
 def device_scores_backward(
     options: Options, used: Used, saved: Saved, cotangents: Scores
 ) -> tuple[Operands]:
-    types, operands = (Operands(*each) for each in load(saved))
+    """`saved` are the operands, and the first result of the forward pass."""
+    (*types, _), (*operands, before) = load(saved)
     gradients = functools.partial(_score_gradients, used)
-    return (on_device(gradients, options, types, operands, differentiable(cotangents)),)
+    given = Operands(*operands), differentiable(cotangents), before
+    return (on_device(gradients, options, Operands(*types), *given),)
 
 
 def _score_gradients(
-    used: Used, options: Options, operands: Operands, cotangents: tuple[Array, ...]
+    used: Used,
+    options: Options,
+    operands: Operands,
+    cotangents: tuple[Array, ...],
+    before: Array,
 ) -> Operands:
     # A token whose scores are not used must not poison the others, whatever its vector is.
     needed = functools.reduce(jnp.logical_or, map(_any_of_token, cotangents))
@@ -77,6 +84,8 @@ def _score_gradients(
 
     tokens = operands.hidden, operands.goals, cotangents
     chunks = chunks_of(options, operands._replace(mask=mask))
+    if options.plan.logits_apart and chunks.count == 1:
+        tokens, _ = jax.lax.optimization_barrier((tokens, before))
     d_head, d_hidden = chunks.run(chunk, tokens, zero_gradient(options, head, chunks.count))
     d_rows, d_bias = d_head.rows.astype(options.wide), d_head.bias
     return Operands(d_hidden, d_rows, d_bias, targets=None, mask=None)

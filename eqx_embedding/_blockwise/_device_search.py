@@ -59,8 +59,9 @@ def _differentiable_jvp(options: Options, primals: Any, tangents: Any) -> tuple[
 
 def _device_top_k_forward(options: Options, k: int, operands: Operands) -> Any:
     found = _top_k(options, k, operands)
-    _, tokens = found
-    return found, save(options.outer_axes, operands._replace(targets=tokens))
+    log_probs, tokens = found
+    before = lax.stop_gradient(log_probs)
+    return found, save(options.outer_axes, (*operands._replace(targets=tokens), before))
 
 
 def _device_top_k_backward(

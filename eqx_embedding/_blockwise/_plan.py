@@ -21,6 +21,7 @@ class Plan(NamedTuple):
     keep_copy: bool = False  # whether no product may undo the copy of a transposed table
     hold_logits: bool = False  # whether they are held after their bias, cap and mask
     rewrite_skipped: bool = False  # whether a skipped chunk writes a row of each sum again
+    logits_apart: bool = False  # whether to keep those of the two passes apart, if chunks do not
 
 
 class Work(NamedTuple):
@@ -62,6 +63,8 @@ def make_plan(platform: Platform, work: Work) -> Plan:
         # XLA for GPUs would copy the gradient of the table twice for each chunk: it copies what one
         # branch adds to and another returns as it is.
         rewrite_skipped=platform == "gpu",
+        # It would make one product of the logits of both passes, and hold both.
+        logits_apart=platform == "gpu",
     )
 
 
