@@ -136,18 +136,18 @@ class EmbeddingDecode(eqx.Module):
         """
         del key
         operands = self._operands("hidden", hidden, rules)
-        hidden, rows, bias, *_ = operands
+        vectors, rows, bias, *_ = operands
         batch_axes = len(operands.batch)
-        split = find_split(self.table, operands.hidden, 0, rules)
+        split = find_split(self.table, vectors, 0, rules)
         factors, sums = self._product_dtypes(operands)
         rows = gather_wide(factors, sums, split.manual_shared, rows)
         bias = gather_wide(sums, sums, split.manual_shared[:1], bias)
-        batch = explicit_axes(hidden)[:batch_axes]
+        batch = explicit_axes(vectors)[:batch_axes]
         columns = remaining(explicit_axes(rows)[0], batch)
         sharding, vocab_size = split.sharding([*batch, columns]), split.vocab_size(self.table)
         row_axis = self.table._row_axis
         product = Product(factors, sums, split, vocab_size, row_axis, sharding)
-        logits = multiply(product, hidden, rows)
+        logits = multiply(product, vectors, rows)
         if self.table.padding_rows > 0:  # before the bias, after which XLA would copy the table
             logits = drop_padding(logits, split, [*batch, ()], vocab_size)
             bias = bias if bias is None else drop_padding(bias, split, [()], vocab_size)
@@ -238,7 +238,8 @@ class EmbeddingDecode(eqx.Module):
             and names no axis of `jax.vmap` or of a mesh. Gradients also reach the arrays that it
             closes over. Two limits for functions with a custom derivative, such as `jax.nn.relu`:
             with explicit mesh axes, they may be applied to `data`, but not to arrays that `fn`
-            closes over; and outside of `jax.jit`, a loss with them is compiled again for each call.
+            closes over; and outside of `jax.jit`, a loss with them is compiled again for each call,
+            and JAX keeps all these programs.
         - `hidden`, `targets`, `weights`, `ignore_index`, `chunk_size`, `rules`: as in
             [`eqx_embedding.EmbeddingDecode.cross_entropy`][].
         - `data`: arrays of shape `*batch ...`, such as advantages. Gradients reach them: use

@@ -283,10 +283,11 @@ def _find_files(path: Path, open_once: Open) -> dict[str, Path]:
         )
     try:
         files = json.loads(index.read_text("utf-8"))["weight_map"]
-        files = {name: path / file for name, file in files.items()}
-        for name, file in files.items():
+        places = {file: path / file for file in files.values()}
+        for file in places.values():
             if path not in file.parents or ".." in file.relative_to(path).parts:
-                raise ValueError(f"it names the file {file} for {name!r}, outside of the directory")
+                raise ValueError(f"it names the file {file}, outside of the directory")
+        files = {name: places[file] for name, file in files.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f'{index} is not the index of a model: it should be JSON with a "weight_map" from '
@@ -320,10 +321,12 @@ def _choose_name(path: Path, files: dict[str, Path], open_once: Open) -> str:
 
 def _find_tensor(path: Path, files: dict[str, Path], name: str, open_once: Open) -> Tensor:
     if name not in files:
-        near = difflib.get_close_matches(name, files, n=5, cutoff=0.0)
+        # one of each layer, and each expert, of which there may be many
+        kinds = {re.sub(r"\d+", "0", other): other for other in reversed(files)}
+        near = difflib.get_close_matches(name, kinds.values(), n=5, cutoff=0.0)
         raise ValueError(
             f"{path} has no tensor {name!r}. Of its {len(files)} tensors, the nearest names are "
-            f"{', '.join(map(repr, near))}."
+            f"{', '.join(map(repr, near)) or 'none'}."
         )
     about = f"tensor {name!r} of {files[name]}"
     file = open_once(files[name])

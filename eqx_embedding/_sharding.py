@@ -138,7 +138,7 @@ class Split(NamedTuple):
             return whole
         tokens = num_tokens * self.size(flat(gathered)) // self.size(batch)
         rows = num_rows * self.size(manual_shared[0]) // self.size(vocabulary)
-        if tokens >= rows:
+        if not 0 < tokens < rows:  # XLA gathers no empty array
             return whole
         none = ((),) * len(shared)
         split = (vocabulary + flat(shared), *none[1:])
@@ -238,7 +238,7 @@ def _spec(axes: Iterable[Axes]) -> PartitionSpec:
     return PartitionSpec(*(entry or None for entry in axes))
 
 
-def as_axes(entry: str | tuple[str, ...] | None) -> Axes:
+def as_axes(entry: str | Sequence[str] | None) -> Axes:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 

@@ -16,7 +16,13 @@ from ._inputs import as_float_dtype, as_int, check_byte_order, Whole
 from ._suggest import suggest, suggest_key
 
 
-Rules = Mapping[str, str | tuple[str, ...] | None]
+Rules = Mapping[str, str | Sequence[str] | None]
+
+
+def find_entry(rules: Rules, name: str) -> str | tuple[str, ...] | None:
+    """That of a `PartitionSpec`, for the axis of that name."""
+    axes = rules.get(name)
+    return axes if axes is None or isinstance(axes, str) else tuple(axes)
 
 
 def _fan_out_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -253,7 +259,7 @@ class EmbeddingTable(eqx.Module):
         rule are not split, nor are the leading axes of a stacked table.
         """
         stacked = (None,) * len(self._stacked_shape)
-        return PartitionSpec(*stacked, *(rules.get(name) for name in self.axis_names))
+        return PartitionSpec(*stacked, *(find_entry(rules, name) for name in self.axis_names))
 
     def shardings(self, mesh: Mesh | AbstractMesh, rules: Rules) -> "EmbeddingTable":
         """Returns how a device mesh splits each array of the table.
@@ -271,16 +277,22 @@ class EmbeddingTable(eqx.Module):
 
         The table with a `jax.sharding.NamedSharding` in place of each array, for `jax.device_put`
         and for the `out_shardings` of `jax.jit`. The bias is split like the vocabulary axis. This
-        also works on a skeleton from `eqx.filter_eval_shape`.
+        also works on a skeleton from `eqx.filter_eval_shape`, and on the state of an optimizer.
+        Arrays that an optimizer keeps in another form, such as the factors of Adafactor, are not
+        split.
         """
-        stacked = (None,) * len(self._stacked_shape)
-        specs = {
-            "embeddings": self.partition_spec(rules),
-            "bias": PartitionSpec(*stacked, rules.get(self.vocabulary_axis)),
-        }
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: NamedSharding(mesh, specs[path[0].name]), self
-        )
+        names = {"embeddings": self.axis_names, "bias": (self.vocabulary_axis,)}
+
+        def sharding(path: Any, array: Any) -> NamedSharding:
+            axes = [find_entry(rules, name) for name in names[path[0].name]]
+            stacked = len(array.shape) - len(axes)
+            if stacked < 0:
+                return NamedSharding(mesh, PartitionSpec())
+            sizes = zip(axes, array.shape[stacked:], strict=True)
+            entries = (None if size == 1 else entry for entry, size in sizes)
+            return NamedSharding(mesh, PartitionSpec(*[None] * stacked, *entries))
+
+        return jax.tree_util.tree_map_with_path(sharding, self)
 
     @property
     def _stacked_shape(self) -> tuple[int, ...]:

@@ -162,6 +162,7 @@ def _drop_unused(used_results, *others):
         invars=[x for x, is_used in zip(operation.invars, used, strict=True) if is_used],
         outvars=[x for x, is_used in zip(operation.outvars, used_results, strict=True) if is_used],
         params=operation.params | {"jaxpr": ClosedJaxpr(smaller, jaxpr.consts)},
+        effects=smaller.effects,
     )
     return used, new
 

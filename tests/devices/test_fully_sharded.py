@@ -178,7 +178,7 @@ def test_a_lookup_has_forward_mode_and_gradients_of_examples(function, layout, l
 
 @pytest.mark.parametrize("vocabulary_axis", [0, 1])
 def test_gradients_are_summed_around_rings_of_devices(monkeypatch, vocabulary_axis):
-    """If explicit axes are left in a `jax.shard_map`: as on JAX from 0.11, whichever is installed."""
+    """If explicit axes are left in a `jax.shard_map`: as on JAX from 0.11, for any version."""
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
     embeddings, tokens = random((V, D)), make_operands(MANY)[2]
     names = ("vocabulary", "embedding") if vocabulary_axis == 0 else ("embedding", "vocabulary")
@@ -340,6 +340,46 @@ def test_a_lookup_and_its_gradient_equal_those_of_one_device(
         tokens, factors = (place(mesh, x, rules["batch"]) for x in (tokens, factors))
         on_devices = on_mesh(setting, rules, look_up, P(rules["batch"]))
         assert_trees_close(differentiate(on_devices, table, tokens, factors), expected)
+
+
+@pytest.mark.parametrize("shape", [(0,), (4, 0)])
+@pytest.mark.parametrize("setting", ["explicit", "rules"])
+def test_an_empty_batch_has_no_loss_and_no_tokens(setting, shape):
+    rules = LAYOUTS["rows"]
+
+    def of_batch(table, hidden, targets):
+        decode = EmbeddingDecode(table)
+        loss = decode.cross_entropy(hidden, targets, rules=rules)
+        return loss, (decode.top_k(hidden, 2, rules=rules), EmbeddingLookup(table)(targets))
+
+    mesh = make_mesh(setting)
+    with jax.set_mesh(mesh):
+        table = jax.device_put(make_table(V), make_table(V).shardings(mesh, rules))
+        hidden, targets = jnp.zeros((*shape, D)), jnp.zeros(shape, "int32")
+        operands = table, *(place(mesh, array, "data") for array in (hidden, targets))
+        (loss, others), gradient = eqx.filter_jit(jax.value_and_grad(of_batch, has_aux=True))(
+            *operands
+        )
+        assert loss == 0 and not np.any(np.asarray(gradient.embeddings))
+    assert [x.shape for x in jax.tree.leaves(others)] == [(*shape, 2), (*shape, 2), (*shape, D)]
+
+
+@pytest.mark.parametrize("shape, kinds", [((1, 8), "EA"), ((8, 1), "AE")])
+def test_an_explicit_axis_of_size_one_beside_an_automatic_one_needs_rules(shape, kinds):
+    """Without rules, XLA fails; so it does at a `jax.shard_map` by hand."""
+    table, hidden, targets, *_ = make_operands(FEW, padding_rows=0)
+
+    def loss(rules, table, hidden):
+        return EmbeddingDecode(table).cross_entropy(hidden, targets, rules=rules)
+
+    gradient = jax.value_and_grad(loss, (1, 2))
+    expected = eqx.filter_jit(functools.partial(gradient, None))(table, hidden)
+    kind = {"E": AxisType.Explicit, "A": AxisType.Auto}
+    mesh = jax.make_mesh(shape, ("data", "model"), tuple(kind[name] for name in kinds))
+    rules = {"batch": "data", "vocabulary": "model"}
+    with jax.set_mesh(mesh):
+        operands = jax.device_put(table, table.shardings(mesh, rules)), place(mesh, hidden, "data")
+        assert_trees_close(eqx.filter_jit(functools.partial(gradient, rules))(*operands), expected)
 
 
 @pytest.mark.slow

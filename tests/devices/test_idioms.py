@@ -6,11 +6,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from eqx_embedding import EmbeddingDecode, EmbeddingLookup
+from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
 from ..helpers import assert_close
 from ..idioms import (
@@ -129,6 +130,43 @@ def test_device_put_splits_tables_and_batches(kind, rules, loss):
         trained, _, losses = run(split_step, model, init(ADAM, model))
     assert trained.table.embeddings.sharding.spec == model.table.embeddings.sharding.spec
     assert_same(jax.device_get((losses, trained)), plain_adam())
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adafactor(1e-2, min_dim_size_to_factor=2),
+        optax.masked(optax.adam(1e-2), lambda model: jax.tree.map(lambda x: x.ndim > 1, model)),
+        optax.contrib.muon(1e-2),
+        optax.sm3(1e-2),
+    ],
+    ids=["adafactor", "masked", "muon", "sm3"],
+)
+def test_the_state_of_any_optimizer_has_shardings(optimizer):
+    mesh, rules = make_mesh("automatic", 2, 2), {"vocabulary": "model"}
+    table = EmbeddingTable.from_config(8, {"embedding": 4}, use_bias=True, key=jax.random.key(0))
+
+    def split(tree):
+        def shardings(node):
+            is_table = isinstance(node, EmbeddingTable)
+            return node.shardings(mesh, rules) if is_table else NamedSharding(mesh, P())
+
+        is_leaf = lambda node: isinstance(node, EmbeddingTable)  # noqa: E731
+        return jax.device_put(tree, jax.tree.map(shardings, tree, is_leaf=is_leaf))
+
+    @jax.jit
+    def step(table, state):
+        gradient = jax.tree.map(jnp.sin, table)
+        updates, state = optimizer.update(gradient, state, table)
+        return eqx.apply_updates(table, updates), state
+
+    state = optimizer.init(table)
+    split_table, split_state = split(table), split(state)
+    assert eqx.tree_equal(jax.device_get(split_state), jax.device_get(state))
+    same_shape = [x for x in jax.tree.leaves(split_state) if x.shape == (8, 4)]
+    assert all(x.sharding.spec == P("model", None) for x in same_shape)
+    actual, expected = step(split_table, split_state), step(table, state)
+    jax.tree.map(assert_close, jax.device_get(actual), jax.device_get(expected))
 
 
 @pytest.mark.parametrize(

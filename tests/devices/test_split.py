@@ -68,6 +68,31 @@ def arguments_of_a_loss(padding_rows):
     return table, hidden, draw_tokens(table.vocab_size), weights
 
 
+def test_rules_may_be_lists_as_a_file_of_settings_has_them():
+    table, hidden, tokens, _ = arguments_of_a_loss(0)
+    mesh, rules = make_mesh("rules"), {"batch": "data", "vocabulary": ["model"], "embedding": []}
+    assert table.partition_spec({"vocabulary": ["data", "model"]}) == P(("data", "model"), None)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(table, table.shardings(mesh, rules))
+        vectors = jax.jit(lambda table: EmbeddingLookup(table)(tokens, rules=rules))(sharded)
+        loss = jax.jit(lambda table: cross_entropy(rules, table, hidden, tokens))(sharded)
+    np.testing.assert_array_equal(vectors, table.embeddings[tokens])
+    np.testing.assert_allclose(loss, cross_entropy(None, table, hidden, tokens), 1e-6)
+
+
+def test_jax_may_check_the_effects_of_what_is_mapped():
+    """After it removes what nobody uses, from the derivative of examples that share a table."""
+    table, hidden, targets, _ = arguments_of_a_loss(0)
+
+    def loss(table, hidden, targets):
+        decode = EmbeddingDecode(table)
+        return jnp.mean(jax.vmap(decode.cross_entropy)(hidden, targets))
+
+    expected = jax.jit(jax.grad(loss))(table, hidden, targets)
+    with jax.enable_checks(True), split("explicit", table, hidden, targets) as operands:
+        assert_trees_close(jax.jit(jax.grad(loss))(*operands), expected)
+
+
 @settings
 @padded
 @pytest.mark.one_in(4)
