@@ -74,7 +74,7 @@ class _Lookup(NamedTuple):
     """What is known of a lookup when the program is compiled."""
 
     row_axis: RowAxis
-    past_the_end: int  # the row of a token that has none
+    past_the_end: int | None  # the row of a token that has none, if there may be one
     split: Split
 
 
@@ -142,7 +142,7 @@ def _take_as_split(lookup: _Lookup, array: Array, index: Array) -> Array:
 
 def _take_on_device(
     row_axis: RowAxis,
-    past_the_end: int,
+    past_the_end: int | None,
     gathered: tuple[Axes, ...],
     vocabulary: Axes,
     out_sharding: NamedSharding | None,
@@ -157,8 +157,10 @@ def _take_on_device(
     vectors = take(array, index - jnp.asarray(start, index.dtype)).astype(dtype)
     # One device has the row of a token, the others add zeros.
     vectors = sum_over(vocabulary, vectors)
+    if past_the_end is None or not _has_nan(dtype):
+        return vectors
     missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))
-    return nan_where(missing, vectors) if _has_nan(dtype) else vectors
+    return nan_where(missing, vectors)
 
 
 def _has_nan(dtype: np.dtype) -> bool:
@@ -176,7 +178,8 @@ class EmbeddingLookup(eqx.Module):
     A token is in range when `0 <= token < table.vocab_size`. JAX would clamp or wrap the others,
     padding rows included, and train the wrong row in silence. Here `out_of_range` decides:
 
-    - `"nan"`, the default: its vector is NaN, and no gradient reaches the table. This is free.
+    - `"nan"`, the default: its vector is NaN, and no gradient reaches the table. This costs next
+        to nothing.
     - `"raise"`: an error, by `equinox.error_if`, as the environment variable `EQX_ON_ERROR`
         says. Under `jit` with several devices, every device raises, and the error is one of JAX,
         whose text ends with the message. **Inside a `jax.shard_map` with `check_vma=False` only the
@@ -256,7 +259,8 @@ class EmbeddingLookup(eqx.Module):
         index = self._find_rows(tokens, vocab_size, past_the_end)
         has_batch = of_device is not None  # the same host tokens are on all devices
         take = _take_of_mesh if has_batch and split.has_parts else _take_as_split
-        return take(_Lookup(row_axis, past_the_end, split), array, index)
+        missing = None if self.out_of_range == "clip" else past_the_end
+        return take(_Lookup(row_axis, missing, split), array, index)
 
     def _find_rows(
         self, tokens: Integer[ArrayLike, "*batch"], vocab_size: int, past_the_end: int

@@ -53,9 +53,10 @@ def _multiply_jvp(product, primals, tangents):
     factors, sums, *_ = product
     # A NaN in a padding row must not reach the gradient of `hidden`. Padding is removed here, and
     # not before the product, so that a decode without a gradient does not copy the table.
-    tokens = _zero_padding_rows(product, rows).astype(factors)
-    d_logits = _contract(product, widen(sums, d_hidden), tokens)
-    d_logits = d_logits + _contract(product, hidden.astype(factors), widen(sums, d_rows))
+    with jax.auto_pcast(True):
+        tokens = _zero_padding_rows(product, rows).astype(factors)
+        d_logits = _contract(product, widen(sums, d_hidden), tokens)
+        d_logits = d_logits + _contract(product, hidden.astype(factors), widen(sums, d_rows))
     return multiply(product, hidden, rows), d_logits
 
 
@@ -98,6 +99,9 @@ def _contract_one(product: Product, hidden: Array, rows: Array) -> Array:
 
     @contract.def_vmap
     def contract_several(size: int, mapped: list[bool], hidden: Array, rows: Array) -> Any:
+        if size == 1:
+            pairs = zip(mapped, (hidden, rows), strict=True)
+            return contract(*(x[0] if is_mapped else x for is_mapped, x in pairs))[None], True
         axes = tuple(0 if is_mapped else None for is_mapped in mapped)
         several = functools.partial(_contract, product)
         return jax.vmap(several, axes, axis_size=size)(hidden, rows), True

@@ -277,9 +277,9 @@ class EmbeddingTable(eqx.Module):
 
         The table with a `jax.sharding.NamedSharding` in place of each array, for `jax.device_put`
         and for the `out_shardings` of `jax.jit`. The bias is split like the vocabulary axis. This
-        also works on a skeleton from `eqx.filter_eval_shape`, and on the state of an optimizer.
-        Arrays that an optimizer keeps in another form, such as the factors of Adafactor, are not
-        split.
+        also works on a skeleton from `eqx.filter_eval_shape`, and on the state of an optimizer: of
+        a table that is not stacked, arrays with fewer axes, such as the factors of Adafactor, are
+        not split. Neither is an axis of size 1.
         """
         names = {"embeddings": self.axis_names, "bias": (self.vocabulary_axis,)}
 

@@ -472,10 +472,14 @@ def test_decoding_one_token_with_padding_copies_no_table(dtype, batch, with_bias
 
 
 @pytest.mark.parametrize("names", ORDERS, ids=str)
-@pytest.mark.parametrize("map_tokens", [lambda decode: decode, jax.vmap], ids=["batch", "vmap"])
+@pytest.mark.parametrize(
+    "map_tokens, tokens",
+    [(lambda decode: decode, 8), (jax.vmap, 8), (jax.vmap, 1)],
+    ids=["batch", "vmap", "vmap-of-one"],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoding_several_tokens_copies_no_table(dtype, map_tokens, names):
-    rows, size, tokens = 4096, 256, 8
+def test_decoding_several_tokens_copies_no_table(dtype, map_tokens, tokens, names):
+    rows, size = 4096, 256
 
     def decode(embeddings, hidden):
         return map_tokens(EmbeddingDecode(EmbeddingTable(embeddings, names)))(hidden)

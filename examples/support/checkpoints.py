@@ -60,14 +60,26 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if "manager" in self.__dict__:
-            if kind is None or kind is SystemExit and jax.process_count() == 1:
-                self._finish()  # of two errors, that of the checkpoint is the one to tell
-            elif jax.process_count() == 1:  # several might wait for one that has ended
-                with contextlib.suppress(Exception):
-                    self.manager.close()
-        self._unlock()
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        try:
+            if "manager" in self.__dict__:
+                self._close(kind, error)
+        finally:
+            self._unlock()
+
+    def _close(self, kind: Any, error: Any) -> None:
+        if kind is None:
+            self._finish()
+        elif jax.process_count() > 1:  # it might wait for one that has ended
+            return
+        elif kind is SystemExit:
+            try:
+                self._finish()
+            except SystemExit as other:
+                raise SystemExit(f"{error.code}\n{other.code}") from None
+        else:
+            with contextlib.suppress(Exception):
+                self.manager.close()
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:

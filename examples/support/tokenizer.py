@@ -82,13 +82,16 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _short_pieces(text: str) -> Iterator[str]:
-    """The same, where longer words than `PIECE` are cut as well.
+    """The same, where words of more than 1024 characters are cut as well.
 
     The time that training takes grows with the square of the longest word, such as a genome.
     """
     for piece in _cut(text):
-        size = len(piece) if len(piece) <= 2 * PIECE else PIECE // 16
-        yield from (piece[i : i + size] for i in range(0, len(piece), size))
+        start = 0
+        for word in re.finditer(r"\S{1024}(?=\S)", piece):
+            yield piece[start : word.end()]
+            start = word.end()
+        yield piece[start:]
 
 
 def _cuts_before_spaces(tokenizer_json: str) -> bool:

@@ -80,6 +80,42 @@ def test_rules_may_be_lists_as_a_file_of_settings_has_them():
     np.testing.assert_allclose(loss, cross_entropy(None, table, hidden, tokens), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("padding_rows", [0, 3])
+def test_logits_of_mapped_examples_have_derivatives_in_a_shard_map(dtype, padding_rows):
+    table, hidden, _, _ = arguments_of_a_loss(padding_rows)
+    array, hidden = table.embeddings.astype(dtype), hidden.astype(dtype)
+
+    def total(rules, array, hidden):
+        decode = EmbeddingDecode(EmbeddingTable(array, table.axis_names, padding_rows=padding_rows))
+        logits = jax.vmap(lambda hidden: decode(hidden, rules=rules))(hidden)
+        numbers = jnp.sum(jnp.sin(logits).astype("float32"))
+        # Without padding, each device has a part of the logits.
+        return numbers if rules is None or padding_rows else jax.lax.psum(numbers, "model")
+
+    def gradient_and_slope(total):
+        def both(array, hidden):
+            gradient = jax.grad(total, (0, 1))(array, hidden)
+            slope = jax.jvp(lambda hidden: total(array, hidden), (hidden,), (hidden,))[1]
+            return gradient, slope
+
+        return jax.jit(both)
+
+    expected = gradient_and_slope(functools.partial(total, None))(array, hidden)
+    mesh = make_mesh("manual")
+    with jax.set_mesh(mesh):
+        of_mesh = jax.shard_map(
+            functools.partial(total, {"vocabulary": "model"}),
+            in_specs=(P("model"), P()),
+            out_specs=P(),
+        )
+        actual = gradient_and_slope(of_mesh)(place(mesh, array, "model"), place(mesh, hidden))
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = (np.asarray(x, np.float64) for x in (a, e))
+        np.testing.assert_allclose(a, e, tolerance, tolerance * np.abs(e).max())
+
+
 def test_jax_may_check_the_effects_of_what_is_mapped():
     """After it removes what nobody uses, from the derivative of examples that share a table."""
     table, hidden, targets, _ = arguments_of_a_loss(0)
