@@ -342,6 +342,7 @@ def test_a_lookup_and_its_gradient_equal_those_of_one_device(
         assert_trees_close(differentiate(on_devices, table, tokens, factors), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0,), (4, 0)])
 @pytest.mark.parametrize("setting", ["explicit", "rules"])
 def test_an_empty_batch_has_no_loss_and_no_tokens(setting, shape):
@@ -364,6 +365,7 @@ def test_an_empty_batch_has_no_loss_and_no_tokens(setting, shape):
     assert [x.shape for x in jax.tree.leaves(others)] == [(*shape, 2), (*shape, 2), (*shape, D)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, kinds", [((1, 8), "EA"), ((8, 1), "AE")])
 def test_an_explicit_axis_of_size_one_beside_an_automatic_one_needs_rules(shape, kinds):
     """Without rules, XLA fails; so it does at a `jax.shard_map` by hand."""

@@ -132,6 +132,7 @@ def test_device_put_splits_tables_and_batches(kind, rules, loss):
     assert_same(jax.device_get((losses, trained)), plain_adam())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [

@@ -68,6 +68,7 @@ def arguments_of_a_loss(padding_rows):
     return table, hidden, draw_tokens(table.vocab_size), weights
 
 
+@pytest.mark.slow
 def test_rules_may_be_lists_as_a_file_of_settings_has_them():
     table, hidden, tokens, _ = arguments_of_a_loss(0)
     mesh, rules = make_mesh("rules"), {"batch": "data", "vocabulary": ["model"], "embedding": []}
@@ -116,6 +117,8 @@ def test_logits_of_mapped_examples_have_derivatives_in_a_shard_map(dtype, paddin
         np.testing.assert_allclose(a, e, tolerance, tolerance * np.abs(e).max())
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_jax_may_check_the_effects_of_what_is_mapped():
     """After it removes what nobody uses, from the derivative of examples that share a table."""
     table, hidden, targets, _ = arguments_of_a_loss(0)
