@@ -152,10 +152,11 @@ def _take_on_device(
     """The rows of an index, if devices along the axes `vocabulary` have different rows."""
     dtype = array.dtype
     array = gather_wide(dtype, at_least_float32(dtype), row_axis.restore(gathered), array)
-    start = lax.axis_index(vocabulary) * row_axis.of(array.shape) if vocabulary else 0
-    take = _Take(row_axis, out_sharding)
-    vectors = take(array, index - jnp.asarray(start, index.dtype)).astype(dtype)
-    # One device has the row of a token, the others add zeros.
+    row = index
+    if vocabulary:  # One device has the row of a token, the others add zeros.
+        start = lax.axis_index(vocabulary) * row_axis.of(array.shape)
+        row = index - start.astype(index.dtype)
+    vectors = _Take(row_axis, out_sharding)(array, row).astype(dtype)
     vectors = sum_over(vocabulary, vectors)
     if past_the_end is None or not _has_nan(dtype):
         return vectors
