@@ -2,12 +2,14 @@
 
 import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from ._blockwise import call_as_one, widen
@@ -47,17 +49,20 @@ def _multiply(product: Product, hidden: Array, rows: Array) -> Array:
     return contract(product, hidden.astype(factors), rows.astype(factors))
 
 
-@_multiply.defjvp
+@functools.partial(_multiply.defjvp, symbolic_zeros=True)
 def _multiply_jvp(product, primals, tangents):
     (hidden, rows), (d_hidden, d_rows) = primals, tangents
     factors, sums, *_ = product
-    # A NaN in a padding row must not reach the gradient of `hidden`. Padding is removed here, and
-    # not before the product, so that a decode without a gradient does not copy the table.
+    terms = []
     with jax.auto_pcast(True):
-        tokens = _zero_padding_rows(product, rows).astype(factors)
-        d_logits = _contract(product, widen(sums, d_hidden), tokens)
-        d_logits = d_logits + _contract(product, hidden.astype(factors), widen(sums, d_rows))
-    return multiply(product, hidden, rows), d_logits
+        if not isinstance(d_hidden, SymbolicZero):  # as in `jvp_of_active`
+            # A NaN in a padding row must not reach the gradient of `hidden`. Padding is removed
+            # here, and not before the product: a decode without a gradient copies no table.
+            tokens = _zero_padding_rows(product, rows).astype(factors)
+            terms.append(_contract(product, widen(sums, d_hidden), tokens))
+        if not isinstance(d_rows, SymbolicZero):
+            terms.append(_contract(product, hidden.astype(factors), widen(sums, d_rows)))
+    return multiply(product, hidden, rows), functools.reduce(operator.add, terms)
 
 
 def _contract(product: Product, hidden: Array, rows: Array) -> Array:

@@ -24,6 +24,7 @@ from .helpers import (
     make_hidden,
     make_layer,
     make_table,
+    NAMES,
     PADDING_ROWS,
     rounding,
     scores_reference,
@@ -398,6 +399,23 @@ def test_forward_mode_agrees_with_reverse_mode():
     )
     forward = np.sum(float64(tangent) * float64(cotangent))
     assert forward == pytest.approx(reverse, rel=1e-5)
+
+
+@pytest.mark.parametrize("argument", ["hidden", "array"])
+def test_a_derivative_in_one_argument_multiplies_by_no_zeros(argument):
+    """XLA for CPUs of JAX 0.12 sums the product with an array of zeros to any number."""
+    arguments = {"hidden": make_array((5, 4), "bfloat16"), "array": make_array((7, 4), "bfloat16")}
+
+    def slope(x):
+        def logits(x):
+            given = arguments | {argument: x}
+            return EmbeddingDecode(EmbeddingTable(given["array"], NAMES))(given["hidden"])
+
+        return jax.jvp(logits, (x,), (x,))
+
+    # The logits, and how they change: by themselves, since they are linear in each argument.
+    assert str(jax.make_jaxpr(slope)(arguments[argument])).count("dot_general[") == 2
+    assert_close(*slope(arguments[argument]), rtol=0.01)
 
 
 def test_vmap_over_layers_and_over_hidden_vectors_is_a_loop():

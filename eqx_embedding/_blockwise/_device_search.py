@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from ._device_scores import all_scores, device_scores_backward
 from ._devices import save, Saved
 from ._logits import chunks_of, Head, make_head, on_device, Operands, Options
-from ._primitive import call_as_one
+from ._primitive import call_as_one, jvp_of_active
 from ._reference import TokenScores
 from ._scores import Used
 from ._search import draw_among, draw_token, Draws, find_likeliest
@@ -48,12 +48,14 @@ def _differentiable(options: Options, operands: Operands, log_probs: Array) -> A
     return log_probs
 
 
-@_differentiable.defjvp
+@functools.partial(_differentiable.defjvp, symbolic_zeros=True)
 def _differentiable_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    def log_probs(operands: Operands) -> Array:
-        return all_scores(options, Used(), operands)[0]
+    leaves, structure = jax.tree.flatten(primals[0])
 
-    _, tangent = jax.jvp(log_probs, primals[:1], tangents[:1])
+    def log_probs(*leaves: Array) -> Array:
+        return all_scores(options, Used(), structure.unflatten(leaves))[0]
+
+    _, tangent = jvp_of_active(log_probs, leaves, jax.tree.leaves(tangents[0]))
     return _of_targets(options, *primals), tangent
 
 

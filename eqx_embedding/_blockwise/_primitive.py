@@ -9,11 +9,12 @@ rule of their own, and does not take them apart.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 
@@ -69,19 +70,33 @@ def _abstract(*_, jaxpr: ClosedJaxpr, rule, recompute):
     return jaxpr.out_avals, jaxpr.effects
 
 
-def _differentiate(primals, tangents, *, jaxpr, rule, recompute):
-    active = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+def jvp_of_active(
+    function: Callable[..., Any],
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    recompute: bool = False,
+) -> tuple[Any, Any]:
+    """`jax.jvp(function, primals, tangents)`, of which no tangent that is known to be zero is made.
+
+    A zero needs no product; and XLA for CPUs of JAX 0.12 reads memory that nobody wrote where it
+    sums the product with a constant array.
+    """
+    zero = ad.Zero, SymbolicZero
+    active = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, zero)]
 
     def of_active(*given: Any) -> Any:
         arguments = list(primals)
         for i, argument in zip(active, given, strict=True):
             arguments[i] = argument
-        return jaxpr_as_fun(jaxpr)(*arguments)
+        return function(*arguments)
 
-    function = jax.checkpoint(of_active) if recompute else of_active
-    results, results_tangents = jax.jvp(
-        function, [primals[i] for i in active], [tangents[i] for i in active]
-    )
+    if recompute:
+        of_active = jax.checkpoint(of_active)
+    return jax.jvp(of_active, [primals[i] for i in active], [tangents[i] for i in active])
+
+
+def _differentiate(primals, tangents, *, jaxpr, rule, recompute):
+    results, results_tangents = jvp_of_active(jaxpr_as_fun(jaxpr), primals, tangents, recompute)
     # results that are no floats have none
     return results, [
         ad.Zero(jax.typeof(x).to_tangent_aval()) if t.dtype == jax.dtypes.float0 else t
