@@ -476,6 +476,7 @@ ORDERS = [("vocabulary", "d"), ("d", "vocabulary")]
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("batch", [(), (1,)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.one_in(3)
 def test_decoding_one_token_with_padding_copies_no_table(dtype, batch, with_bias, names):
     rows, size = 4096, 256
 

@@ -436,6 +436,13 @@ def test_an_out_that_cannot_be_a_folder_is_refused_in_one_line(text, tmp_path, m
     refused(tiny(text, tmp_path / "file"), "file is not a folder")
     refused(tiny(text, tmp_path / "file" / "run"), "cannot .*run: Not a directory")
     refused(tiny(text, tmp_path / ("x" * 300)), "cannot .*x: File name too long")
+    # orbax would write elsewhere, or fail after compilation
+    for name in "a\\b", "[a]", "gs:/a", "\udcff":
+        refused(tiny(text, tmp_path / name), "orbax finds no checkpoint by a name with")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "checkpoints").touch()
+    refused(tiny(text, tmp_path / "odd"), "odd/checkpoints is not a folder")
+    assert checkpoints._path_for_orbax(Path("//a")) == Path("/a/checkpoints")
 
     def read_only(path, *_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
@@ -630,10 +637,11 @@ def test_help_explains_each_option_and_shows_the_command(script):
 
 @pytest.mark.slow
 def test_scripts_run_from_any_folder_and_fail_in_one_line(finished_bpe, tmp_path):
+    # what a notebook, from which `!python` is called, sets for its own pictures
+    env = python_environment(MPLBACKEND="module://no_such_module")
+
     def run(command):
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=python_environment()
-        )
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
 
     script, folder = str(EXAMPLES / "generate.py"), str(finished_bpe[0].run.out)
     written = run([sys.executable, script, "--run", folder, "--prompt", "3 times", "--length=5"])
@@ -900,6 +908,9 @@ def test_words_of_any_length_are_learned_from_in_short_pieces():
     pieces = list(tokenizer_module._short_pieces(f"a genome: {word} ends"))
     assert "".join(pieces) == f"a genome: {word} ends"
     assert max(len(part) for piece in pieces for part in piece.split()) == 1024
+    spaces = " " * 50_000 + "\n" * 50_000
+    pieces = list(tokenizer_module._short_pieces(f"a{spaces}b"))
+    assert "".join(pieces) == f"a{spaces}b" and max(map(len, pieces)) < 2100
     tokenizer = train_bpe(word.encode(), 300)
     assert tokenizer.decode(tokenizer.encode(word.encode())) == word.encode()
     assert len(tokenizer.pieces) == 300 and len(tokenizer.encode(word.encode())) < len(word) / 2

@@ -330,6 +330,7 @@ REFUSED = [
         ),
     ],
 )
+@pytest.mark.one_in(2)
 def test_what_cannot_be_used_is_refused_in_one_line(script, run, changes, message, tmp_path):
     config = dataclasses.replace(settings(script, run, tmp_path / "out"), **changes)
     with pytest.raises(SystemExit, match=message) as error:

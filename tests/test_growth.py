@@ -116,6 +116,7 @@ def test_added_tokens_leave_the_rest_of_a_text_as_it_was():
     ],
 )
 @pytest.mark.slow
+@pytest.mark.one_in(2)
 def test_what_cannot_be_used_is_refused_in_one_line(run, changes, message, tmp_path):
     config = dataclasses.replace(run, out=tmp_path / "out", **changes)
     with pytest.raises(SystemExit, match=message) as error:

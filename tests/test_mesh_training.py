@@ -29,14 +29,32 @@ RUN = {"steps": 8, "report_every": 4}
 MESH = ["--mesh.data=2", "--mesh.model=2"]
 
 
-def start(config, *options):
+def start(config, *options, program=()):
+    python, *arguments = command(config)
     return subprocess.Popen(
-        [*command(config), *options],
+        [python, *program, *arguments, *options],
         env=python_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+# The others wait for the first process longer than JAX does at its end.
+WITH_A_SLOW_SAMPLE = """
+import os, runpy, sys, time
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+import jax
+from support import results
+
+initialize, write_sample = jax.distributed.initialize, results.write_sample
+changes = {"shutdown_timeout_seconds": 5}
+jax.distributed.initialize = lambda *args, **options: initialize(*args, **options | changes)
+if "--process-id=0" in sys.argv:
+    results.write_sample = lambda *args: (time.sleep(10), write_sample(*args))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def finish(process):
@@ -57,11 +75,11 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start_two(config, of_first=(), of_second=()):
-    where = f"--coordinator=127.0.0.1:{free_port()}"
+def start_two(config, of_second=(), program=()):
+    mesh = [*MESH, f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
     return [
-        start(config, *MESH, where, "--num-processes=2", f"--process-id={i}", *options)
-        for i, options in enumerate((of_first, of_second))
+        start(config, *mesh, f"--process-id={i}", *options, program=program)
+        for i, options in enumerate(((), of_second))
     ]
 
 
@@ -116,7 +134,7 @@ def test_one_device_goes_on_from_the_checkpoint_of_four_and_four_from_that_of_on
 @pytest.mark.exhaustive
 def test_two_processes_reach_the_losses_of_one_and_the_first_alone_prints(alone, text, tmp_path):
     config = tiny(text, tmp_path / "two", **RUN)
-    processes = start_two(config)
+    processes = start_two(config, program=["-c", WITH_A_SLOW_SAMPLE])
     printed = [finish(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     np.testing.assert_allclose(losses(config), losses(alone), rtol=1e-5)

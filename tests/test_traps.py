@@ -388,6 +388,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.slow
+@pytest.mark.one_in(3)
 def test_a_second_eager_call_compiles_nothing(method, caplog):
     """Of another table, batch, key and temperature, of the same shapes."""
     call = METHODS[method]
@@ -417,6 +418,7 @@ OPTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.one_in(2)
 def test_each_value_of_a_python_number_is_compiled(option, caplog):
     shift = list(OPTIONS).index(option)  # so that no other test compiled it
     call, values = OPTIONS[option], (1.25 + shift, 1.25 + shift, 1.5 + shift)

@@ -221,6 +221,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(config, changes, message, tm
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_runs_while_jax_is_strict_about_dtypes_and_ranks(config, tmp_path, monkeypatch):
     out = tmp_path / "out"
     options = ["--text", str(config.text), "--out", str(out), "--rows=100", "--steps=2"]

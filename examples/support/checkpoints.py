@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -40,7 +41,7 @@ class Checkpoints:
 
         Unless the checkpoints are only read, no other run may write to `out` from now on.
         """
-        self.out, self.folder, self.reads_only = out, out.absolute() / "checkpoints", reads_only
+        self.out, self.folder, self.reads_only = out, _path_for_orbax(out), reads_only
         find_all_devices()  # else a wrong JAX_PLATFORMS would look like a broken checkpoint
         self._broken: list[int] = []
         self._lock: int | None = None
@@ -169,8 +170,9 @@ class Checkpoints:
     def _open(self) -> list[int]:
         """Keeps other runs out, and finds the steps of the checkpoints that there are."""
         with one_line(f"use the folder {self.out}"):
-            if os.path.lexists(self.out) and not self.out.is_dir():
-                raise SystemExit(f"{self.out} is not a folder.")
+            for folder in self.out, self.folder:
+                if os.path.lexists(folder) and not folder.is_dir():
+                    raise SystemExit(f"{folder} is not a folder.")
             if self.out.is_dir() and not self.reads_only and jax.process_index() == 0:
                 tempfile.TemporaryFile(dir=self.out).close()  # it can be written to
                 self._lock = lock(self.out) if self._lock is None else self._lock
@@ -267,6 +269,17 @@ def errors_of_orbax(fail: Callable[[Exception], None]) -> Iterator[None]:
         raise
     except Exception as error:
         fail(error)
+
+
+def _path_for_orbax(out: Path) -> Path:
+    """The folder of the checkpoints. Stops the program with one line if orbax would not find it."""
+    path = str(out.absolute()).replace("//", "/")  # at the front, where Python keeps it
+    if re.search(r"\\|\[.*\]|/gs:/|[\ud800-\udfff]", path):  # Python's surrogates stand for bytes
+        raise SystemExit(
+            f"cannot use the folder {path}: orbax finds no checkpoint by a name with a backslash, "
+            "[brackets], gs:/ or bytes that are not UTF-8."
+        )
+    return Path(path) / "checkpoints"
 
 
 def _check_permissions(folder: Path) -> None:

@@ -82,6 +82,8 @@ def join(mesh: MeshConfig, identity: dict[str, Any], run: Any) -> Iterator[Devic
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield devices
+            # The first one may still write its sample, for longer than a shutdown may take.
+            multihost_utils.sync_global_devices("all is written")
     except SystemExit as error:
         print(error, file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):

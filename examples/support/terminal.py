@@ -23,6 +23,8 @@ def stop_on_interrupt(message: str) -> None:
         os._exit(130)
 
     _open_streams()
+    # It may be that of a notebook, which need not be installed for `!python`. No window is opened.
+    os.environ.pop("MPLBACKEND", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is not ignored
         signal.signal(signal.SIGINT, stop)
 

@@ -82,15 +82,15 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _short_pieces(text: str) -> Iterator[str]:
-    """The same, where words of more than 1024 characters are cut as well.
+    """The same, where words and spaces of more than 1024 characters are cut as well.
 
     The time that training takes grows with the square of the longest word, such as a genome.
     """
     for piece in _cut(text):
         start = 0
-        for word in re.finditer(r"\S{1024}(?=\S)", piece):
-            yield piece[start : word.end()]
-            start = word.end()
+        for long in re.finditer(r"\S{1024}(?=\S)|\s{1024}(?=\s)", piece):
+            yield piece[start : long.end()]
+            start = long.end()
         yield piece[start:]
 
 
