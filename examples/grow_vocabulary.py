@@ -200,7 +200,14 @@ def more_tokens(config: Config, tokenizer: Tokenizer, text: Text, train: Tokens)
     )
     if not strings:
         raise SystemExit(f"in {text.name}, no string that could be a new token occurs twice.")
-    return add_tokens(tokenizer, strings)
+    grown = add_tokens(tokenizer, strings)
+    size = len(tokenizer.pieces)
+    if len(grown.pieces) != size + len(strings):
+        raise SystemExit(
+            f"cannot add tokens to this tokenizer: some of its numbers below {size} stand for "
+            "nothing, and would be used first."
+        )
+    return grown
 
 
 def draw(

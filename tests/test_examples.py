@@ -923,6 +923,14 @@ def test_a_tokenizer_with_dropout_gives_the_same_tokens_each_time(bpe):
     np.testing.assert_array_equal(tokenizer.encode(text), bpe.encode(text))
 
 
+def test_a_tokenizer_of_the_time_of_gpt2_leaves_out_what_has_a_default(bpe, tmp_path):
+    content = json.loads(bpe.json)
+    del content["model"]["type"], content["pre_tokenizer"]["use_regex"], content["normalizer"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    old = read_tokenizer(tmp_path / "old.json")
+    assert old.pieces == bpe.pieces and old._may_cut
+
+
 def test_a_text_is_not_cut_for_tokens_that_reach_over_spaces(bpe):
     assert bpe._may_cut
     for added in "of the", "<a> ":

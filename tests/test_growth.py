@@ -1,6 +1,7 @@
 """`examples/grow_vocabulary.py` from end to end, on texts and a model that are small."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 import train_lm
-from grow_vocabulary import Config, frequent_strings
-from support.text_data import read_text
-from support.tokenizer import add_tokens, train_bpe
+from grow_vocabulary import Config, frequent_strings, more_tokens
+from support.text_data import cut_text, read_text, Tokens
+from support.tokenizer import add_tokens, Tokenizer, train_bpe
 
 from .helpers import python_environment
 from .test_examples import EXAMPLES, tiny
@@ -104,6 +105,18 @@ def test_added_tokens_leave_the_rest_of_a_text_as_it_was():
     np.testing.assert_array_equal(new.encode(b"one two three"), old.encode(b"one two three"))
     assert new.decode(new.encode(b"one\n     of the two")) == b"one\n     of the two"
     assert len(old.pieces) in new.encode(b"one\n    two")
+
+
+def test_numbers_that_stand_for_nothing_leave_no_place_for_new_tokens():
+    bpe = train_bpe(b"one two three " * 50, 270)
+    assert bpe.json is not None
+    content = json.loads(bpe.json)
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] += 50
+    holes, data = Tokenizer(json.dumps(content)), b"a text of some words, " * 30
+    text = cut_text("text", data)
+    with pytest.raises(SystemExit, match="some of its numbers below .* stand for nothing"):
+        more_tokens(Config(Path("run")), holes, text, Tokens(holes.encode(data), 1.0))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ class Tokenizer:
             spelled = index not in added and all(char in byte_of for char in token)
             self.pieces[index] = bytes(byte_of[c] for c in token) if spelled else token.encode()
         self._token_of_byte = {p[0]: i for i, p in enumerate(self.pieces) if len(p) == 1}
-        self._may_cut = _cuts_before_spaces(content)
+        # what `tokenizers` has read: files of GPT-2's time leave out what has a default
+        self._may_cut = _cuts_before_spaces(self._encoder.to_str())
 
     def encode(self, data: bytes) -> Integer[np.ndarray, " tokens"]:
         """The tokens of `data`, of which nothing is lost, be it UTF-8 or not."""
