@@ -64,7 +64,7 @@ def unique_tokens(
     repeats = jnp.pad(ordered[1:] == ordered[:-1], (1, 0))[: len(ordered)]
     ids = jnp.sort(jnp.where(repeats, NO_TOKEN, ordered))[:size]
     ids = jnp.pad(ids, (0, size - len(ids)), constant_values=NO_TOKEN)
-    places = jnp.minimum(jnp.searchsorted(ids, tokens), size - 1)
+    places = jnp.minimum(_count_smaller(ids, tokens), size - 1)
     found = (ids.at[places].get() == tokens) & (tokens != NO_TOKEN)
     places = jnp.where(found, places, -1).astype(np.int32)
     return ids, places if sharding is None else jax.reshard(places, sharding)
@@ -215,7 +215,7 @@ def _find_repeats(index: Int[Array | np.ndarray, " rows"]) -> Bool[Array, " rows
     """Which rows repeat, or `None` if none does."""
     if isinstance(index, jax.Array):
         ordered = jnp.sort(index)
-        next_one = jnp.searchsorted(ordered, index) + 1
+        next_one = _count_smaller(ordered, index) + 1
         return ordered.at[next_one].get(mode="fill", fill_value=-1) == index
     if repeated := find_repeated(index):
         raise ValueError(
@@ -293,3 +293,18 @@ def check_rows(name: str, count: int, place: Place, array: Any, new: Any) -> Non
 def _explicit_sharding(array: Array) -> NamedSharding | None:
     sharding = jax.typeof(array).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _count_smaller(
+    ordered: Int[Array, " sorted"], tokens: Int[Array, "*batch"]
+) -> Int[Array, "*batch"]:
+    """How many of the `ordered` are smaller than each token.
+
+    A binary search, as is `jnp.searchsorted`, which JAX cannot map over axes of a mesh.
+    """
+    smaller = jnp.zeros_like(tokens)
+    for bit in reversed(range(len(ordered).bit_length())):
+        more = smaller + np.int32(2**bit)
+        last = ordered.at[more - 1].get(mode="fill", fill_value=NO_TOKEN)
+        smaller = jnp.where(last < tokens, more, smaller)
+    return smaller

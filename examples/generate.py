@@ -89,9 +89,12 @@ def main(config: Config) -> None:
     """Prints the prompt and its continuation."""
     model, tokenizer, _ = load(config.run)
     prompt = config.prompt.encode(errors="surrogateescape")
-    tokens = tokenizer.encode(prompt or b"\n")
-    if len(tokens) == 0:
-        raise SystemExit("the run's tokenizer knows nothing of this --prompt.")
+    beginning = prompt or b"\n"
+    tokens = tokenizer.encode(beginning)
+    if tokenizer.decode(tokens) != beginning:
+        raise SystemExit(
+            f"the tokenizer of {config.run} cannot spell {config.prompt or chr(10)!r}."
+        )
     # A character may be split over tokens: it is printed when it is whole.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(decoder.decode(prompt), end="", flush=True)

@@ -152,8 +152,8 @@ class Ngrams(NamedTuple):
     Each word is filled up to the same number, with rows of share 0.
     """
 
-    rows: Integer[np.ndarray | Array, "words ngrams"]
-    shares: Float[np.ndarray | Array, "words ngrams"]
+    rows: Integer[np.ndarray | Array, "*words ngrams"]
+    shares: Float[np.ndarray | Array, "*words ngrams"]
 
 
 def ngrams_of(word: str, config: Config) -> list[str]:
@@ -192,9 +192,9 @@ class Model(eqx.Module):
         zeros = jnp.zeros((num_words, config.embedding_size))
         self.near = EmbeddingTable(zeros, ("word", "embedding"), "word")
 
-    def vectors(self, ngrams: Ngrams) -> Float[Array, "words embedding"]:
+    def vectors(self, ngrams: Ngrams) -> Float[Array, "*words embedding"]:
         rows = EmbeddingLookup(self.ngrams)(ngrams.rows)
-        return jnp.einsum("wn,wne->we", ngrams.shares, rows)
+        return jnp.einsum("...n,...ne->...e", ngrams.shares, rows)
 
 
 class Batch(NamedTuple):
@@ -330,7 +330,8 @@ def words_to_show(config: Config, words: Words) -> list[str]:
 
 @eqx.filter_jit
 def vectors_of(model: Model, ngrams: Ngrams) -> Float[Array, "words embedding"]:
-    return model.vectors(ngrams)
+    """Of some words at a time: the rows of all their n-grams would take many times the memory."""
+    return jax.lax.map(model.vectors, ngrams, batch_size=256)
 
 
 def unit(vectors: Float[np.ndarray, "words embedding"]) -> Float[np.ndarray, "words embedding"]:

@@ -1075,6 +1075,18 @@ def test_a_character_is_printed_when_it_is_whole(finished, monkeypatch):
     assert [part for part in shown if part] == [">", "é", "中", "🙂", "\ufffd", "!", "\ufffd"]
 
 
+def test_a_prompt_that_the_tokenizer_changes_is_refused(finished_bpe, monkeypatch):
+    """It would leave the "é" out, and continue another text."""
+    model, tokenizer, identity = generate.load(finished_bpe[0].run.out)
+    assert tokenizer.json is not None
+    content = json.loads(tokenizer.json)
+    content["model"]["vocab"]["unused"] = content["model"]["vocab"].pop("Ã")
+    known = generate.Trained(model, Tokenizer(json.dumps(content)), identity)
+    monkeypatch.setattr(generate, "load", lambda run: known)
+    with pytest.raises(SystemExit, match="the tokenizer of run cannot spell 'é times'"):
+        generate.main(generate.Config(Path("run"), prompt="é times"))
+
+
 def test_a_run_that_cannot_be_used_is_refused_in_one_line(finished, tmp_path):
     (tmp_path / "empty").mkdir()
     broken = tmp_path / "broken"

@@ -16,7 +16,7 @@ from support.folder import new_folder
 from support.terminal import from_command_line, run_script
 from word_vectors import Config
 
-from .helpers import assert_close, float64, python_environment
+from .helpers import assert_close, float64, python_environment, temporaries
 from .test_examples import EXAMPLES
 
 
@@ -218,6 +218,17 @@ def test_what_cannot_be_used_is_refused_in_one_line(config, changes, message, tm
     with pytest.raises(SystemExit, match=message) as error:
         word_vectors.main(config)
     assert "\n" not in str(error.value) and not config.out.exists()
+
+
+def test_a_long_word_does_not_fill_the_memory(config):
+    """As many n-grams as the longest word has would be held for each word."""
+    names = [f"word{i}" for i in range(2000)] + ["long" * 50]
+    ngrams = word_vectors.find_ngrams(names, config)
+    model = word_vectors.Model(config, len(names), jax.random.key(0))
+    compiled = eqx.filter_jit(word_vectors.vectors_of).lower(model, ngrams).compile().compiled
+    assert temporaries(compiled) < ngrams.rows.size * config.embedding_size * 4 / 2
+    vectors = word_vectors.vectors_of(model, ngrams)
+    assert_close(vectors[-300:], model.vectors(word_vectors.Ngrams(*(x[-300:] for x in ngrams))))
 
 
 @pytest.mark.slow

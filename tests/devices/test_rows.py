@@ -109,6 +109,29 @@ def test_tokens_of_a_split_batch_have_the_places_of_one_device(setting):
         assert places.sharding == NamedSharding(mesh, P("data", None))
 
 
+@pytest.mark.parametrize("setting", ["explicit", "a shard_map along one axis"])
+def test_the_tokens_of_each_device_are_found_alone(setting):
+    """`jnp.searchsorted` of JAX 0.10 is an error there."""
+    table, _, tokens = make_arguments()
+
+    def of_each(table, tokens):
+        def of_one(tokens):
+            ids, places = unique_tokens(tokens, 5)
+            return ids, places, put_rows(table, ids, take_rows(table, ids)).embeddings[:-3]
+
+        return jax.vmap(of_one)(tokens)
+
+    expected, mesh = of_each(table, tokens), make_mesh(setting)
+    if setting != "explicit":
+        of_each = jax.shard_map(
+            of_each, in_specs=(P(), P("data")), out_specs=P("data"), axis_names={"data"}
+        )
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(table, table.shardings(mesh, {}))
+        actual = jax.jit(of_each)(placed, place(mesh, tokens, "data"))
+    assert_trees_close(actual, expected)
+
+
 def test_rows_of_a_table_that_differs_in_a_shard_map_are_refused():
     table, _, tokens = make_arguments()
     mesh = make_mesh("automatic")
