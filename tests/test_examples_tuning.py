@@ -158,7 +158,7 @@ def test_students_of_a_teacher_are_closer_to_it(distilled):
     assert steps == [0, *[150, 300] * 3]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_reports_are_those_of_the_logits(run, distilled):
     config, reports = distilled
     teacher, student = (generate.load(path).model for path in (run.run.out, config.out))
@@ -188,7 +188,7 @@ def test_the_largest_probabilities_of_the_teacher_are_stored(run):
     np.testing.assert_allclose(of_tokens, largest, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_was_not_stored_goes_to_the_token_in_the_text(run):
     teacher = generate.load(run.run.out).model
     student = Transformer(256, ModelConfig(16, 1, 2, 8), key=jax.random.key(0))
@@ -234,7 +234,7 @@ def test_what_is_written_has_the_log_probabilities_of_the_model(run):
         np.testing.assert_allclose(row, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_tuning_loss_is_that_of_the_logits(run, getkey):
     start = generate.load(run.run.out).model
     model = eqx.tree_at(lambda m: m.tokens.embeddings, start, start.tokens.embeddings * 1.1)
@@ -299,7 +299,7 @@ def test_a_full_disk_promises_a_resume_only_where_there_is_a_checkpoint(run, tmp
         assert str(error.value).endswith(f"No space left on device. {then}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_training_does_not_go_on_from_a_tuned_model(run, tuned):
     config = dataclasses.replace(run.run, out=tuned[0].out, resume=True)
     message = "cannot resume: .* script is None here and policy_gradient.py there"

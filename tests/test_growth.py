@@ -46,7 +46,7 @@ def grown(run):
         return run, grow_vocabulary.main(run)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_new_tokens_are_learned_and_nothing_but_their_rows_changes(grown):
     config, reports = grown
     assert [step for step, _ in reports] == [-1, 0, 20, 40, 60]
@@ -63,6 +63,7 @@ def test_new_tokens_are_learned_and_nothing_but_their_rows_changes(grown):
     assert (config.out / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 def test_a_new_token_stands_for_its_string_wherever_that_stands(grown):
     config, _ = grown
     _, tokenizer, _ = generate.load(config.out)
@@ -137,6 +138,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(run, changes, message, tmp_p
     assert "\n" not in str(error.value) and not list(config.out.glob("*"))
 
 
+@pytest.mark.exhaustive
 def test_a_run_is_not_overwritten_and_settings_out_of_range_are_refused(grown):
     with pytest.raises(SystemExit, match="holds a run"):
         grow_vocabulary.main(grown[0])
@@ -151,6 +153,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(run, tmp_path, 
         grow_vocabulary.main(dataclasses.replace(run, out=tmp_path / "file" / "out"))
 
 
+@pytest.mark.exhaustive
 def test_training_does_not_go_on_from_a_grown_model(grown):
     config, _ = grown
     training = tiny(config.old_text, config.out, tokenizer="bpe", vocab_size=280, resume=True)

@@ -287,7 +287,7 @@ def test_checks_are_on_by_default_and_name_the_parameter_and_what_was_given(
     assert re.match(pattern, checked[call])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_errors_of_our_own_are_the_same_with_and_without_checks(checked, unchecked):
     for call in ("python bool", "hidden size", "bias", "bias of two axes"):
         assert checked[call] == unchecked[call]

@@ -72,7 +72,7 @@ def one_step(config):
     return word_vectors.make_step(config)(batch, model, opt_state)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_loss_falls_and_the_files_are_written(config, trained):
     assert [line["step"] for line in trained] == [200, 400, 600]
     first, second, third = (line["loss"] for line in trained)
@@ -83,6 +83,7 @@ def test_the_loss_falls_and_the_files_are_written(config, trained):
     assert (config.out / "words.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 def test_words_that_occur_together_become_neighbours(config, trained):
     header, *lines = (config.out / "vectors.txt").read_text().splitlines()
     names = [line.split()[0] for line in lines]
@@ -252,6 +253,7 @@ def test_numbers_that_are_not_finite_stop_the_run(config, tmp_path, learning_rat
     assert list(config.out.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_a_folder_that_is_in_use_is_refused(config, trained, tmp_path):
     (tmp_path / "file").touch()
     with new_folder(tmp_path / "busy"):
