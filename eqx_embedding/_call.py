@@ -36,7 +36,7 @@ from ._inputs import (
     prepare_weights,
     Whole,
 )
-from ._sharding import Split, varying_axes
+from ._sharding import place_on, Split, varying_axes
 
 
 class Call(NamedTuple):
@@ -158,7 +158,7 @@ class Call(NamedTuple):
         return k
 
     def _place(self, array: Array) -> Array:
-        return self.split.place(array, self.split.batch)
+        return place_on(self.split.mesh, array, self.split.batch)
 
 
 def _check_targets(

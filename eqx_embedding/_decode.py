@@ -28,7 +28,16 @@ from ._inputs import (
     Whole,
 )
 from ._product import drop_padding, multiply, Product
-from ._sharding import explicit_axes, find_split, manual_rules, remaining, Split, whole_axes
+from ._sharding import (
+    explicit_axes,
+    explicit_sharding,
+    find_split,
+    manual_rules,
+    place_on,
+    remaining,
+    Split,
+    whole_axes,
+)
 from ._suggest import suggest, suggest_array, suggest_key, suggest_number, suggest_tokens
 from ._table import EmbeddingTable, RowAxis, Rules
 
@@ -46,7 +55,7 @@ Temperature = Integer[ArrayLike, "..."] | Float[ArrayLike, "..."]
 Weights = Bool[ArrayLike, "..."] | Integer[ArrayLike, "..."] | Float[ArrayLike, "..."]
 
 
-_suggest = suggest(
+_with_suggestions = suggest(
     hidden=suggest_array,
     targets=suggest_tokens,
     target_weights=suggest_array,
@@ -111,7 +120,7 @@ class EmbeddingDecode(eqx.Module):
         if self.dtype is not None:
             as_float_dtype("factors", "dtype", self.dtype)
 
-    @_suggest
+    @_with_suggestions
     @jax.named_scope("EmbeddingDecode")
     def __call__(
         self, hidden: Hidden, *, rules: Rules | None = None, key: PRNGKeyArray | None = None
@@ -144,7 +153,8 @@ class EmbeddingDecode(eqx.Module):
         bias = gather_wide(sums, sums, split.manual_shared[:1], bias)
         batch = explicit_axes(vectors)[:batch_axes]
         columns = remaining(explicit_axes(rows)[0], batch)
-        sharding, vocab_size = split.sharding([*batch, columns]), split.vocab_size(self.table)
+        sharding = explicit_sharding(split.mesh, [*batch, columns])
+        vocab_size = split.vocab_size(self.table)
         row_axis = self.table._row_axis
         product = Product(factors, sums, split, vocab_size, row_axis, sharding)
         logits = multiply(product, vectors, rows)
@@ -153,14 +163,14 @@ class EmbeddingDecode(eqx.Module):
             bias = bias if bias is None else drop_padding(bias, split, [()], vocab_size)
             columns = ()
         if bias is not None:
-            bias = split.place(bias.astype(logits.dtype), [columns])
+            bias = place_on(split.mesh, bias.astype(logits.dtype), [columns])
             logits = logits + jnp.expand_dims(bias, range(batch_axes))
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
         dtype = self.logits_dtype or self.dtype or jnp.result_type(*jax.tree.leaves(operands))
         return logits.astype(dtype)
 
-    @_suggest
+    @_with_suggestions
     @jax.named_scope("EmbeddingDecode.score")
     def score(
         self,
@@ -204,7 +214,7 @@ class EmbeddingDecode(eqx.Module):
         call = call.with_targets(targets, None, ignore_index).with_weights(weights, "none")
         return call.scores(Used(mean_log_prob=True, entropy=True, is_top=True))
 
-    @_suggest
+    @_with_suggestions
     @jax.named_scope("EmbeddingDecode.token_loss")
     def token_loss(
         self,
@@ -266,7 +276,7 @@ class EmbeddingDecode(eqx.Module):
         call = call.with_targets(targets, None, ignore_index).with_weights(weights, reduction)
         return call.loss(fn, data, reduction, return_scores)
 
-    @_suggest
+    @_with_suggestions
     @jax.named_scope("EmbeddingDecode.cross_entropy")
     def cross_entropy(
         self,
@@ -389,7 +399,7 @@ class EmbeddingDecode(eqx.Module):
         result = call.loss(loss, (call.target_weights,), reduction, return_scores)
         return (result[0], call.sum_targets(result[1])) if return_scores else result
 
-    @_suggest
+    @_with_suggestions
     @jax.named_scope("EmbeddingDecode.top_k")
     def top_k(
         self,
@@ -425,7 +435,7 @@ class EmbeddingDecode(eqx.Module):
         call = self._start_call(hidden, chunk_size, rules)
         return call.top_k(call.check_k("k", k))
 
-    @_suggest
+    @_with_suggestions
     @jax.named_scope("EmbeddingDecode.sample")
     def sample(
         self,
@@ -475,7 +485,7 @@ class EmbeddingDecode(eqx.Module):
             return tokens[..., 0]
         return call.sample(k, key, temperatures)
 
-    @_suggest
+    @_with_suggestions
     @suggest(temperature=suggest_number)
     @jax.named_scope("EmbeddingDecode.divergence")
     def divergence(

@@ -29,7 +29,7 @@ def as_int(number: Whole) -> int:
 
 
 def as_named_int(name: str, number: Any) -> int:
-    """The same, for no truth value: `ignore_index=True` would be the token 1."""
+    """Like `as_int`, but refuses truth values: `ignore_index=True` would be the token 1."""
     if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise TypeError(f"{name} must be an integer, got {number!r:.80}.")
     return as_int(number)

@@ -18,6 +18,7 @@ from ._sharding import (
     Arrangement,
     Axes,
     explicit_axes,
+    explicit_sharding,
     find_split,
     flat,
     MappedAxisError,
@@ -41,7 +42,7 @@ class _Take(NamedTuple):
     def __call__(self, array: Array, index: Array) -> Array:
         if array.dtype == at_least_float32(array.dtype):
             return self.rows(array, index)
-        # As one operation, because to linearize a `jax.lax.scan`, JAX forgets the derivative.
+        # As one operation, for else a `jax.lax.scan` would lose the rule below.
         return call_as_one(functools.partial(_take, self), array, index)
 
     def rows(self, array: Array, index: Array) -> Array:
@@ -128,7 +129,7 @@ def _take_as_split(lookup: _Lookup, array: Array, index: Array) -> Array:
     batch, of_table = explicit_axes(index), explicit_axes(array)
     others = [remaining(axes, batch) for axes in of_table]
     is_split = flat(batch + of_table)  # JAX cannot differentiate all that a sharding is given to
-    sharding = split.sharding(row_axis.replace(others, batch)) if is_split else None
+    sharding = explicit_sharding(split.mesh, row_axis.replace(others, batch)) if is_split else None
     for gathered, explicit in zip(split.manual_shared, row_axis.first(of_table), strict=True):
         if gathered and explicit:
             raise ValueError(

@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from ._blockwise import call_as_one, widen
-from ._sharding import Split
+from ._sharding import place_on, Split
 from ._table import RowAxis
 
 
@@ -37,7 +37,7 @@ def multiply(product: Product, hidden: Array, rows: Array) -> Array:
     dtypes = {hidden.dtype, rows.dtype, product.factors}
     if dtypes == {product.sums} and not product.padded(rows):  # JAX knows the derivative
         return _contract(product, hidden, rows)
-    # As one operation, because to linearize a `jax.lax.scan`, JAX forgets the derivative.
+    # As one operation, for else a `jax.lax.scan` would lose the rule below.
     return call_as_one(functools.partial(_multiply, product), hidden, rows)
 
 
@@ -58,8 +58,8 @@ def _multiply_jvp(product, primals, tangents):
         if not isinstance(d_hidden, SymbolicZero):  # as in `jvp_of_active`
             # A NaN in a padding row must not reach the gradient of `hidden`. Padding is removed
             # here, and not before the product: a decode without a gradient copies no table.
-            tokens = _zero_padding_rows(product, rows).astype(factors)
-            terms.append(_contract(product, widen(sums, d_hidden), tokens))
+            real_rows = _zero_padding_rows(product, rows).astype(factors)
+            terms.append(_contract(product, widen(sums, d_hidden), real_rows))
         if not isinstance(d_rows, SymbolicZero):
             terms.append(_contract(product, hidden.astype(factors), widen(sums, d_rows)))
     return multiply(product, hidden, rows), functools.reduce(operator.add, terms)
@@ -119,4 +119,4 @@ def drop_padding(array: Array, split: Split, axes: Any, vocab_size: int) -> Arra
     position, manual = array.ndim - 1, split.manual_vocabulary
     if manual:
         array = lax.all_gather(array, manual, axis=position, tiled=True, to="invarying")
-    return lax.slice_in_dim(split.place(array, axes), 0, vocab_size, axis=position)
+    return lax.slice_in_dim(place_on(split.mesh, array, axes), 0, vocab_size, axis=position)

@@ -39,7 +39,7 @@ def raise_unless(valid: Bool[Array | np.ndarray, "..."], message: str) -> Bool[A
         tpu=functools.partial(_raise_once, message),
         default=functools.partial(_raise_on_each_device, message),
     )
-    # Nor can it if a mesh has both manual and other axes, so all axes become manual
+    # JAX cannot call Python if a mesh has both manual and other axes either: all become manual.
     mesh = jax.sharding.get_abstract_mesh()
     others = set(mesh.axis_names) - set(mesh.manual_axes)
     if mesh.manual_axes and others:

@@ -1,7 +1,6 @@
 """Growing and shrinking a vocabulary."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from ._inputs import as_named_int, check_byte_order, Whole
 from ._join import join_trees
 from ._new_rows import check_pieces, make_rows, Means, Pieces
-from ._sharding import as_axes, Axes
+from ._sharding import as_axes, Axes, count_devices
 from ._suggest import suggest, suggest_key
 from ._table import EmbeddingTable, RowAxis
 from ._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
@@ -204,7 +203,7 @@ def _mesh_sharding(array: Any) -> NamedSharding | None:
 
 
 def _check_mesh_divides(sharding: NamedSharding, mesh_axes: Axes, rows: int) -> None:
-    parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes)
+    parts = count_devices(sharding.mesh, mesh_axes)
     if rows % parts != 0:
         raise ValueError(
             f"the vocabulary is split over the mesh axis {', '.join(mesh_axes)!r}, whose size "

@@ -58,7 +58,7 @@ def unique_tokens(
     tokens, in_range = tokens_in_range("tokens", tokens, NO_TOKEN)
     xp = np if isinstance(tokens, np.ndarray) else jnp
     tokens = jnp.asarray(xp.where(in_range, tokens, NO_TOKEN).astype(np.int32))
-    sharding, tokens = _explicit_sharding(tokens), _whole(tokens)
+    sharding, tokens = _explicit_sharding(tokens), _replicate(tokens)
     # Two sorts are faster than `jnp.unique`, which sorts pairs
     ordered = jnp.sort(tokens.reshape(-1))
     repeats = jnp.pad(ordered[1:] == ordered[:-1], (1, 0))[: len(ordered)]
@@ -168,7 +168,7 @@ def put_rows(
     is_table = is_table_of(vocabulary_axis)
     check_structures("rows", tree, rows, is_table, "they must come from take_rows of this tree.")
     index, _ = selected or (np.zeros(0, np.int32), None)
-    repeats = _find_repeats(index)
+    repeats = _mark_repeats(index)
 
     def put(place: Place, array: Any, new: Any) -> Array:
         _check_same_on_devices(array)
@@ -208,10 +208,10 @@ def _select(
     beyond = NO_TOKEN - np.arange(len(tokens), dtype=np.int32)
     index = xp.where(in_range, tokens, beyond.astype(tokens.dtype)).astype(np.int32)
     missing = ~in_range & (tokens != NO_TOKEN)
-    return (index, missing) if xp is np else (_whole(jnp.asarray(index)), _whole(missing))
+    return (index, missing) if xp is np else (_replicate(jnp.asarray(index)), _replicate(missing))
 
 
-def _find_repeats(index: Int[Array | np.ndarray, " rows"]) -> Bool[Array, " rows"] | None:
+def _mark_repeats(index: Int[Array | np.ndarray, " rows"]) -> Bool[Array, " rows"] | None:
     """Which rows repeat, or `None` if none does."""
     if isinstance(index, jax.Array):
         ordered = jnp.sort(index)
@@ -239,7 +239,7 @@ def _invalidate(mask: Bool[Array, " rows"], place: Place, rows: Any) -> Array:
     return jnp.where(mask, jnp.zeros((), rows.dtype), rows)
 
 
-def _whole(array: Array) -> Array:
+def _replicate(array: Array) -> Array:
     """The array, whole on each device of an explicit mesh."""
     sharding = _explicit_sharding(array)
     return array if sharding is None else jax.reshard(array, sharding.update(spec=PartitionSpec()))

@@ -40,7 +40,7 @@ INPUT_EMBEDDINGS = (
 METADATA = "eqx_embedding"
 # The dtypes of tables, by their names in a file
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-BLOCK = 2**20  # how many numbers are read at a time
+COPIED_AT_ONCE = 2**20  # how many numbers are read at a time
 DEFAULT_NAMES = ("vocabulary", "embedding")
 
 
@@ -356,7 +356,7 @@ def _read(
         )
     array = _empty(shape, wanted)
     rows = array.reshape(-1) if row_axis == RowAxis(0) else row_axis.move_first(array)
-    step = max(1, BLOCK // math.prod(rows.shape[1:]))
+    step = max(1, COPIED_AT_ONCE // math.prod(rows.shape[1:]))
     stream, start, header, _ = tensor.file
     stream.seek(start + header[tensor.name]["data_offsets"][0])
     # In blocks, because a whole array of another dtype or order would double the peak of memory

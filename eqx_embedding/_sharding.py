@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from ._table import EmbeddingTable, Rules
@@ -45,24 +45,12 @@ class Split(NamedTuple):
     @property
     def entered(self) -> set[str]:
         """Those that do. JAX fails at second derivatives if any explicit axis is left."""
-        return self.mapped | self.explicit
-
-    @property
-    def explicit(self) -> set[str]:
-        """The explicit axes of the mesh, whether they split something or not."""
-        types = axis_types(self.mesh)
-        return {axis for axis, kind in types.items() if kind == AxisType.Explicit}
-
-    @property
-    def device_kind(self) -> str:
-        """Of the devices of the mesh, or else of those of this process."""
-        device = None if self.mesh is None else self.mesh.abstract_device
-        return (jax.devices()[0] if device is None else device).device_kind
+        return {*self.mapped, *axes_of_type(self.mesh, AxisType.Explicit)}
 
     @property
     def has_parts(self) -> bool:
         """Whether explicit or automatic axes split the table, outside of any `jax.shard_map`."""
-        manual = AxisType.Manual in axis_types(self.mesh).values()
+        manual = axes_of_type(self.mesh, AxisType.Manual)
         return not manual and self.size(flat(self.table)) > 1
 
     @property
@@ -81,17 +69,18 @@ class Split(NamedTuple):
 
     def size(self, axes: Axes) -> int:
         """How many parts the axes make."""
-        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
+        return count_devices(self.mesh, axes)
 
     def vocab_size(self, table: EmbeddingTable) -> int:
         """The number of tokens of the whole table of which this device may have a part."""
         return table._count_tokens(table._num_rows * self.size(self.manual_table[0]))
 
     def gather_rows(self, shape: tuple[Any, ...], num_rows: int) -> "Arrangement | None":
-        """How to gather the table for a lookup, or `None` if XLA does as well.
+        """How to gather the table for a lookup, or `None` to leave it to XLA.
 
-        That is unless the same mesh axes split the table and the tokens, of the given shape, which
-        are at least as many as the rows. Columns that other axes split stay where they are.
+        It is gathered only if the same mesh axes split the table and the tokens, and there are at
+        least as many tokens, of the given shape, as rows. Columns that other axes split stay where
+        they are.
         """
         batch = flat(self.batch)
         shared = tuple(common(axes, batch) for axes in self.table)
@@ -145,24 +134,8 @@ class Split(NamedTuple):
         of_tokens = manual_shared[0] + flat(shared)
         return Arrangement(split, manual + manual_shared[0] + split[0], none, of_tokens)
 
-    def sharding(self, axes: Sequence[Axes]) -> NamedSharding | None:
-        """Of an array whose axes are split by the given mesh axes, if any of them is explicit."""
-        explicit = self.explicit
-        if self.mesh is None or not explicit:
-            return None
-        return NamedSharding(
-            self.mesh, _spec([tuple(a for a in entry if a in explicit) for entry in axes])
-        )
-
-    def place(self, array: Array, axes: Sequence[Axes]) -> Array:
-        """The same array, with the first of its axes split by the given explicit mesh axes."""
-        sharding = self.sharding(axes)
-        if sharding is None or (_mesh_is_unset() and not isinstance(array, Tracer)):
-            return array  # outside of `jax.jit`, JAX cannot tell the devices of such a mesh
-        return jax.reshard(array, sharding)
-
     def with_examples(self, axes: Axes) -> "Split":
-        """Of a batch with one more axis in front, which the mesh axes split."""
+        """The split of a batch with one more axis in front, which the mesh axes split."""
         return self._replace(batch=(axes, *self.batch))
 
     def map(
@@ -175,7 +148,8 @@ class Split(NamedTuple):
         """`function` of the parts that each device has of the arguments."""
 
         def place(spec: PartitionSpec, tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda array: self.place(array, [*map(as_axes, spec)]), tree)
+            axes = [*map(as_axes, spec)]
+            return jax.tree.map(lambda array: place_on(self.mesh, array, axes), tree)
 
         arguments = jax.tree.map(
             place, in_specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec)
@@ -251,14 +225,41 @@ def find_mesh(*arrays: Array | np.ndarray | None) -> AbstractMesh | None:
     return next((mesh for mesh in meshes if not mesh.empty), None)
 
 
+def count_devices(mesh: AbstractMesh | Mesh | None, axes: Iterable[str]) -> int:
+    """How many devices a mesh has along some of its axes; without a mesh, one."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+
+
+def device_kind(mesh: AbstractMesh | None) -> str:
+    """Which devices a mesh has, such as "TPU v6 lite". Without a mesh, those of this process."""
+    device = None if mesh is None else mesh.abstract_device
+    return (jax.devices()[0] if device is None else device).device_kind
+
+
+def explicit_sharding(mesh: AbstractMesh | None, axes: Sequence[Axes]) -> NamedSharding | None:
+    """The sharding of an array whose axes are split by these mesh axes, as far as these are
+    explicit; `None` if the mesh has no explicit axis."""
+    explicit = axes_of_type(mesh, AxisType.Explicit)
+    if mesh is None or not explicit:
+        return None
+    return NamedSharding(mesh, _spec([common(entry, explicit) for entry in axes]))
+
+
+def place_on(mesh: AbstractMesh | None, array: Array, axes: Sequence[Axes]) -> Array:
+    """The same array, with the first of its axes split by these mesh axes, if they are explicit."""
+    sharding = explicit_sharding(mesh, axes)
+    if sharding is None or (_mesh_is_unset() and not isinstance(array, Tracer)):
+        return array  # outside of `jax.jit`, JAX cannot tell the devices of such a mesh
+    return jax.reshard(array, sharding)
+
+
 def whole_axes(table: EmbeddingTable, hidden: Array, rules: Rules | None) -> dict[str, int]:
     """The embedding axes of a table. Of those that rules split over manual axes, it has a part."""
     mesh, rules = find_mesh(hidden), {} if rules is None else rules
-    types = axis_types(mesh)
+    manual = axes_of_type(mesh, AxisType.Manual)
 
     def parts(name: str) -> int:
-        axes = (a for a in as_axes(rules.get(name)) if types.get(a) == AxisType.Manual)
-        return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+        return count_devices(mesh, common(as_axes(rules.get(name)), manual))
 
     return {name: size * parts(name) for name, size in table.embedding_axes.items()}
 
@@ -274,6 +275,10 @@ def manual_rules(rules: Rules | None, mesh: AbstractMesh | None) -> Rules:
 
 def axis_types(mesh: AbstractMesh | None) -> dict[str, AxisType]:
     return {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+
+def axes_of_type(mesh: AbstractMesh | None, kind: AxisType) -> Axes:
+    return tuple(axis for axis, type_ in axis_types(mesh).items() if type_ == kind)
 
 
 def explicit_axes(array: Array | np.ndarray) -> list[Axes]:
@@ -368,7 +373,7 @@ def _read_split(
         batch[0] += ruled(AxisType.Auto, "batch")
     table = tuple(axes + ruled(AxisType.Auto, name) for name, axes in table_axes.items())
     vocabulary = remaining(table[0], batch)
-    automatic = tuple(axis for axis, kind in types.items() if kind == AxisType.Auto)
+    automatic = axes_of_type(mesh, AxisType.Auto)
     return Split(
         mesh=mesh,
         batch=tuple(batch),

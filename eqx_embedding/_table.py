@@ -20,7 +20,7 @@ Rules = Mapping[str, str | Sequence[str] | None]
 
 
 def find_entry(rules: Rules, name: str) -> str | tuple[str, ...] | None:
-    """That of a `PartitionSpec`, for the axis of that name."""
+    """The entry of a `PartitionSpec` that the rules give to the axis of this name."""
     axes = rules.get(name)
     return axes if axes is None or isinstance(axes, str) else tuple(axes)
 
@@ -80,7 +80,7 @@ class RowAxis(NamedTuple):
 
 
 def find_row_axis(names: tuple[str, ...], vocabulary_axis: str, num_stacked: int = 0) -> RowAxis:
-    """Of an array with `num_stacked` axes in front of those that have `names`."""
+    """The row axis of an array with `num_stacked` axes in front of those that have `names`."""
     return RowAxis(num_stacked + names.index(vocabulary_axis))
 
 
@@ -305,7 +305,7 @@ class EmbeddingTable(eqx.Module):
 
     @property
     def _row_axis(self) -> RowAxis:
-        """That of the embeddings, unless they are stacked."""
+        """The row axis of the embeddings of a table that is not stacked."""
         return find_row_axis(self.axis_names, self.vocabulary_axis)
 
     @property

@@ -53,7 +53,7 @@ def norm(x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedd
 
 
 class Attention(eqx.Module):
-    """Each token compares its query with the keys of all tokens up to itself, for their values."""
+    """Each token takes a mean of the values of all tokens up to itself."""
 
     query_key_value: Float[Array, "embedding three_embedding"]
     output: Float[Array, "embedding embedding"]
@@ -90,7 +90,7 @@ class Block(eqx.Module):
 
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):
         size, keys = config.embedding_size, jax.random.split(key, 4)
-        # What the 2 * num_layers additions add up to should not grow with their number.
+        # Scaled down, so that the sum of all 2 * num_layers additions does not grow with depth.
         small = (2 * config.num_layers) ** -0.5
         self.attention = Attention(
             _matrix(size, 3 * size, 1.0, keys[0]),
@@ -98,7 +98,8 @@ class Block(eqx.Module):
             config.num_heads,
         )
         self.expand = _matrix(size, 4 * size, 1.0, keys[2])
-        self.contract = _matrix(4 * size, size, small, keys[3]).T  # so its gradient is made faster
+        # Transposed, because a gradient of this shape takes less time.
+        self.contract = _matrix(4 * size, size, small, keys[3]).T
 
     def __call__(self, x: Float[Array, "sequence embedding"]) -> Float[Array, "sequence embedding"]:
         x = x + self.attention(norm(x))

@@ -124,10 +124,11 @@ class Config:
 
     def identity(self, text: Text, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """What must be the same in a run and in a checkpoint that it continues."""
-        name = "bpe" if tokenizer is None else tokenizer.name
+        # without a name, it is trained on this text
+        tokenizer_name = "bpe" if tokenizer is None else tokenizer.name
         parts = {"model": self.model, "optimizer": self.optimizer, "data": self.data}
         parts = {name: dataclasses.asdict(part) for name, part in parts.items()}
-        return parts | {"data": parts["data"] | {"text": text.sha256, "tokenizer": name}}
+        return parts | {"data": parts["data"] | {"text": text.sha256, "tokenizer": tokenizer_name}}
 
 
 # Data: random pieces of the training text, and the whole held-out text.
@@ -152,7 +153,8 @@ class Data(NamedTuple):
     def held_out_batches(self, config: Config, devices: Devices) -> tuple[Array, ...]:
         """Inputs, targets and weights that ask for each token of the held-out text once."""
         parts = config.mesh.shape[0]
-        size, length = -(-32 // parts) * parts, config.model.sequence_length
+        size = -(-32 // parts) * parts  # 32, or the next multiple of the parts of a batch
+        length = config.model.sequence_length
         return tuple(
             devices.batch(lambda part, array=array: array[:, part], array.shape, axis=1)
             for array in text_data.windows(self.held_out.values, length, size)
@@ -228,6 +230,7 @@ def train(
     held_out, batch = data.held_out_batches(config, devices), data.batch(config, devices, 0)
     size = sum(x.size for x in jax.tree.leaves(params))
     print(f"{size:,} parameters, {batch[:, 1:].size:,} tokens a step")
+    # Compiled before the first checkpoint, and not as a part of the first step, which is timed.
     train_step = make_step(optimizer, static).lower(batch, params, opt_state).compile()
 
     about = {"identity": identity, "tokenizer": data.tokenizer.json, "metrics": []}
@@ -280,7 +283,7 @@ def evaluate(
             reduction="sum",
             return_scores=True,
         )
-        return loss, scores.is_top.sum()
+        return loss, scores.is_top.sum()  # of tokens of weight 1: others are no hits
 
     losses, hits = jax.lax.map(sums, (inputs, targets, weights))  # one batch after the other
     return losses.sum() / weights.sum(), hits.sum() / weights.sum()

@@ -172,7 +172,7 @@ def test_reports_are_those_of_the_logits(run, distilled):
     assert reports[4]["divergence"] == pytest.approx(divergence, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_largest_probabilities_of_the_teacher_are_stored(run):
     teacher, values = generate.load(run.run.out).model, held_out(run)
     data = distill.with_top_k(teacher, values, 3)
@@ -257,11 +257,11 @@ def test_the_tuning_loss_is_that_of_the_logits(run, getkey):
 # Both
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "fixture, picture", [("distilled", "distill"), ("tuned", "policy_gradient")]
 )
 @pytest.mark.one_in(2)
+@pytest.mark.exhaustive
 def test_metrics_and_a_picture_are_written(fixture, picture, request):
     config, metrics = request.getfixturevalue(fixture)
     lines = (config.out / "metrics.jsonl").read_text().splitlines()

@@ -63,6 +63,7 @@ def test_a_table_stored_twice_gets_two_gradients(run):
         eqx.tree_check(names["twice"])
 
 
+@pytest.mark.exhaustive
 def test_the_exported_model_gives_the_same_logits(run):
     names = run("docs/faq.md")
     table = names["table"]

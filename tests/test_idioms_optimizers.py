@@ -76,7 +76,7 @@ def test_an_optimizer_may_tell_tables_apart(make):
     assert_same(train(make_model(), optimizer), train_plain(plain))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_schedule_free_parameters_are_those_of_plain_logits():
     optimizer = optax.contrib.schedule_free_adamw(0.1, warmup_steps=1)
 

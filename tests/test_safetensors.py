@@ -509,7 +509,7 @@ def peak():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block", [1, 7, 10, 36])
 def test_a_table_is_read_in_blocks_of_any_size(block, layout, path, monkeypatch):
-    monkeypatch.setattr(_safetensors, "BLOCK", block)
+    monkeypatch.setattr(_safetensors, "COPIED_AT_ONCE", block)
     table = make_table(layout, with_bias=True)
     save_safetensors(table, path)
     assert eqx.tree_equal(load_safetensors(path), table)

@@ -13,7 +13,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from .._inputs import at_least_float32
-from .._sharding import Arrangement, Axes, flat, remaining, Split, sum_over
+from .._sharding import (
+    Arrangement,
+    Axes,
+    device_kind,
+    flat,
+    place_on,
+    remaining,
+    Split,
+    sum_over,
+)
 from .._suggest import explain_spmd
 from ._chunks import only
 from ._device_losses import device_losses
@@ -61,8 +70,8 @@ def _map_tokens(
     arrangement = split.arrange(math.prod(operands.batch), len(operands.rows))
 
     def on_one_device(operands: Operands) -> PyTree:
-        local, flat = _prepare(options, split, arrangement, operands)
-        return _unflatten(operands.batch, of_device(local, wanted, flat))
+        local, own = _prepare(options, split, arrangement, operands)
+        return _unflatten(operands.batch, of_device(local, wanted, own))
 
     def on_devices(operands: Operands) -> PyTree:
         operands = _match_rows(split, arrangement, operands)
@@ -101,13 +110,13 @@ def token_losses(
     arrangement = split.arrange(math.prod(operands.batch), len(operands.rows))
 
     def on_one_device(operands: Operands) -> tuple[Array, Scores | None]:
-        local, flat = _prepare(options, split, arrangement, operands)
+        local, own = _prepare(options, split, arrangement, operands)
         if wanted.total:
-            both: Any = device_total(local, wanted.function, wanted.scores, flat)
+            both: Any = device_total(local, wanted.function, wanted.scores, own)
             total, scores = both
             return sum_over(split.all_batch, total), _unflatten(operands.batch, scores)
-        scores = device_scores(local, wanted.used, _score_operands(flat))
-        of_tokens = scores, flat.weights, flat.data, flat.closure, flat.mask
+        scores = device_scores(local, wanted.used, _score_operands(own))
+        of_tokens = scores, own.weights, own.data, own.closure, own.mask
         losses = device_losses(wanted.function, None, local.outer_axes, *of_tokens)
         return _unflatten(operands.batch, (losses, scores if wanted.scores else None))
 
@@ -273,7 +282,7 @@ def _match_rows(split: Split, arrangement: Arrangement, operands: Operands) -> O
     def match(array: Array) -> Array:
         if len(array) == V:
             return array
-        array = split.place(array, [()])[:V]
+        array = place_on(split.mesh, array, [()])[:V]
         return jnp.pad(array, [(0, V - len(array))] + [(0, 0)] * (array.ndim - 1))
 
     return operands._replace(teacher=Teacher(hidden, *jax.tree.map(match, table)))
@@ -302,8 +311,8 @@ def _prepare(
         vocabulary_axes=arrangement.vocabulary,
         token_axes=arrangement.tokens,
         rows_dtype=operands.rows.dtype if is_alone(rows) else options.wide,
-        room=not flat(gathered),
-        device_kind=split.device_kind,
+        logits_fit=not flat(gathered),
+        device_kind=device_kind(split.mesh),
         outer_axes=_outer_axes(split, head),
         token_type=kind._replace(varying=kind.varying - {*same}),
     )

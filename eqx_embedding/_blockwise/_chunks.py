@@ -56,19 +56,19 @@ class Chunks:
         count = max(-(-N // chunk_size), 1)
         C = -(-N // count)
         if count > 1:
-            C = -(-C // 16) * 16  # whole vectors, whatever N is
+            C = -(-C // 16) * 16  # a processor computes so many numbers at once
             count = -(-N // C)
             C = N if count == 1 else C
         self.num_tokens, self.count, self.size = N, count, C
         self.rewrite_skipped = rewrite_skipped
         self.mask = mask if N > 0 else None
-        self.none = None  # whether no token counts, in chunks that are computed in any case
+        self.all_masked = None  # whether no token counts, in chunks that are computed in any case
         if self.mask is not None:
             self._gather(self.mask)
             if in_step is not None or count == 1:
-                self.none = self.used == 0
+                self.all_masked = self.num_used == 0
             if in_step is not None:
-                self.used = in_step(self.used)
+                self.num_used = in_step(self.num_used)
 
     def _gather(self, mask: Bool[Array, " N"]) -> None:
         """Puts the tokens of the mask first, chunk after chunk."""
@@ -81,15 +81,15 @@ class Chunks:
         self.token = first[jnp.where(self.valid, place, 0)]  # in each place, (C, count)
         rank = jnp.cumsum(mask, dtype="int32") - 1
         self.place = jnp.where(mask, rank % C * count + rank // C, 0)  # of each token, (N,)
-        self.used = -(-counted // C)  # the number of chunks with tokens
+        self.num_used = -(-counted // C)  # the number of chunks with tokens
 
     def split(self, array: Array) -> Array:
         """`(N, ...)` to `(C, count, ...)`."""
         if self.mask is not None:
             chunks = array[self.token]
-            if self.none is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            if self.all_masked is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
                 return chunks
-            return jnp.where(self.none, jnp.zeros((), array.dtype), chunks)
+            return jnp.where(self.all_masked, jnp.zeros((), array.dtype), chunks)
         rest = self.size * self.count - self.num_tokens
         if rest > 0:
             array = jnp.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode="edge")
@@ -129,7 +129,7 @@ class Chunks:
             return sums, jax.tree.map(update, carry[1], results)
 
         def step_if_used(i: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            return lax.cond(i < self.used, step, skip, i, carry)
+            return lax.cond(i < self.num_used, step, skip, i, carry)
 
         def skip(i: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             return _rewrite(carry) if self.rewrite_skipped else carry

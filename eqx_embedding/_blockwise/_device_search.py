@@ -31,32 +31,31 @@ def _top_k(options: Options, k: int, operands: Operands) -> Any:
         return find_likeliest(options, k, head, x)
 
     log_probs, tokens = _map_chunks(find, options, lax.stop_gradient(operands))
-    return _of_targets(options, operands._replace(targets=tokens), log_probs), tokens
+    return _attach_derivative(options, operands._replace(targets=tokens), log_probs), tokens
 
 
-def _of_targets(options: Options, operands: Operands, log_probs: Array) -> Array:
+def _attach_derivative(options: Options, operands: Operands, log_probs: Array) -> Array:
     """These log-probabilities, with the derivative of those of the targets.
 
-    For derivatives of the gradient, which has a rule of its own. As one operation, because to
-    linearize a `jax.lax.scan`, JAX takes the function for its own derivative.
+    For derivatives of the gradient, which has a rule of its own.
     """
-    return call_as_one(functools.partial(_differentiable, options), operands, log_probs)
+    return call_as_one(functools.partial(_keep, options), operands, log_probs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiable(options: Options, operands: Operands, log_probs: Array) -> Array:
+def _keep(options: Options, operands: Operands, log_probs: Array) -> Array:
     return log_probs
 
 
-@functools.partial(_differentiable.defjvp, symbolic_zeros=True)
-def _differentiable_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Array, Array]:
+@functools.partial(_keep.defjvp, symbolic_zeros=True)
+def _keep_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Array, Array]:
     leaves, structure = jax.tree.flatten(primals[0])
 
     def log_probs(*leaves: Array) -> Array:
         return all_scores(options, Used(), structure.unflatten(leaves))[0]
 
     _, tangent = jvp_of_active(log_probs, leaves, jax.tree.leaves(tangents[0]))
-    return _of_targets(options, *primals), tangent
+    return _attach_derivative(options, *primals), tangent
 
 
 def _device_top_k_forward(options: Options, k: int, operands: Operands) -> Any:

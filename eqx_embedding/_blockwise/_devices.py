@@ -7,13 +7,12 @@ starts with zeros is an error. `without_devices` takes mesh and axes out of the 
 back into those of the results. That is right for code which treats the part of each device by
 itself; sums over devices are `sum_over_devices` and its kind.
 
-In between, each device has numbers of its own, also of an array that is the same on all. So the
-transpose of taking out an axis, along which an array is the same, is a sum over it. If a result is
-the same along an axis, the devices share its cotangent.
+Without types, each device treats every array as its own. So the gradient of an array that was the
+same along an axis is summed over that axis, and the cotangent of a result that is said to be the
+same along an axis is divided by its number of devices.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from .._inputs import at_least_float32
-from .._sharding import sum_over, varying_axes
+from .._sharding import count_devices, sum_over, varying_axes
 from ._primitive import call_as_one, call_linear
 from ._scatter import scatter
 
@@ -190,7 +189,8 @@ def _collective(
 
 
 def _erase_type(array: Array, axes: frozenset[str] = frozenset()) -> Array:
-    """Without a type, where it may differ along the axes as well."""
+    """Takes the mesh and the varying axes out of the type of an array, and says that it may differ
+    along the given axes as well."""
     kind = device_type(array)
     if kind.mesh.empty:
         return array
@@ -198,7 +198,7 @@ def _erase_type(array: Array, axes: frozenset[str] = frozenset()) -> Array:
 
 
 def _restore_type(kind: DeviceType, tree: PyTree, axes: frozenset[str] = frozenset()) -> PyTree:
-    """With a type. Along those of the axes that it does not have, the arrays are the same."""
+    """Gives arrays a type. Along those of the axes that it lacks, they are said to be the same."""
     if kind.mesh.empty:
         return tree
     same = tuple(sorted(axes - kind.varying))
@@ -220,7 +220,7 @@ def _transpose_erase(cotangent, _, *, kind, same):
 
 
 def _transpose_restore(cotangent, _, *, kind, same):
-    count = math.prod(kind.mesh.shape[axis] for axis in same)
+    count = count_devices(kind.mesh, same)
     return [_erase.bind(cotangent, kind=kind, same=same) / count]
 
 

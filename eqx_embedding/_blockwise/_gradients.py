@@ -121,7 +121,8 @@ def _score_targets(
 
 
 class _Coefficients(NamedTuple):
-    """Of the formula above; each of shape (C,), but for k targets, and `None` for zeros."""
+    """The coefficients of the formula above; each of shape (C,), but for k targets, and `None` for
+    zeros."""
 
     maximum: Array
     scale: Array
@@ -151,7 +152,7 @@ def _find_coefficients(
 
 
 def _logit_gradient(coefficients: _Coefficients, target_rows: Array, z: Array) -> Array:
-    """Of the logits `z` of some rows. `target_rows`, (k, C), count from the first of them."""
+    """The gradient of the logits `z` of some rows. `target_rows`, (k, C), count from the first."""
     maximum, scale, slope, at_target, everywhere = coefficients
     shifted = z - maximum[None]
     factor = scale[None]

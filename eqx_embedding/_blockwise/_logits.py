@@ -1,7 +1,6 @@
 """What a device computes with, and the logits of some tokens and some rows of a table."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from .._inputs import batch_shape
+from .._sharding import count_devices
 from ._chunks import Chunks, tile
 from ._devices import (
     DeviceType,
@@ -51,7 +51,7 @@ class Options(NamedTuple):
     transposed: bool = False  # whether the table is stored with another axis first
     comparison: Comparison | None = None  # `None` for scores of targets
     rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
-    room: bool = True  # whether logits fit into the place of a gradient, before it is written
+    logits_fit: bool = True  # whether logits fit into the place of a gradient, before it is written
     device_kind: str = ""  # of the devices that the program is most likely for
     plan: Any = None  # a `Plan` for a platform
     mesh: AbstractMesh | None = None
@@ -64,15 +64,15 @@ class Options(NamedTuple):
         """With a plan for the operands of a device."""
         (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
         work = Work(
-            N=N * self.count_devices(self.token_axes),
+            N=N * count_devices(self.mesh, self.token_axes),
             V=V,
             D=D,
-            heads=1 if self.comparison is None else 2,
+            logits_per_row=1 if self.comparison is None else 2,
             dtype=self.dtype,
             wide=self.wide,
             tiles=self.tiles,
             masked=operands.mask is not None,
-            room=self.room,
+            logits_fit=self.logits_fit,
             device_kind=self.device_kind,
             chunk_size=self.chunk_size,
         )
@@ -81,7 +81,7 @@ class Options(NamedTuple):
     @property
     def without_gradient(self) -> "Options":
         """Where no gradient of the table is computed, whose place logits could use."""
-        return self._replace(room=False)
+        return self._replace(logits_fit=False)
 
     @property
     def temperature(self) -> float:
@@ -92,9 +92,6 @@ class Options(NamedTuple):
         assert self.comparison is not None
         _, _, padded, soft_cap, dtype = self.comparison
         return self._replace(padded=padded, soft_cap=soft_cap, dtype=dtype)
-
-    def count_devices(self, axes: tuple[str, ...]) -> int:
-        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
 
 
 class Teacher(NamedTuple):
@@ -181,7 +178,7 @@ def make_head(options: Options, operands: Operands) -> Head:
 def chunks_of(options: Options, operands: Operands) -> Chunks:
     """Chunks of the tokens of this device, which are a part of those that `all_tokens` returns."""
     mesh, axes = options.mesh, options.token_axes
-    size = max(options.plan.chunk_size // options.count_devices(axes), 1)
+    size = max(options.plan.chunk_size // count_devices(options.mesh, axes), 1)
     in_step = functools.partial(max_over_devices, mesh, axes) if axes else None
     rewrite = options.plan.rewrite_skipped
     return Chunks(len(operands.hidden), size, operands.mask, in_step, rewrite_skipped=rewrite)
@@ -196,7 +193,7 @@ def all_tokens(options: Options, tree: PyTree) -> PyTree:
 def own_tokens(options: Options, tree: PyTree) -> PyTree:
     """The part of this device of arrays of all these tokens."""
     axes = options.token_axes
-    index, count = index_of_device(options.mesh, axes), options.count_devices(axes)
+    index, count = index_of_device(options.mesh, axes), count_devices(options.mesh, axes)
 
     def own(array: Array) -> Array:
         size = len(array) // count

@@ -19,9 +19,9 @@ class Plan(NamedTuple):
     transpose: bool  # whether to transpose a tile before its product with the table
     round_early: bool  # whether a gradient of the table from one product is rounded at once
     keep_copy: bool = False  # whether no product may undo the copy of a transposed table
-    hold_logits: bool = False  # whether they are held after their bias, cap and mask
+    hold_logits: bool = False  # whether logits are held after their bias, cap and mask
     rewrite_skipped: bool = False  # whether a skipped chunk writes a row of each sum again
-    logits_apart: bool = False  # whether to keep those of the two passes apart, if chunks do not
+    logits_apart: bool = False  # whether to keep the logits of the two passes apart without chunks
 
 
 class Work(NamedTuple):
@@ -30,12 +30,12 @@ class Work(NamedTuple):
     N: Any  # a symbolic one, of `jax.export`, is an error of JAX
     V: int
     D: int
-    heads: int  # how many logits a token has for each row: those of a student, and of its teacher
+    logits_per_row: int  # of a token: 2 for those of a student and of its teacher, else 1
     dtype: DTypeLike  # of the factors of the logits
     wide: DTypeLike  # of their sums
     tiles: bool  # whether a device can cut its rows into tiles
     masked: bool  # whether some tokens may not count
-    room: bool  # whether logits fit into the place of a gradient, before it is written
+    logits_fit: bool  # whether logits fit into the place of a gradient, before it is written
     device_kind: str  # of the devices that the program is most likely for
     chunk_size: int | None  # that was asked for
 
@@ -63,7 +63,7 @@ def make_plan(platform: Platform, work: Work) -> Plan:
         # XLA for GPUs would copy the gradient of the table twice for each chunk: it copies what one
         # branch adds to and another returns as it is.
         rewrite_skipped=platform == "gpu",
-        # It would make one product of the logits of both passes, and hold both.
+        # XLA for GPUs would make one product of the logits of both passes, and hold all of them.
         logits_apart=platform == "gpu",
     )
 
@@ -85,16 +85,16 @@ def _cpu_plan(work: Work) -> Plan:
     several chunks also the gradient of all vectors, and the logits of a chunk; and float32 copies
     that XLA makes of tables and vectors in bfloat16. A mask needs chunks, to skip some.
     """
-    N, V, D, heads, dtype, wide, tiles, masked, _, _, chunk_size = work
+    N, V, D, logits_per_row, dtype, wide, tiles, masked, _, _, chunk_size = work
     largest = 128 if masked else 256
-    C = max(min(max(heads * D * 13 // 16, 128), largest), 2**20 // V)
+    C = max(min(max(logits_per_row * D * 13 // 16, 128), largest), 2**20 // V)
     narrow = dtype == jnp.bfloat16
     held = 2 * C * D
     if not masked:
         chunks = max(-(-N // C), 1)
         several = N * D + N // chunks * (V + D) if chunks > 1 else 0
         held = max(held, several) + (N + V) * D * narrow
-    if heads * N * V <= max(2**20, held) and N <= (chunk_size or N):
+    if logits_per_row * N * V <= max(2**20, held) and N <= (chunk_size or N):
         factors = dtype if narrow else wide
         half = jnp.finfo(dtype).bits <= 16
         transpose = 4 * V < 3 * D if half else D < 256 and 2 * D <= V
@@ -106,7 +106,7 @@ def _cpu_plan(work: Work) -> Plan:
 
 # Whose compiler copies no rows for a loop. JAX has had two names for some of them.
 LEAN_TPUS = "TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e"
-SMALLEST = 1024  # tokens; smaller products would leave an accelerator idle
+SMALLEST_CHUNK = 1024  # tokens; smaller products would leave an accelerator idle
 
 
 def _accelerator_chunk(platform: Platform, work: Work) -> int:
@@ -132,12 +132,16 @@ def _accelerator_chunk(platform: Platform, work: Work) -> int:
     holds no more. Where the table is gathered, the result is only the part of a device: no logits
     fit into its place, and chunks are as small as they may be.
     """
-    N, V, D, heads, *_ = work
-    N = max(N * heads, 1)
+    N, V, D, logits_per_row, *_ = work
+    N = max(N * logits_per_row, 1)
     quarter = -(-N // 512) * 128  # rounded up: four chunks are enough
-    C = min(max(min(D // 256 * 128, quarter), SMALLEST), 2048) if work.room else SMALLEST
-    if N < SMALLEST * -(-N // C):  # Even chunks would be smaller: as many of that size as fit.
-        C = -(-N // max(N // SMALLEST, 1))
+    C = SMALLEST_CHUNK
+    if work.logits_fit:
+        C = min(max(min(D // 256 * 128, quarter), C), 2048)
+    if N < SMALLEST_CHUNK * -(
+        -N // C
+    ):  # Even chunks would be smaller: as many of that size as fit.
+        C = -(-N // max(N // SMALLEST_CHUNK, 1))
     sums = 4 * D + 4 * N * D // V
     if platform == "gpu":
         is_plain = 6 * N <= sums + max(4 * C - 2 * D, 0) + 2 * C
@@ -146,4 +150,4 @@ def _accelerator_chunk(platform: Platform, work: Work) -> int:
         if work.device_kind not in LEAN_TPUS:
             of_logits = max(of_logits, 4 * C) + 2 * D + 4 * N * D // V
         is_plain = 4 * N <= sums + of_logits
-    return -(-(N if work.room and is_plain else C) // heads)
+    return -(-(N if work.logits_fit and is_plain else C) // logits_per_row)

@@ -4,6 +4,7 @@ rule of their own, and does not take them apart.
 - A loss that is written for one example and mapped over many would have a gradient of the table for
   each. With a rule, the examples become tokens of one call. `jax.custom_batching.custom_vmap` would
   do that, but has no reverse mode.
+- To linearize a loop, JAX takes a `jax.custom_jvp` apart, and its rule is lost.
 - To linearize a loop, JAX moves what does not depend on the chunk out of it, and keeps that for all
   tiles at once: twice the memory.
 """

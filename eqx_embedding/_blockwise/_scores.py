@@ -89,7 +89,7 @@ def nan_if_unknown(scores: Scores, array: Array) -> Array:
     return nan_where(is_nan, array)
 
 
-# e to the power of this is zero, in float64 as well. Instead of -inf: zero times that is NaN.
+# exp(LOWEST) is zero, in float64 as well. It is not -inf, because 0 * -inf is NaN.
 LOWEST = -1e4
 
 

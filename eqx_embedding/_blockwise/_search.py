@@ -31,7 +31,7 @@ BLOCK = 128  # rows
 # Below this temperature, no noise changes the order of logits that differ.
 COLDEST = 1e-30
 
-NO_TOKEN = np.int32(-1)  # the result for a vector whose logits have no distribution
+UNDRAWN = np.int32(-1)  # the result for a vector whose logits have no distribution
 
 
 class Draws(NamedTuple):
@@ -61,7 +61,7 @@ class Draws(NamedTuple):
 
     def if_valid(self, tokens: Array) -> Array:
         valid = (self.temperature >= 0) & (self.temperature < jnp.inf)
-        return jnp.where(valid, tokens, NO_TOKEN)
+        return jnp.where(valid, tokens, UNDRAWN)
 
 
 def find_likeliest(
@@ -74,7 +74,7 @@ def find_likeliest(
     else:
         log_probs, tokens, total = _likeliest_some(options, k, head, x)
     has_none = ~(total > 0)[:, None]
-    found = nan_where(has_none, log_probs), jnp.where(has_none, NO_TOKEN, tokens)
+    found = nan_where(has_none, log_probs), jnp.where(has_none, UNDRAWN, tokens)
     return own_tokens(options, found)
 
 
@@ -94,7 +94,7 @@ def draw_token(
     x, draws = all_tokens(options, (x, draws))
     z = tile_logits(options, head, x, 0, len(head.rows))
     blocks = _sum_blocks(options, head, z, draws.coldness)
-    blocks = _all_blocks(options, head, blocks, draws.coldness)
+    blocks = _merge_devices(options, head, blocks, draws.coldness)
     largest = jnp.max(blocks.largest, axis=0)
 
     relative = (blocks.largest - largest[None]) * draws.coldness[None]
@@ -103,7 +103,7 @@ def draw_token(
     block = jnp.argmax(scores, axis=0).astype(np.int32)  # also in 64-bit mode
     rows = _rows_of_blocks(block[:, None])
 
-    relative = (_take(z, rows - head.start) - largest[:, None]) * draws.coldness[:, None]
+    relative = (_logits_of_rows(z, rows - head.start) - largest[:, None]) * draws.coldness[:, None]
     scores = relative + draws.noise(1, BLOCK, z.dtype)
     tokens = _pick_best_device(
         options, jnp.max(scores, axis=1), _pick(rows, jnp.argmax(scores, axis=1))
@@ -111,7 +111,7 @@ def draw_token(
 
     total = jnp.sum(blocks.total, axis=0)  # NaN if a logit is NaN or infinite
     has_one = (total > 0) & (largest > jnp.finfo(z.dtype).min)
-    return own_tokens(options, draws.if_valid(jnp.where(has_one, tokens, NO_TOKEN)))
+    return own_tokens(options, draws.if_valid(jnp.where(has_one, tokens, UNDRAWN)))
 
 
 def _likeliest_one(options: Options, head: Head, x: Array) -> tuple[Array, Array, Array]:
@@ -120,7 +120,7 @@ def _likeliest_one(options: Options, head: Head, x: Array) -> tuple[Array, Array
     def logits(start: Any, size: int) -> Array:
         return tile_logits(options, head, x, start, size)
 
-    targets = jnp.full(len(x), NO_TOKEN)
+    targets = jnp.full(len(x), UNDRAWN)
     statistics = find_statistics(options, Used(is_top=True), head, targets, logits)
     total = statistics.total
     return -jnp.log(total)[:, None], statistics.top[:, None], total
@@ -134,7 +134,7 @@ def _likeliest_some(options: Options, k: int, head: Head, x: Array) -> tuple[Arr
         _, block = lax.top_k(blocks.largest.T, k)
         # In the order of tokens: of equal logits, the first is taken.
         rows = _rows_of_blocks(jnp.sort(block, axis=1)) - _shift(options, head)
-        values, rows = _largest(k, _take(z, rows), rows)
+        values, rows = _largest(k, _logits_of_rows(z, rows), rows)
     else:
         values, rows = lax.top_k(z.T, min(k, len(z)))
     tokens, mesh, axes = head.start + rows, options.mesh, options.vocabulary_axes
@@ -159,7 +159,8 @@ def _lowered(blocks: _Blocks, higher: Array, coldness: Array) -> Array:
 
 
 def _sum_blocks(options: Options, head: Head, z: Float[Array, "V C"], coldness: Array) -> _Blocks:
-    """Of the rows of this device, whose first and last block may go on in other devices."""
+    """Sums each block over the rows of this device; others may have the rest of the first and of
+    the last block."""
     shift = _shift(options, head)
     before = BLOCK - 1 if options.vocabulary_axes else 0  # the largest shift
     lowest = jnp.finfo(z.dtype).min  # -inf - -inf would be NaN
@@ -187,8 +188,8 @@ def _merge(some: _Blocks, others: _Blocks, coldness: Array) -> _Blocks:
     return _Blocks(largest, total)
 
 
-def _all_blocks(options: Options, head: Head, blocks: _Blocks, coldness: Array) -> _Blocks:
-    """Of the tokens of all devices, from those of the rows of each."""
+def _merge_devices(options: Options, head: Head, blocks: _Blocks, coldness: Array) -> _Blocks:
+    """Merges the blocks of all devices."""
     mesh, axes = options.mesh, options.vocabulary_axes
     count, start = -(-options.vocab_size // BLOCK), head.start // BLOCK
     if not axes:
@@ -214,7 +215,7 @@ def _rows_of_blocks(blocks: Int[Array, "C k"]) -> Int[Array, "C rows"]:
     return rows.reshape(len(blocks), blocks.shape[1] * BLOCK)
 
 
-def _take(z: Float[Array, "V C"], rows: Int[Array, "C rows"]) -> Float[Array, "C rows"]:
+def _logits_of_rows(z: Float[Array, "V C"], rows: Int[Array, "C rows"]) -> Float[Array, "C rows"]:
     """The logits of some rows for each token; -inf for rows that this device does not have."""
     # Single numbers: XLA for TPUs would take slices one after the other. Not by `z[rows, columns]`:
     # for that, XLA ends the process on some meshes of three axes.

@@ -1,4 +1,4 @@
-"""How a script meets its terminal: options, Ctrl-C, characters that cannot be shown."""
+"""Options of the command line, Ctrl-C, and output that a terminal cannot show."""
 
 import contextlib
 import errno

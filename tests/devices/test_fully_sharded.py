@@ -558,7 +558,7 @@ def assert_second_derivatives_equal_those_of_one_device(
         *((loss, "unused axis") for loss in (of_data_and_closure, *APART)),
     ],
 )
-@pytest.mark.one_in(16)
+@pytest.mark.one_in(32)
 def test_gradients_of_gradients_equal_those_of_one_device(loss, setting, layout, length):
     """By the table, the hidden vectors, and all else: each device must count once."""
     if setting == "manual" and layout == "columns over model":
@@ -592,7 +592,7 @@ def test_gradients_of_gradients_equal_those_of_one_device(loss, setting, layout,
         ),
     ],
 )
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 def test_gradients_of_gradients_in_a_shard_map_along_one_axis(kind, loss, layout, manual):
     """JAX cannot save what differs along the axes of this `jax.shard_map` and of one inside it."""
     rules = LAYOUTS.get(layout, OVER_MODEL)
