@@ -31,9 +31,9 @@ from eqx_embedding import EmbeddingDecode, EmbeddingTable
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", losses.LOSSES)
 @pytest.mark.one_in(3)
+@pytest.mark.exhaustive
 def test_each_loss_equals_its_plain_version(name):
     N, D, V = 32, 8, 50
     loss = losses.LOSSES[name]
@@ -48,6 +48,7 @@ def test_each_loss_equals_its_plain_version(name):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.exhaustive
 def test_smoothed_equals_the_options_of_cross_entropy():
     def with_options(hidden, rows, targets):
         decode = EmbeddingDecode(EmbeddingTable(rows, ("vocabulary", "embedding")))
@@ -79,8 +80,8 @@ def by_loss_and_name(rows):
     return {(row["loss"], row["name"]): row for row in rows}
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_torch")
+@pytest.mark.exhaustive
 def test_wrong_and_missing_programs_are_shown_as_such(monkeypatch, capsys):
     some = {
         "optax": peers.with_optax,
@@ -143,7 +144,7 @@ def test_each_row_has_times_memory_and_error(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("no_torch")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_loss_is_measured_beside_cross_entropy(monkeypatch, capsys):
     monkeypatch.setattr(cross_entropy, "PEERS", {"optax": peers.with_optax})
     assert cross_entropy.parse([]).losses == list(losses.LOSSES)
@@ -164,6 +165,7 @@ def test_one_loss_is_measured_beside_cross_entropy(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("no_torch")
+@pytest.mark.exhaustive
 def test_the_chart_shows_the_figures_of_the_json(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cross_entropy, "PEERS", {"optax": peers.with_optax, "json": wrong})
     monkeypatch.setitem(chart.NAMES, "json", "a wrong one")
@@ -185,6 +187,7 @@ def test_the_chart_shows_the_figures_of_the_json(monkeypatch, capsys, tmp_path):
     assert picture.read_text().startswith("<?xml")
 
 
+@pytest.mark.exhaustive
 def test_the_chart_of_the_readme_has_its_json():
     folder = Path(__file__).parent.parent / "docs" / "images"
     results = json.loads((folder / "cross_entropy.json").read_text())
@@ -193,6 +196,7 @@ def test_the_chart_of_the_readme_has_its_json():
     assert (folder / "cross_entropy.svg").stat().st_size < 100_000
 
 
+@pytest.mark.exhaustive
 def test_memory_is_that_of_the_compiled_programs(capsys):
     sizes = ["--tokens", "4096", "--embedding", "64", "--vocab-size", "4096"]
     memory.main(sizes)
@@ -219,6 +223,7 @@ def run_torch(monkeypatch, compile_):
     return cross_entropy.try_runs(programs, errors.exact(*operands))
 
 
+@pytest.mark.exhaustive
 def test_torch_is_run_eager_and_compiled(monkeypatch):
     compiled = []
 
@@ -231,6 +236,7 @@ def test_torch_is_run_eager_and_compiled(monkeypatch):
     assert all(run.error < 1e-5 for run in runs.values())
 
 
+@pytest.mark.exhaustive
 def test_torch_without_a_compiler_is_run_eager(monkeypatch):
     def compile_nowhere(function, **options):
         raise RuntimeError("No working C++ compiler found\nin any of these places")
@@ -304,6 +310,7 @@ def test_quality_holds_both_against_the_same_held_out_text(tmp_path, capsys):
     assert any(line.startswith("nanoGPT") and "nats a byte" in line for line in lines) == has_torch
 
 
+@pytest.mark.exhaustive
 def test_plays_are_speeches_alone(tmp_path, monkeypatch, capsys):
     play = (
         "# Title\n\n## ACT I\n\n_Enter two_\n\n"
@@ -343,6 +350,7 @@ def test_numerics_tell_the_plain_way_from_ours(capsys):
     assert errors["float32 logits"]["decode"] < errors["here"]["decode"] / 10
 
 
+@pytest.mark.exhaustive
 def test_an_error_of_numerics_is_that_of_the_way(monkeypatch, capsys):
     class Wrong(numerics.Here):
         def loss(self, hidden, rows, targets):
@@ -358,7 +366,7 @@ def test_an_error_of_numerics_is_that_of_the_way(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("task", search.TASKS)
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_task_of_search_is_measured_beside_plain_jax(task, capsys):
     arguments = ["--shape", "32", "8", "50", "--rounds", "1", "--tasks", task]
     search.main([*arguments, "--json"])
@@ -376,7 +384,7 @@ SPARSE = ["--shape", "300", "4", "--shape", "40", "4", "--tokens", "32"]
 SPARSE += ["--steps", "3", "--rounds", "1"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lazy_steps_of_adam_are_those_of_others(capsys):
     sparse_rows.main([*SPARSE, "--json"])
     report = json.loads(capsys.readouterr().out)
@@ -396,6 +404,7 @@ def test_lazy_steps_of_adam_are_those_of_others(capsys):
     assert report["targets"][0]["reached"] == rows[(300, 4), sparse_rows.OURS]["ratio"]
 
 
+@pytest.mark.exhaustive
 def test_the_hand_written_step_is_that_of_numpy():
     rows = np.random.default_rng(0).standard_normal((7, 3), np.float32)
     batches = [np.array([1, 5, 1, 2], "int32"), np.array([5, 0, 0, 0], "int32")]
@@ -413,7 +422,7 @@ def test_the_hand_written_step_is_that_of_numpy():
 
 
 @pytest.mark.usefixtures("no_torch")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sparse_rows_without_torch_say_so(capsys):
     sparse_rows.main(SPARSE)
     first, *lines = capsys.readouterr().out.splitlines()

@@ -40,6 +40,7 @@ def run(tmp_path_factory):
 # Questions and answers
 
 
+@pytest.mark.exhaustive
 def test_scores_tell_a_wrong_target_from_a_wrong_vector(run):
     names = run("docs/faq.md")
     np.testing.assert_array_equal(names["wrong_targets"], [False, False, True, False])
@@ -208,6 +209,7 @@ def test_the_preference_loss_is_that_of_all_logits(run):
 # Guides
 
 
+@pytest.mark.exhaustive
 def test_nucleus_sampling_takes_a_temperature_for_each_vector(run):
     names = run("docs/sampling.md")
     hidden = jnp.tile(names["hidden"][0, 0], (2, 400, 1))

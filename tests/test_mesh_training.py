@@ -110,7 +110,7 @@ def on_four(text, tmp_path_factory):
     return trained(tiny(text, out, mesh=MeshConfig(data=2, model=2), **RUN))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_devices_reach_the_losses_of_one(alone, on_four):
     np.testing.assert_allclose(losses(on_four), losses(alone), rtol=1e-5)
     names = {path.name for path in alone.run.out.iterdir()}
