@@ -216,6 +216,7 @@ def test_ctrl_c_ends_a_script_with_one_line(script, options, line, seconds, tmp_
     assert process.returncode == 130 and errors == [line]
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_for_longer(finished, tmp_path):
     config, metrics = finished
     config = changed(config, out=tmp_path / "longer", steps=301, resume=True)
@@ -323,6 +324,7 @@ def test_resuming_goes_on_from_the_checkpoint_before_a_broken_one(
     assert kept == ["200", "300"]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_an_array_is_found(finished, tmp_path):
     """In the largest file, which holds the arrays: orbax itself may load it with other numbers."""
     run = tmp_path / "flipped"
@@ -525,6 +527,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_broken(finished, 
         assert checkpoints.about()["metrics"][-1]["step"] == 302
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_in_one_line_and_loses_nothing(finished, tmp_path, monkeypatch):
     config = changed(finished[0], out=tmp_path / "full", resume=True, steps=301)
     shutil.copytree(finished[0].run.out, config.run.out)

@@ -218,6 +218,7 @@ def test_a_recurrent_network_may_decode_in_its_loop():
     assert_same(train(OfToken(tied.table, tied.body), loss=loss), train_plain(loss=plain))
 
 
+@pytest.mark.slow
 def test_each_of_stacked_layers_may_have_a_loss():
     """Layers are stacked by `eqx.filter_vmap` and run by `jax.lax.scan`."""
     keys = jax.random.split(jax.random.key(4), 3)
@@ -358,6 +359,7 @@ def test_dropout_and_inference_mode_work_as_ever():
     assert_same((losses, model), (expected, params))
 
 
+@pytest.mark.slow
 def test_the_members_of_an_ensemble_are_trained_alone():
     tables = [make_table(seed) for seed in (0, 10)]
 

@@ -91,6 +91,7 @@ def test_schedule_free_parameters_are_those_of_plain_logits():
     assert_same(evaluated(batch_loss, model), evaluated(plain_loss, to_plain(model)))
 
 
+@pytest.mark.slow
 def test_private_gradients_are_those_of_plain_logits():
     """Each example has its own gradient, which is clipped, and noise is added to their mean."""
     private = optax.contrib.differentially_private_aggregate(0.1, 0.5, jax.random.key(0))

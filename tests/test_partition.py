@@ -165,6 +165,7 @@ def test_the_gradient_is_that_of_the_whole_model_at_the_rows():
     assert gradient.layer.weight is None and gradient.positions.embeddings is None
 
 
+@pytest.mark.slow
 def test_the_logits_of_a_loss_never_exist():
     V, D, N = 4096, 16, 4096
     table = EmbeddingTable(jnp.zeros((V, D)), ("vocabulary", "embedding"))

@@ -358,6 +358,7 @@ def test_training_goes_on_after_a_resize_with_the_loss_that_the_new_tokens_leave
     assert grown.tokens.vocab_size == 15
 
 
+@pytest.mark.slow
 def test_shrinking_and_growing_again_loses_only_what_was_cut():
     model = Model(jax.random.key(0))
     small = resize_vocabulary(model, 8, pad_to_multiple_of=1)

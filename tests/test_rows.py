@@ -178,6 +178,7 @@ def test_everything_but_the_tables_comes_from_rows():
     assert eqx.tree_equal(put_rows(nothing, np.asarray([1]), nothing), nothing)
 
 
+@pytest.mark.slow
 def test_stacked_and_shared_tables_are_taken_apart():
     stacked: Any = EmbeddingTable(make_array((3, 9, 4)), NAMES, bias=make_array((3, 9)))
     small = take_rows(stacked, np.asarray([6, 2]))

@@ -626,6 +626,7 @@ print(json.dumps([before, peak(), float(table.embeddings[255, 63])]))
     assert peaks[2] == array[255, 63]
 
 
+@pytest.mark.slow
 def test_a_save_that_is_killed_leaves_the_old_file_whole(path):
     table = make_table("first")
     save_safetensors(table, path)

@@ -219,6 +219,7 @@ def test_a_second_call_for_scores_computes_logits_again():
     assert count(gradients(once), ROWS, *TOKENS) == 3
 
 
+@pytest.mark.slow
 def test_targets_of_the_same_vectors_share_their_logits():
     candidates = shape(4, N, dtype="int32")
 

@@ -140,6 +140,7 @@ def test_gradients_of_a_vmap_are_those_of_plain_logits(mapped, reduction):
     assert_trees_close(actual, expected_of(reduction, mapped))
 
 
+@pytest.mark.slow
 def test_the_axis_of_examples_may_be_any():
     loss = functools.partial(loss_of_example, ours, reduction="none")
 
@@ -248,6 +249,7 @@ def test_a_vmap_may_stand_anywhere(structure):
     assert_trees_close(actual, expected_of("sum"))
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_a_vmap_are_those_of_plain_logits():
     layer, (hidden, *others) = make_layer(0.0), make_examples("htwdc")
     direction = make_array(hidden.shape, seed=6)

@@ -115,6 +115,7 @@ def test_the_loss_is_that_of_numpy(config):
     assert_close(word_vectors.loss_of(model, batch), total / weights.sum())
 
 
+@pytest.mark.slow
 def test_sparse_and_dense_steps_agree_in_the_rows_of_the_batch(config):
     model, batch = start(config)
     sparse_loss, sparse, sparse_state = one_step(config)

@@ -246,6 +246,7 @@ def test_each_example_of_an_explicit_mesh_has_its_own_gradients(reduction):
         assert_trees_close(eqx.filter_jit(gradients)(table, closed, *batched), expected)
 
 
+@pytest.mark.slow
 def test_a_batch_may_be_split_over_an_axis_without_a_rule():
     """On a mesh of three axes, where XLA ends the process for some ways to add to the logits."""
     table, _, hidden, targets, weights, _ = make_operands()

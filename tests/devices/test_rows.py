@@ -110,6 +110,7 @@ def test_tokens_of_a_split_batch_have_the_places_of_one_device(setting):
 
 
 @pytest.mark.parametrize("setting", ["explicit", "a shard_map along one axis"])
+@pytest.mark.slow
 def test_the_tokens_of_each_device_are_found_alone(setting):
     """`jnp.searchsorted` of JAX 0.10 is an error there."""
     table, _, tokens = make_arguments()

@@ -83,6 +83,7 @@ def test_a_table_split_over_the_axis_of_the_batch_is_searched(setting):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_batch_may_be_split_over_an_axis_without_a_rule():
     """On a mesh of three axes, where XLA ends the process for some ways to take the logits."""
     table, hidden, _ = make_operands()

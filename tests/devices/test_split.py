@@ -248,6 +248,7 @@ def test_a_loss_with_a_bias_equals_that_of_one_device(setting, padding_rows):
         assert_trees_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_the_gradient_may_be_taken_inside_a_shard_map():
     arguments = arguments_of_a_loss(padding_rows=3)
 
