@@ -260,6 +260,11 @@ def cross_entropy_reference(
     return value, *gradients, for_weights * cotangent
 
 
+def log_softmax(z):
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
 def assert_close(actual, expected, rtol: float = 1e-5, atol: float = 1e-6):
     np.testing.assert_allclose(float64(actual), float64(expected), rtol, atol)
 

@@ -20,6 +20,7 @@ from .helpers import (
     decode_gradient_reference,
     decode_reference,
     float64,
+    log_softmax,
     make_array,
     make_table,
     plain_logits,
@@ -49,11 +50,6 @@ def make_problem(dtype="float32", soft_cap: float | None = 3.0):
     student = EmbeddingDecode(make_table("first", dtype, with_bias=True), soft_cap)
     hidden, theirs = make_array((N, 4), dtype, seed=5), make_array((N, 2, 3), dtype, seed=6)
     return student, hidden, make_teacher(dtype), theirs
-
-
-def log_softmax(z):
-    z = z - z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
 def divergences_reference(kind, T, z, y):

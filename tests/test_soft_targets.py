@@ -17,6 +17,7 @@ from .helpers import (
     decode_gradient_reference,
     decode_reference,
     float64,
+    log_softmax,
     make_array,
     make_table,
     plain_logits,
@@ -33,11 +34,6 @@ TARGETS[:, 2] = TARGETS[:, 0]  # twice
 TARGET_WEIGHTS = RANDOM.uniform(0.1, 2, (N, K)).astype(np.float32)
 WEIGHTS = np.where(np.arange(N) % 5 == 1, 0, RANDOM.uniform(0.5, 2, N)).astype(np.float32)
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01}
-
-
-def log_softmax(z):
-    z = z - z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
 def soft_reference(layer, hidden, targets, target_weights, weights, *, label_smoothing, z_loss):
