@@ -15,8 +15,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Shaped
 
-from ._blockwise import gather_wide, Operands, Options, TokenScores, Used
+from ._blockwise import Operands, Options, TokenScores, Used
 from ._call import Call
+from ._gather import gather_wide
 from ._inputs import (
     as_array,
     as_float_dtype,
@@ -147,7 +148,7 @@ class EmbeddingDecode(eqx.Module):
         operands = self._operands("hidden", hidden, rules)
         vectors, rows, bias, *_ = operands
         batch_axes = len(operands.batch)
-        split = find_split(self.table, vectors, 0, rules)
+        split = find_split(self.table, vectors, 0, rules)  # whatever splits the batch, stays so
         factors, sums = self._product_dtypes(operands)
         rows = gather_wide(factors, sums, split.manual_shared, rows)
         bias = gather_wide(sums, sums, split.manual_shared[:1], bias)
@@ -480,7 +481,7 @@ class EmbeddingDecode(eqx.Module):
         call = self._start_call(hidden, chunk_size, rules)
         k = None if top_k is None else call.check_k("top_k", top_k)
         temperatures = as_temperature(temperature, call.operands.batch, call.options.wide)
-        if isinstance(temperature, Real) and temperature == 0:
+        if isinstance(temperature, Real) and temperature == 0:  # the likeliest token is drawn
             _, tokens = call.top_k(1)
             return tokens[..., 0]
         return call.sample(k, key, temperatures)

@@ -11,8 +11,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
-from ._blockwise import call_as_one, gather_wide, widen
+from ._devices import widen
+from ._gather import gather_wide
 from ._inputs import at_least_float32, nan_where, tokens_in_range
+from ._primitive import call_as_one
 from ._raise import raise_unless
 from ._sharding import (
     Arrangement,
@@ -31,6 +33,121 @@ from ._table import EmbeddingTable, RowAxis, Rules
 
 
 OutOfRange = Literal["nan", "raise", "clip"]
+
+
+@final
+class EmbeddingLookup(eqx.Module):
+    """Looks up the embedding of each token.
+
+    ```python
+    vectors = EmbeddingLookup(table)(tokens)
+    ```
+
+    A token is in range when `0 <= token < table.vocab_size`. JAX would clamp or wrap the others,
+    padding rows included, and train the wrong row in silence. Here `out_of_range` decides:
+
+    - `"nan"`, the default: its vector is NaN, and no gradient reaches the table. This costs next
+        to nothing.
+    - `"raise"`: an error, by `equinox.error_if`, as the environment variable `EQX_ON_ERROR`
+        says. Under `jit` with several devices, every device raises, and the error is one of JAX,
+        whose text ends with the message. **Inside a `jax.shard_map` with `check_vma=False` only the
+        devices with such a token raise; if others wait for them, XLA ends the process.**
+    - `"clip"`: the nearest token stands in, and receives the gradient.
+
+    **Fields:**
+
+    - `table`: the [`eqx_embedding.EmbeddingTable`][].
+    - `out_of_range`: `"nan"`, `"raise"` or `"clip"`. Defaults to `"nan"`.
+
+    **Raises:**
+
+    An error of the type checks, or without them a `ValueError`, for another `out_of_range`.
+    """
+
+    table: EmbeddingTable
+    out_of_range: OutOfRange = eqx.field(static=True, default="nan")
+
+    def __check_init__(self):
+        if self.out_of_range not in get_args(OutOfRange):
+            raise ValueError(
+                f"out_of_range must be one of {get_args(OutOfRange)}, got {self.out_of_range!r}."
+            )
+
+    @suggest(tokens=suggest_tokens)
+    @jax.named_scope("EmbeddingLookup")
+    def __call__(
+        self,
+        tokens: Integer[ArrayLike, "*batch"],
+        *,
+        rules: Rules | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "..."]:
+        """**Arguments:**
+
+        - `tokens`: integers of any shape `*batch`, signed or unsigned: a JAX array, a numpy array
+            or a Python int. Host data is checked before JAX narrows it to 32 bits, so a 64-bit id
+            out of range stays out of range. (Give it to this call and not to a function under
+            `jax.jit`, `jax.vmap` or `jax.lax.scan`: JAX narrows their arguments before any code of
+            theirs runs.)
+        - `rules`: the axes of the device mesh that split the first axis of the tokens and the axes
+            of the table, such as `{"batch": "data", "vocabulary": "model"}`. The types of arrays
+            say this for explicit axes. For automatic axes, vectors are right without rules, but
+            XLA chooses what devices send, such as the whole gradient of a split table. Inside a
+            `jax.shard_map` along whose axes the table differs, rules are needed: those which split
+            its vocabulary, such as `{"vocabulary": "model"}`, or `{"vocabulary": None}` if each
+            device has a table of its own. Defaults to `None`. See
+            [`eqx_embedding.EmbeddingTable.partition_spec`][].
+        - `key`: ignored, for compatibility with `eqx.nn.Sequential`.
+
+        **Returns:**
+
+        The embeddings, of shape `*batch` followed by the embedding axes, in the table's dtype.
+        Their gradient with respect to the table is accumulated in float32 at least.
+
+        **Raises:**
+
+        A `RuntimeError` under `out_of_range="raise"`, naming the vocabulary and its size. A
+        `TypeError` for tokens that are not integers, or of 64 bits and traced outside of JAX's
+        64-bit mode. A `ValueError` for a stacked table, one without embeddings or tokens, rules
+        that do not fit the mesh, or under `"nan"` for a table of float4, which has no NaN.
+        """
+        del key
+        table = self.table
+        table._check_arrays()
+        array, row_axis = jnp.asarray(table.embeddings), table._row_axis
+        if self.out_of_range == "nan" and not _has_nan(array.dtype):  # float4 has none
+            raise ValueError(
+                f"{array.dtype.name} has no NaN for a token out of range: say "
+                'out_of_range="raise" or "clip".'
+            )
+        of_device = tokens if isinstance(tokens, jax.Array) else None
+        split = find_split(table, of_device, np.ndim(tokens), rules, must_divide=False)
+        vocab_size = split.vocab_size(table)
+        past_the_end = vocab_size + table.padding_rows
+        index = self._find_rows(tokens, vocab_size, past_the_end)
+        has_batch = of_device is not None  # the same host tokens are on all devices
+        take = _take_of_mesh if has_batch and split.has_parts else _take_as_split
+        missing = None if self.out_of_range == "clip" else past_the_end
+        return take(_Lookup(row_axis, missing, split), array, index)
+
+    def _find_rows(
+        self, tokens: Integer[ArrayLike, "*batch"], vocab_size: int, past_the_end: int
+    ) -> Integer[Array, "*batch"]:
+        """The row of each token. A row past the end has no value and no gradient."""
+        tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
+        xp = jnp if isinstance(tokens, jax.Array) else np
+        if self.out_of_range == "clip":
+            nearest = xp.where(tokens < 0, 0, xp.where(in_range, tokens, vocab_size - 1))
+            return jnp.asarray(nearest)
+        index = jnp.asarray(xp.where(in_range, tokens, past_the_end))
+        if self.out_of_range == "raise":
+            failed = raise_unless(
+                in_range,
+                f"a token is out of range: the vocabulary {self.table.vocabulary_axis!r} has "
+                f"{vocab_size} tokens, so tokens must be at least 0 and below {vocab_size}.",
+            )
+            index = jnp.where(failed, jnp.asarray(past_the_end, index.dtype), index)
+        return index
 
 
 class _Take(NamedTuple):
@@ -167,118 +284,3 @@ def _take_on_device(
 
 def _has_nan(dtype: np.dtype) -> bool:
     return bool(np.isnan(np.asarray(np.nan, dtype)))
-
-
-@final
-class EmbeddingLookup(eqx.Module):
-    """Looks up the embedding of each token.
-
-    ```python
-    vectors = EmbeddingLookup(table)(tokens)
-    ```
-
-    A token is in range when `0 <= token < table.vocab_size`. JAX would clamp or wrap the others,
-    padding rows included, and train the wrong row in silence. Here `out_of_range` decides:
-
-    - `"nan"`, the default: its vector is NaN, and no gradient reaches the table. This costs next
-        to nothing.
-    - `"raise"`: an error, by `equinox.error_if`, as the environment variable `EQX_ON_ERROR`
-        says. Under `jit` with several devices, every device raises, and the error is one of JAX,
-        whose text ends with the message. **Inside a `jax.shard_map` with `check_vma=False` only the
-        devices with such a token raise; if others wait for them, XLA ends the process.**
-    - `"clip"`: the nearest token stands in, and receives the gradient.
-
-    **Fields:**
-
-    - `table`: the [`eqx_embedding.EmbeddingTable`][].
-    - `out_of_range`: `"nan"`, `"raise"` or `"clip"`. Defaults to `"nan"`.
-
-    **Raises:**
-
-    An error of the type checks, or without them a `ValueError`, for another `out_of_range`.
-    """
-
-    table: EmbeddingTable
-    out_of_range: OutOfRange = eqx.field(static=True, default="nan")
-
-    def __check_init__(self):
-        if self.out_of_range not in get_args(OutOfRange):
-            raise ValueError(
-                f"out_of_range must be one of {get_args(OutOfRange)}, got {self.out_of_range!r}."
-            )
-
-    @suggest(tokens=suggest_tokens)
-    @jax.named_scope("EmbeddingLookup")
-    def __call__(
-        self,
-        tokens: Integer[ArrayLike, "*batch"],
-        *,
-        rules: Rules | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "..."]:
-        """**Arguments:**
-
-        - `tokens`: integers of any shape `*batch`, signed or unsigned: a JAX array, a numpy array
-            or a Python int. Host data is checked before JAX narrows it to 32 bits, so a 64-bit id
-            out of range stays out of range. (Give it to this call and not to a function under
-            `jax.jit`, `jax.vmap` or `jax.lax.scan`: JAX narrows their arguments before any code of
-            theirs runs.)
-        - `rules`: the axes of the device mesh that split the first axis of the tokens and the axes
-            of the table, such as `{"batch": "data", "vocabulary": "model"}`. The types of arrays
-            say this for explicit axes. For automatic axes, vectors are right without rules, but
-            XLA chooses what devices send, such as the whole gradient of a split table. Inside a
-            `jax.shard_map` along whose axes the table differs, rules are needed: those which split
-            its vocabulary, such as `{"vocabulary": "model"}`, or `{"vocabulary": None}` if each
-            device has a table of its own. Defaults to `None`. See
-            [`eqx_embedding.EmbeddingTable.partition_spec`][].
-        - `key`: ignored, for compatibility with `eqx.nn.Sequential`.
-
-        **Returns:**
-
-        The embeddings, of shape `*batch` followed by the embedding axes, in the table's dtype.
-        Their gradient with respect to the table is accumulated in float32 at least.
-
-        **Raises:**
-
-        A `RuntimeError` under `out_of_range="raise"`, naming the vocabulary and its size. A
-        `TypeError` for tokens that are not integers, or of 64 bits and traced outside of JAX's
-        64-bit mode. A `ValueError` for a stacked table, one without embeddings or tokens, rules
-        that do not fit the mesh, or under `"nan"` for a table of float4, which has no NaN.
-        """
-        del key
-        table = self.table
-        table._check_arrays()
-        array, row_axis = jnp.asarray(table.embeddings), table._row_axis
-        if self.out_of_range == "nan" and not _has_nan(array.dtype):  # float4 has none
-            raise ValueError(
-                f"{array.dtype.name} has no NaN for a token out of range: say "
-                'out_of_range="raise" or "clip".'
-            )
-        of_device = tokens if isinstance(tokens, jax.Array) else None
-        split = find_split(table, of_device, np.ndim(tokens), rules, must_divide=False)
-        vocab_size = split.vocab_size(table)
-        past_the_end = vocab_size + table.padding_rows
-        index = self._find_rows(tokens, vocab_size, past_the_end)
-        has_batch = of_device is not None  # the same host tokens are on all devices
-        take = _take_of_mesh if has_batch and split.has_parts else _take_as_split
-        missing = None if self.out_of_range == "clip" else past_the_end
-        return take(_Lookup(row_axis, missing, split), array, index)
-
-    def _find_rows(
-        self, tokens: Integer[ArrayLike, "*batch"], vocab_size: int, past_the_end: int
-    ) -> Integer[Array, "*batch"]:
-        """The row of each token. A row past the end has no value and no gradient."""
-        tokens, in_range = tokens_in_range("tokens", tokens, vocab_size)
-        xp = jnp if isinstance(tokens, jax.Array) else np
-        if self.out_of_range == "clip":
-            nearest = xp.where(tokens < 0, 0, xp.where(in_range, tokens, vocab_size - 1))
-            return jnp.asarray(nearest)
-        index = jnp.asarray(xp.where(in_range, tokens, past_the_end))
-        if self.out_of_range == "raise":
-            failed = raise_unless(
-                in_range,
-                f"a token is out of range: the vocabulary {self.table.vocabulary_axis!r} has "
-                f"{vocab_size} tokens, so tokens must be at least 0 and below {vocab_size}.",
-            )
-            index = jnp.where(failed, jnp.asarray(past_the_end, index.dtype), index)
-        return index

@@ -12,7 +12,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from ._blockwise import call_as_one, widen
+from ._devices import widen
+from ._primitive import call_as_one
 from ._sharding import place_on, Split
 from ._table import RowAxis
 

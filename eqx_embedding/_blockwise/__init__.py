@@ -12,11 +12,8 @@ From a call to the numbers, top down:
   device, and what has derivatives of our own: sums of losses; scores and losses that stay apart;
   the likeliest tokens, and draws.
 - `_gradients.py`, `_scores.py`, `_divergence.py`, `_search.py`, `_logits.py`: a chunk of tokens.
-- `_gather.py`, `_scatter.py`: a table that is split over the devices of the batch, and its
-  gradient.
 - `_chunks.py`, `_plan.py`: loops over chunks and tiles, and how the work is cut.
 - `_function.py`: a loss function as a value.
-- `_devices.py`, `_primitive.py`: what JAX has to be told.
 """
 
 from ._batch import (
@@ -26,16 +23,13 @@ from ._batch import (
     top_k_tokens as top_k_tokens,
     Wanted as Wanted,
 )
-from ._devices import widen as widen
 from ._function import close_over as close_over, shapes_of_scores as shapes_of_scores
-from ._gather import gather_wide as gather_wide
 from ._logits import (
     Comparison as Comparison,
     Operands as Operands,
     Options as Options,
     Teacher as Teacher,
 )
-from ._primitive import call_as_one as call_as_one
 from ._reference import TokenScores as TokenScores
 from ._scores import Used as Used
 from ._search import Draws as Draws

@@ -12,7 +12,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
+from .._devices import cast_to_varying, device_type, is_alone, widen
+from .._gather import gather
 from .._inputs import at_least_float32
+from .._primitive import call_as_one
 from .._sharding import (
     Arrangement,
     Axes,
@@ -29,11 +32,8 @@ from ._device_losses import device_losses
 from ._device_scores import device_scores
 from ._device_search import device_sample, device_top_k
 from ._device_total import device_total
-from ._devices import cast_to_varying, device_type, is_alone, widen
 from ._function import TokenFunction
-from ._gather import gather
 from ._logits import Operands, Options, Teacher
-from ._primitive import call_as_one
 from ._reference import Scores
 from ._scores import Used
 
@@ -81,6 +81,7 @@ def _map_tokens(
     def on_examples(size: int, mesh_axes: Any, mapped: Operands, operands: Operands) -> Any:
         if _has_own_table(mapped):
             return None
+        # If a mesh splits the examples, each device has its own.
         if _share_vectors(size, mapped, operands) and not mesh_axes:
             return _scores_of_shared_vectors(options, split, wanted, size, mapped, operands)
         each = _add_example_axis(size, mapped, operands)
@@ -147,7 +148,7 @@ def _share_vectors(size: int, mapped: Operands, operands: Operands) -> bool:
     of_teacher = mapped.teacher and mapped.teacher.hidden
     if operands.draws is not None or mapped.hidden or of_teacher:
         return False
-    return size > 0 or not mapped.targets
+    return size > 0 or not mapped.targets  # which become those of each vector: at least one
 
 
 def _scores_of_shared_vectors(
@@ -192,6 +193,7 @@ def _losses_of_examples(
     used = wanted.used
     each = _add_example_axis(size, mapped, operands)
     examples, *batch = split.batch
+    # If a mesh splits the examples, each device has targets of its own.
     if _share_vectors(size, mapped, operands) and not (mapped.targets and examples):
         one = split._replace(batch=tuple(batch))
         of_scores = _score_operands(mapped), _score_operands(operands)
@@ -234,7 +236,7 @@ def _weighted_losses(
 
     def on_devices(operands):
         batch = P(*split.batch)
-        of_closure = P(split.batch[0]) if split.batch else P()
+        of_closure = P(split.batch[0]) if split.batch else P()  # nothing splits a single token
         flags = of_example or [False] * len(closure)
         closure_specs = tuple(of_closure if mapped else P() for mapped in flags)
         return split.map(

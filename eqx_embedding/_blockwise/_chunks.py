@@ -88,7 +88,7 @@ class Chunks:
         if self.mask is not None:
             chunks = array[self.token]
             if self.all_masked is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
-                return chunks
+                return chunks  # there is no key of zeros
             return jnp.where(self.all_masked, jnp.zeros((), array.dtype), chunks)
         rest = self.size * self.count - self.num_tokens
         if rest > 0:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._devices import device_type, load, save, Saved, without_devices
 from ._chunks import only
-from ._devices import device_type, load, save, Saved, without_devices
 from ._function import TokenFunction
 from ._reference import Scores
 from ._scores import nan_if_unknown
@@ -120,7 +120,7 @@ def _cut_if_none(mask: Array | None, closure: tuple[Array, ...]) -> tuple[Array,
 def _repeat_counted(mask: Array | None, array: Array, otherwise: float) -> Array:
     """The array, with a token that counts in the place of those that the mask leaves out."""
     if mask is None or mask.size == 0 or jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        return array
+        return array  # of no tokens, or of keys, which are all valid
     one = array.reshape(-1, *array.shape[mask.ndim :])[jnp.argmax(mask)]
     value = jnp.where(jnp.any(mask), one, jnp.asarray(otherwise, array.dtype))
     mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))

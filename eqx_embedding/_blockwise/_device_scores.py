@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._devices import load, save, Saved
 from .._inputs import nan_where
 from ._chunks import only
-from ._devices import load, save, Saved
 from ._gradients import chunk_gradients, chunk_scores, HeadGradient, zero_gradient
 from ._logits import chunks_of, make_head, on_device, Operands, Options
 from ._reference import differentiable, Scores

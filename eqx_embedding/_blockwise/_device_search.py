@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from .._devices import save, Saved
+from .._primitive import call_as_one, jvp_of_active
 from ._device_scores import all_scores, device_scores_backward
-from ._devices import save, Saved
 from ._logits import chunks_of, Head, make_head, on_device, Operands, Options
-from ._primitive import call_as_one, jvp_of_active
 from ._reference import TokenScores
 from ._scores import Used
 from ._search import draw_among, draw_token, Draws, find_likeliest

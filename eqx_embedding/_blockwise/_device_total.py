@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jaxtyping import Array
 
+from .._devices import device_type, load, save, Saved, without_devices
 from .._inputs import at_least_float32
 from ._chunks import only
-from ._devices import device_type, load, save, Saved, without_devices
 from ._function import TokenFunction
 from ._gradients import chunk_gradients, chunk_scores, zero_gradient
 from ._logits import chunks_of, make_head, on_device, Operands, Options

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._devices import sum_over_devices
 from ._chunks import over_tiles, tile
-from ._devices import sum_over_devices
 from ._logits import Head, Options, tile_logits
 from ._reference import Divergence
 from ._scores import cool, find_statistics, Used

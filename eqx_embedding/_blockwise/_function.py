@@ -12,8 +12,8 @@ from jax.sharding import AxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from .._devices import no_mesh
 from .._sharding import varying_axes
-from ._devices import no_mesh
 from ._reference import Divergence, Scores, TokenScores
 from ._scores import Used
 

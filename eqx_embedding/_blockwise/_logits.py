@@ -12,10 +12,7 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from .._inputs import batch_shape
-from .._sharding import count_devices
-from ._chunks import Chunks, tile
-from ._devices import (
+from .._devices import (
     DeviceType,
     gather_over_devices,
     index_of_device,
@@ -24,6 +21,9 @@ from ._devices import (
     sum_to_owners,
     without_devices,
 )
+from .._inputs import batch_shape
+from .._sharding import count_devices
+from ._chunks import Chunks, tile
 from ._plan import make_plan, Platform, Work
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+from .._devices import max_over_devices, min_over_devices, sum_over_devices
 from .._inputs import nan_where
 from ._chunks import over_tiles
-from ._devices import max_over_devices, min_over_devices, sum_over_devices
 from ._logits import Head, is_unknown, Options, tokens_before, without_padding
 from ._reference import Scores, TokenScores
 

@@ -19,9 +19,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
+from .._devices import gather_over_devices, max_over_devices, min_over_devices, sum_over_devices
 from .._inputs import HOTTEST, nan_where
 from ._chunks import over_tiles, tile
-from ._devices import gather_over_devices, max_over_devices, min_over_devices, sum_over_devices
 from ._logits import all_tokens, Head, Options, own_tokens, tile_logits
 from ._scores import find_statistics, Used
 

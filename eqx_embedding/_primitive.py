@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from .._sharding import as_axes, Axes
+from ._sharding import as_axes, Axes
 
 
 # `rule(size, mesh_axes, mapped, argument)` returns the results of `size` calls, with an axis for
@@ -38,7 +38,7 @@ def call_as_one(
 
     With `recompute`, derivatives save the arguments, and nothing that is computed from them.
     """
-    if getattr(jax.config, "jax_disable_jit"):  # to find a fault line by line
+    if getattr(jax.config, "jax_disable_jit"):  # line by line; pyright does not know the name
         return function(*arguments)
     leaves, structure = jax.tree.flatten(arguments)
 

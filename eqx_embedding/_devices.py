@@ -26,10 +26,10 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from .._inputs import at_least_float32
-from .._sharding import count_devices, sum_over, varying_axes
+from ._inputs import at_least_float32
 from ._primitive import call_as_one, call_linear
 from ._scatter import scatter
+from ._sharding import count_devices, sum_over, varying_axes
 
 
 NO_MESH = AbstractMesh((), ())
