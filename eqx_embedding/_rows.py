@@ -58,7 +58,7 @@ def unique_tokens(
     tokens, in_range = tokens_in_range("tokens", tokens, NO_TOKEN)
     xp = np if isinstance(tokens, np.ndarray) else jnp
     tokens = jnp.asarray(xp.where(in_range, tokens, NO_TOKEN).astype(np.int32))
-    sharding, tokens = _explicit_sharding(tokens), _replicate(tokens)
+    sharding, tokens = _sharding_in_type(tokens), _replicate(tokens)
     # Two sorts are faster than `jnp.unique`, which sorts pairs
     ordered = jnp.sort(tokens.reshape(-1))
     repeats = jnp.pad(ordered[1:] == ordered[:-1], (1, 0))[: len(ordered)]
@@ -241,7 +241,7 @@ def _invalidate(mask: Bool[Array, " rows"], place: Place, rows: Any) -> Array:
 
 def _replicate(array: Array) -> Array:
     """The array, whole on each device of an explicit mesh."""
-    sharding = _explicit_sharding(array)
+    sharding = _sharding_in_type(array)
     return array if sharding is None else jax.reshard(array, sharding.update(spec=PartitionSpec()))
 
 
@@ -261,7 +261,7 @@ def take_from(array: Any, place: Place, index: Array | np.ndarray) -> Array:
             "`eqx.filter_eval_shape(lambda model: partition_rows(model, rows), model)`."
         )
     array = jnp.asarray(array)
-    sharding = _explicit_sharding(array)
+    sharding = _sharding_in_type(array)
     if sharding is not None:  # each device gets all selected rows, which are few
         spec = place.row_axis.replace(tuple(sharding.spec), [None])
         sharding = sharding.update(spec=PartitionSpec(*spec))
@@ -276,7 +276,7 @@ def put_into(array: Any, place: Place, index: Array | np.ndarray, new: Any) -> A
         new.astype(array.dtype),
         mode="drop",
         unique_indices=True,
-        out_sharding=_explicit_sharding(array),
+        out_sharding=_sharding_in_type(array),
     )
 
 
@@ -290,7 +290,7 @@ def check_rows(name: str, count: int, place: Place, array: Any, new: Any) -> Non
         )
 
 
-def _explicit_sharding(array: Array) -> NamedSharding | None:
+def _sharding_in_type(array: Array) -> NamedSharding | None:
     sharding = jax.typeof(array).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 

@@ -362,11 +362,10 @@ def _read_split(
     rules: Rules,
 ) -> Split:
     """`table_axes` are the explicit mesh axes that split each axis of the table."""
-    types = axis_types(mesh)
     batch = [] if batched is None else explicit_axes(batched)[:batch_axes]
 
     def ruled(kind: AxisType, key: str) -> Axes:
-        return tuple(axis for axis in as_axes(rules.get(key)) if types[axis] == kind)
+        return common(as_axes(rules.get(key)), axes_of_type(mesh, kind))
 
     # Rules for explicit axes are not needed: types know better.
     if batch:

@@ -92,9 +92,8 @@ def main(config: Config) -> None:
     beginning = prompt or b"\n"
     tokens = tokenizer.encode(beginning)
     if tokenizer.decode(tokens) != beginning:
-        raise SystemExit(
-            f"the tokenizer of {config.run} cannot spell {config.prompt or chr(10)!r}."
-        )
+        what = repr(config.prompt) if prompt else "a line break"
+        raise SystemExit(f"the tokenizer of {config.run} cannot spell {what}.")
     # A character may be split over tokens: it is printed when it is whole.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(decoder.decode(prompt), end="", flush=True)

@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 # Property tests draw the same examples each time. `--hypothesis-profile=full` draws many more.
-for name, examples in {"quick": 12, "full": 230}.items():
+for name, examples in {"quick": 16, "full": 230}.items():
     hypothesis.settings.register_profile(
         name,
         max_examples=examples,

@@ -56,7 +56,7 @@ class Chunks:
         count = max(-(-N // chunk_size), 1)
         C = -(-N // count)
         if count > 1:
-            C = -(-C // 16) * 16  # a processor computes so many numbers at once
+            C = -(-C // 16) * 16  # a processor computes 16 numbers at once
             count = -(-N // C)
             C = N if count == 1 else C
         self.num_tokens, self.count, self.size = N, count, C
@@ -88,7 +88,7 @@ class Chunks:
         if self.mask is not None:
             chunks = array[self.token]
             if self.all_masked is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
-                return chunks  # there is no key of zeros
+                return chunks  # PRNG keys cannot be zeros
             return jnp.where(self.all_masked, jnp.zeros((), array.dtype), chunks)
         rest = self.size * self.count - self.num_tokens
         if rest > 0:
