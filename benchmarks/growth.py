@@ -32,7 +32,7 @@ from support.text_data import read_text_of, tokenize, windows
 from toy_transformer import ROWS_MULTIPLE
 from train_lm import evaluate
 
-import eqx_embedding._new_rows
+import eqx_embedding._resize._new_rows
 from eqx_embedding import resize_vocabulary
 
 
@@ -94,7 +94,7 @@ def main(arguments=None):
 
     rows = {}
     for part in PARTS:
-        with mock.patch.object(eqx_embedding._new_rows, "COVARIANCE", part):
+        with mock.patch.object(eqx_embedding._resize._new_rows, "COVARIANCE", part):
             jax.clear_caches()  # the part is a constant of compiled programs
             rows[f"{part:g}"] = [measure(seed) for seed in range(options.seeds if part else 1)]
         show(f"{part:g}", rows[f"{part:g}"])

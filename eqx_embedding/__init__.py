@@ -14,11 +14,10 @@
 - `_inputs`: converts and checks the tokens, targets, weights and numbers of the caller.
 - `_sharding`: finds which axes of a device mesh split the table and the batch.
 - `_blockwise/`: the kernels. They compute losses from the logits of one chunk of tokens at a time.
-- `_resize`: grows a vocabulary, with the rows of `_new_rows`, or of a new state, by `_join`.
-    `_partition`: trains some of its rows. `_rows`: trains the rows of each batch. `_tree`: finds
-    its tables in a model. `_safetensors`: reads and writes a table.
-- `_raise`: run-time errors on every device. `_beartype`: type errors. `_suggest`: errors that
-    say what to write instead.
+- `_devices/`: what JAX has to be told about devices, derivatives and `jax.vmap`.
+- `_resize/`: grows a vocabulary. `_rows`: trains some of its rows. `_tree`: finds its tables in a
+    model, or in the state of an optimizer. `_safetensors`: reads and writes a table.
+- `_beartype`: type errors. `_suggest`: errors that say what to write instead.
 
 **How a loss is computed**, from the call to the numbers:
 
@@ -43,9 +42,8 @@ with install_import_hook("eqx_embedding", "eqx_embedding._beartype.beartype"):
     from ._blockwise import TokenScores
     from ._decode import EmbeddingDecode
     from ._lookup import EmbeddingLookup
-    from ._partition import combine_rows, partition_rows
     from ._resize import resize_vocabulary
-    from ._rows import put_rows, take_rows, unique_tokens
+    from ._rows import combine_rows, partition_rows, put_rows, take_rows, unique_tokens
     from ._safetensors import load_safetensors, save_safetensors
     from ._table import EmbeddingTable
 

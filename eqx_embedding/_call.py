@@ -36,7 +36,7 @@ from ._inputs import (
     prepare_weights,
     Whole,
 )
-from ._sharding import place_on, Split, varying_axes
+from ._sharding import reshard, Split, varying_axes
 
 
 class Call(NamedTuple):
@@ -59,7 +59,7 @@ class Call(NamedTuple):
             ignore_index,
             self.options.vocab_size,
             self.options.wide,
-            self._place,
+            self._reshard,
         )
         operands = self.operands._replace(targets=targets, mask=mask)
         return self._replace(operands=operands, target_weights=target_weights)
@@ -101,7 +101,7 @@ class Call(NamedTuple):
             self.options.wide,
             reduction == "mean",
             split.manual_batch,
-            self._place,
+            self._reshard,
         )
         return self._replace(weights=weights, operands=operands._replace(mask=mask))
 
@@ -144,7 +144,7 @@ class Call(NamedTuple):
             )
         keys = keys_of_tokens(key, self.operands.batch, split.manual_batch)
         # Tokens have no gradient, and JAX cannot differentiate the maximum over devices
-        draws = Draws(self._place(keys), self._place(temperature))
+        draws = Draws(self._reshard(keys), self._reshard(temperature))
         operands = lax.stop_gradient(self.operands._replace(draws=draws))
         return sample_tokens(self.options, split, k, operands)
 
@@ -157,8 +157,8 @@ class Call(NamedTuple):
             )
         return k
 
-    def _place(self, array: Array) -> Array:
-        return place_on(self.split.mesh, array, self.split.batch)
+    def _reshard(self, array: Array) -> Array:
+        return reshard(self.split.mesh, array, self.split.batch)
 
 
 def _check_targets(

@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Shap
 
 from ._blockwise import Operands, Options, TokenScores, Used
 from ._call import Call
-from ._gather import gather_wide
+from ._devices import gather_wide
 from ._inputs import (
     as_array,
     as_float_dtype,
@@ -34,12 +34,20 @@ from ._sharding import (
     explicit_sharding,
     find_split,
     manual_rules,
-    place_on,
     remaining,
+    reshard,
     Split,
     whole_axes,
 )
-from ._suggest import suggest, suggest_array, suggest_key, suggest_number, suggest_tokens
+from ._suggest import (
+    suggest,
+    suggest_array,
+    suggest_for_fields,
+    suggest_key,
+    suggest_number,
+    suggest_table,
+    suggest_tokens,
+)
 from ._table import EmbeddingTable, RowAxis, Rules
 
 
@@ -164,7 +172,7 @@ class EmbeddingDecode(eqx.Module):
             bias = bias if bias is None else drop_padding(bias, split, [()], vocab_size)
             columns = ()
         if bias is not None:
-            bias = place_on(split.mesh, bias.astype(logits.dtype), [columns])
+            bias = reshard(split.mesh, bias.astype(logits.dtype), [columns])
             logits = logits + jnp.expand_dims(bias, range(batch_axes))
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
@@ -634,3 +642,6 @@ class EmbeddingDecode(eqx.Module):
             tiles=split.can_tile,
             transposed=self.table._row_axis != RowAxis(0),
         )
+
+
+suggest_for_fields(EmbeddingDecode, table=suggest_table, soft_cap=suggest_number)

@@ -140,7 +140,7 @@ def prepare_targets(
     ignore_index: Whole | None,
     vocab_size: int,
     dtype: DTypeLike,
-    place: Reshard,
+    reshard: Reshard,
 ) -> tuple[Int[Array, "..."], Float[Array, "*batch k"] | None, Any]:
     """Checks targets and their weights, which get the dtype `dtype`, and applies `ignore_index`.
 
@@ -154,16 +154,16 @@ def prepare_targets(
     index = None if ignore_index is None else as_named_int("ignore_index", ignore_index)
     if index is not None and np.iinfo(targets.dtype).min <= index <= np.iinfo(targets.dtype).max:
         counts = targets != index
-    targets = place(jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32)))
+    targets = reshard(jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32)))
     if target_weights is None:
         return targets, None, counts
     target_weights = _as_weights("target_weights", target_weights)
     # Before narrowing, which makes small weights zero
-    has_weight = place(jnp.asarray(target_weights.astype(bool)))
+    has_weight = reshard(jnp.asarray(target_weights.astype(bool)))
     if counts is not None:
-        has_weight = has_weight & place(jnp.asarray(counts))
+        has_weight = has_weight & reshard(jnp.asarray(counts))
         counts = xp.any(counts, axis=-1)
-    target_weights = place(_narrow_weights(target_weights, dtype, False, ()))
+    target_weights = reshard(_narrow_weights(target_weights, dtype, False, ()))
     targets = jnp.where(has_weight, targets, np.int32(-1))
     return targets, jnp.where(has_weight, target_weights, 0), counts
 
@@ -175,7 +175,7 @@ def prepare_weights(
     dtype: DTypeLike,
     normalize: bool,
     mesh_axes: tuple[str, ...],
-    place: Reshard,
+    reshard: Reshard,
 ) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"] | None]:
     """Checks the weights, which get the dtype `dtype`; and which tokens count, `None` if all do.
 
@@ -188,12 +188,12 @@ def prepare_weights(
     else:
         weights = _as_weights("weights", weights)
         # Before narrowing, which makes small weights zero
-        mask = place(jnp.asarray(weights.astype(bool)))
+        mask = reshard(jnp.asarray(weights.astype(bool)))
     if counts is not None:
-        weights = _zero_unless(counts, weights, dtype, place)
-        counts = place(jnp.asarray(counts))
+        weights = _zero_unless(counts, weights, dtype, reshard)
+        counts = reshard(jnp.asarray(counts))
         mask = counts if mask is None else mask & counts
-    weights = place(_narrow_weights(weights, dtype, normalize, mesh_axes))
+    weights = reshard(_narrow_weights(weights, dtype, normalize, mesh_axes))
     if normalize:
         weights = _normalize_weights(weights, mask, mesh_axes)
     return weights, mask
@@ -208,13 +208,13 @@ def _as_weights(name: str, weights: ArrayLike) -> Array | np.ndarray:
 
 
 def _zero_unless(
-    counts: Any, weights: Array | np.ndarray, dtype: DTypeLike, place: Reshard
+    counts: Any, weights: Array | np.ndarray, dtype: DTypeLike, reshard: Reshard
 ) -> Array | np.ndarray:
     """The weights, with zero for tokens that do not count. Host data stays in NumPy."""
     if isinstance(counts, np.ndarray) and isinstance(weights, np.ndarray):
         return np.where(counts, weights, np.zeros((), weights.dtype))
-    weights = place(_widen_weights(jnp.asarray(weights), dtype))
-    return jnp.where(place(jnp.asarray(counts)), weights, 0)
+    weights = reshard(_widen_weights(jnp.asarray(weights), dtype))
+    return jnp.where(reshard(jnp.asarray(counts)), weights, 0)
 
 
 def _widen_weights(weights: Array, dtype: DTypeLike) -> Array:

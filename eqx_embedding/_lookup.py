@@ -11,11 +11,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
-from ._devices import widen
-from ._gather import gather_wide
+from ._devices import call_as_one, gather_wide, raise_unless, widen
 from ._inputs import at_least_float32, nan_where, tokens_in_range
-from ._primitive import call_as_one
-from ._raise import raise_unless
 from ._sharding import (
     Arrangement,
     Axes,
@@ -28,7 +25,7 @@ from ._sharding import (
     Split,
     sum_over,
 )
-from ._suggest import explain_spmd, suggest, suggest_tokens
+from ._suggest import explain_spmd, suggest, suggest_for_fields, suggest_table, suggest_tokens
 from ._table import EmbeddingTable, RowAxis, Rules
 
 
@@ -148,6 +145,9 @@ class EmbeddingLookup(eqx.Module):
             )
             index = jnp.where(failed, jnp.asarray(past_the_end, index.dtype), index)
         return index
+
+
+suggest_for_fields(EmbeddingLookup, table=suggest_table)
 
 
 class _Take(NamedTuple):

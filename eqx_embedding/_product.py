@@ -12,9 +12,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from ._devices import widen
-from ._primitive import call_as_one
-from ._sharding import place_on, Split
+from ._devices import call_as_one, widen
+from ._sharding import reshard, Split
 from ._table import RowAxis
 
 
@@ -120,4 +119,4 @@ def drop_padding(array: Array, split: Split, axes: Any, vocab_size: int) -> Arra
     position, manual = array.ndim - 1, split.manual_vocabulary
     if manual:
         array = lax.all_gather(array, manual, axis=position, tiled=True, to="invarying")
-    return lax.slice_in_dim(place_on(split.mesh, array, axes), 0, vocab_size, axis=position)
+    return lax.slice_in_dim(reshard(split.mesh, array, axes), 0, vocab_size, axis=position)

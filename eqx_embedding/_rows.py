@@ -1,14 +1,24 @@
-"""The rows of a batch: a training step that touches no others."""
+"""Training some rows of a vocabulary: those of each batch, or the same in each step."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Int, Integer, PyTree
 
-from ._inputs import as_named_int, check_byte_order, is_seen, nan_where, tokens_in_range, Whole
+from ._inputs import (
+    as_array,
+    as_named_int,
+    check_byte_order,
+    is_seen,
+    nan_where,
+    tokens_in_range,
+    Whole,
+)
 from ._sharding import varying_axes
 from ._suggest import suggest, suggest_tokens
 from ._tree import check_structures, find_tables, find_vocab_size, is_table_of, map_arrays, Place
@@ -125,7 +135,7 @@ def take_rows(
 
     def take(place: Place, array: Any) -> Array:
         _check_same_on_devices(array)
-        return _invalidate(jnp.asarray(missing), place, take_from(array, place, index))
+        return _invalidate(jnp.asarray(missing), place, _take_from(array, place, index))
 
     def take_table(node: Any) -> Any:
         return map_arrays(take, node, padding_rows=0) if is_table(node) else node
@@ -172,9 +182,9 @@ def put_rows(
 
     def put(place: Place, array: Any, new: Any) -> Array:
         _check_same_on_devices(array)
-        check_rows("rows", len(index), place, array, new)
+        _check_rows("rows", len(index), place, array, new)
         new = new if repeats is None else _invalidate(repeats, place, new)
-        return put_into(array, place, index, new)
+        return _put_into(array, place, index, new)
 
     def put_table(node: Any, new: Any) -> Any:
         if not is_table(node):
@@ -187,6 +197,139 @@ def put_rows(
         return map_arrays(put, node, new)
 
     return jax.tree.map(put_table, tree, rows, is_leaf=is_table)
+
+
+class FrozenRows(eqx.Module):
+    """The second result of [`eqx_embedding.partition_rows`][]."""
+
+    model: PyTree  # whole tables, and the other leaves that are not trained
+    rows: Int[Array | np.ndarray, " rows"]
+    vocabulary_axis: str = eqx.field(static=True)
+    vocab_size: int = eqx.field(static=True)
+
+
+def partition_rows(
+    model: PyTree,
+    rows: ArrayLike | Sequence[int | np.integer] | slice,
+    vocabulary_axis: str = "vocabulary",
+    filter_spec: PyTree[bool | Callable[[Any], bool]] = False,
+) -> tuple[PyTree, FrozenRows]:
+    """Splits a model into the rows of a vocabulary to train, and the frozen rest.
+
+    ```python
+    trained, frozen = partition_rows(model, slice(50257, None))   # the tokens from 50257 on
+    opt_state = optimizer.init(trained)
+
+    def loss(trained, frozen, tokens, targets):
+        return combine_rows(trained, frozen).loss(tokens, targets)
+    ```
+
+    This is `eqx.partition` for rows. The parameter is an array of the selected rows only. So an
+    optimizer has no moments for other rows, and nothing can change them, not even weight decay.
+
+    **Arguments:**
+
+    - `model`: any PyTree with an [`eqx_embedding.EmbeddingTable`][] of this vocabulary.
+    - `rows`: the tokens to train: integers, a slice or range, or a boolean for each token. They
+        must not be traced by `jax.jit`.
+    - `vocabulary_axis`: which vocabulary, by the `vocabulary_axis` of its tables. All of its tables
+        are split, with their biases. Defaults to `"vocabulary"`.
+    - `filter_spec`: which other leaves of the model to train, as in `eqx.partition`. With
+        `eqx.is_inexact_array`, all of them. The selected rows are always trained. Defaults to
+        `False`: nothing else.
+
+    **Returns:**
+
+    `(trained, frozen)`.
+
+    - `trained` has the structure of the model. Each array of the vocabulary has only the selected
+        rows, in the order of `rows`, and all other leaves are `None` unless they are trained. Do
+        not use its tables by themselves: token 0 would be the first selected row.
+    - `frozen` is a PyTree with the rest, the whole old tables included.
+
+    Both can be arguments of a function under `eqx.filter_jit`. For another selection of as many
+    rows, it is not compiled again. If a mesh splits the vocabulary, each device has all selected
+    rows.
+
+    **Raises:**
+
+    - `ValueError` if rows repeat; if one is out of range, below 0 or not below the number of tokens
+        without padding; if there are none; if no table of this vocabulary has arrays; and for a
+        skeleton: use `eqx.filter_eval_shape` around this call.
+    - `TypeError` for traced rows.
+    """
+    vocab_size = find_vocab_size(find_tables(model, vocabulary_axis), OTHER_OPTIMIZER)
+    if vocab_size == 0:
+        raise ValueError(f"the tables of the vocabulary {vocabulary_axis!r} hold no arrays.")
+    index = _as_index(rows, vocab_size)
+    is_table = is_table_of(vocabulary_axis)
+    others, static = eqx.partition(model, filter_spec)
+
+    def take(place: Place, array: Any) -> Array:
+        return _take_from(array, place, index)
+
+    def select_trained(node: Any, other: Any) -> Any:
+        return map_arrays(take, node) if is_table(node) else other
+
+    def select_frozen(node: Any, other: Any) -> Any:
+        return node if is_table(node) else other
+
+    trained = jax.tree.map(select_trained, model, others, is_leaf=is_table)
+    frozen = jax.tree.map(select_frozen, model, static, is_leaf=is_table)
+    return trained, FrozenRows(frozen, jnp.asarray(index), vocabulary_axis, vocab_size)
+
+
+def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
+    """Combines the two results of [`eqx_embedding.partition_rows`][] into a model.
+
+    Each call copies the tables of the vocabulary, and so does its gradient. A loss of the combined
+    model still never holds the logits.
+
+    **Arguments:**
+
+    - `trained`: the selected rows, and whatever else is trained, with their current values.
+    - `frozen`: the rest.
+
+    **Returns:**
+
+    The model, with tables and biases in their original dtypes.
+
+    **Raises:**
+
+    A `ValueError` if `trained` and `frozen` do not fit each other: both must come from one call of
+    [`eqx_embedding.partition_rows`][], and must not be resized.
+
+    The results of two calls for the same number of rows do fit each other. Then the new values go
+    to the rows that were selected for `frozen`. So store both in a checkpoint.
+    """
+    check_structures(
+        "trained",
+        frozen.model,
+        trained,
+        _is_none,
+        "they must be the two results of one call of partition_rows, not resized since then.",
+        "frozen",
+    )
+    vocab_size = find_vocab_size(find_tables(frozen.model, frozen.vocabulary_axis), OTHER_OPTIMIZER)
+    if vocab_size != frozen.vocab_size:
+        raise ValueError(
+            f"frozen has a vocabulary of {vocab_size} tokens, but had {frozen.vocab_size} when "
+            "partition_rows made it: combine the two parts before you resize the model."
+        )
+    is_table = is_table_of(frozen.vocabulary_axis)
+
+    def put(place: Place, array: Any, new: Any) -> Array:
+        _check_rows("trained", len(frozen.rows), place, array, new)
+        return _put_into(array, place, frozen.rows, new)
+
+    def combine(new: Any, old: Any) -> Any:
+        if is_table(old):
+            return map_arrays(put, old, new)
+        return old if new is None else new
+
+    return jax.tree.map(
+        combine, trained, frozen.model, is_leaf=lambda node: _is_none(node) or is_table(node)
+    )
 
 
 def _select(
@@ -217,7 +360,7 @@ def _mark_repeats(index: Int[Array | np.ndarray, " rows"]) -> Bool[Array, " rows
         ordered = jnp.sort(index)
         next_one = _count_smaller(ordered, index) + 1
         return ordered.at[next_one].get(mode="fill", fill_value=-1) == index
-    if repeated := find_repeated(index):
+    if repeated := _find_repeated(index):
         raise ValueError(
             f"tokens must be unique, got {repeated} more than once: which of their rows should "
             "stay? `unique_tokens` finds the unique ones."
@@ -225,7 +368,7 @@ def _mark_repeats(index: Int[Array | np.ndarray, " rows"]) -> Bool[Array, " rows
     return None
 
 
-def find_repeated(index: Integer[np.ndarray, " rows"]) -> list[int]:
+def _find_repeated(index: Integer[np.ndarray, " rows"]) -> list[int]:
     """The first few numbers that occur more than once."""
     values, counts = np.unique(index, return_counts=True)
     return values[counts > 1][:5].tolist()
@@ -253,7 +396,7 @@ def _check_same_on_devices(array: Any) -> None:
         )
 
 
-def take_from(array: Any, place: Place, index: Array | np.ndarray) -> Array:
+def _take_from(array: Any, place: Place, index: Array | np.ndarray) -> Array:
     """Some rows of an array; zero for those beyond it."""
     if isinstance(array, jax.ShapeDtypeStruct):
         raise ValueError(
@@ -269,7 +412,7 @@ def take_from(array: Any, place: Place, index: Array | np.ndarray) -> Array:
     return rows.get(mode="fill", fill_value=0, out_sharding=sharding)
 
 
-def put_into(array: Any, place: Place, index: Array | np.ndarray, new: Any) -> Array:
+def _put_into(array: Any, place: Place, index: Array | np.ndarray, new: Any) -> Array:
     """The array with new rows; those beyond it are not written."""
     array = jnp.asarray(array)
     return place.row_axis.at(array, index).set(
@@ -280,7 +423,7 @@ def put_into(array: Any, place: Place, index: Array | np.ndarray, new: Any) -> A
     )
 
 
-def check_rows(name: str, count: int, place: Place, array: Any, new: Any) -> None:
+def _check_rows(name: str, count: int, place: Place, array: Any, new: Any) -> None:
     check_byte_order(name, new)
     expected = place.row_axis.replace(array.shape, [count])
     if np.shape(new) != expected:  # JAX might broadcast it
@@ -308,3 +451,35 @@ def _count_smaller(
         last = ordered.at[more - 1].get(mode="fill", fill_value=NO_TOKEN)
         smaller = jnp.where(last < tokens, more, smaller)
     return smaller
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: int) -> np.ndarray:
+    """The selected tokens as unique int32 numbers."""
+    rows = np.arange(vocab_size)[rows] if isinstance(rows, slice) else rows
+    try:
+        index = np.asarray(as_array("rows", rows))
+    except jax.errors.TracerArrayConversionError:
+        raise TypeError(
+            "rows must be known when partition_rows is called, not traced: split the model "
+            "outside of `jax.jit`, and give it both parts."
+        ) from None
+    if index.dtype == bool and index.shape == (vocab_size,):
+        index = np.flatnonzero(index)
+    if index.ndim != 1 or index.size == 0 or not np.issubdtype(index.dtype, np.integer):
+        raise ValueError(
+            "rows must be at least one integer, a slice, or a boolean for each of the "
+            f"{vocab_size} tokens, got {index.dtype.name} of shape {index.shape}."
+        )
+    outside = index[(index < 0) | (index >= vocab_size)]
+    if outside.size > 0:
+        raise ValueError(
+            f"the vocabulary has {vocab_size} tokens, so rows must be at least 0 and below "
+            f"{vocab_size}, got {outside[:5].tolist()}."
+        )
+    if repeated := _find_repeated(index):
+        raise ValueError(f"rows must be unique, got {repeated} more than once.")
+    return index.astype(np.int32)

@@ -147,12 +147,12 @@ class Split(NamedTuple):
     ) -> Any:
         """`function` of the parts that each device has of the arguments."""
 
-        def place(spec: PartitionSpec, tree: PyTree) -> PyTree:
+        def reshard_tree(spec: PartitionSpec, tree: PyTree) -> PyTree:
             axes = [*map(as_axes, spec)]
-            return jax.tree.map(lambda array: place_on(self.mesh, array, axes), tree)
+            return jax.tree.map(lambda array: reshard(self.mesh, array, axes), tree)
 
         arguments = jax.tree.map(
-            place, in_specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec)
+            reshard_tree, in_specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec)
         )
         for names in filter(None, (self.entered, self.mapped)):
             mapped = jax.shard_map(
@@ -245,7 +245,7 @@ def explicit_sharding(mesh: AbstractMesh | None, axes: Sequence[Axes]) -> NamedS
     return NamedSharding(mesh, _spec([common(entry, explicit) for entry in axes]))
 
 
-def place_on(mesh: AbstractMesh | None, array: Array, axes: Sequence[Axes]) -> Array:
+def reshard(mesh: AbstractMesh | None, array: Array, axes: Sequence[Axes]) -> Array:
     """The same array, with the first of its axes split by these mesh axes, if they are explicit."""
     sharding = explicit_sharding(mesh, axes)
     if sharding is None or (_mesh_is_unset() and not isinstance(array, Tracer)):

@@ -43,6 +43,14 @@ def suggest(**suggestions: Callable[[Any], str | None]) -> Callable[[Function], 
     return decorate
 
 
+def suggest_for_fields(module: Any, **suggestions: Callable[[Any], str | None]) -> None:
+    """Adds notes to the type errors of the fields of a module.
+
+    After its definition: the import hook would put the check around a decorator.
+    """
+    module.__init__ = suggest(**suggestions)(module.__init__)
+
+
 # What JAX says of a `jax.shard_map` inside a `jax.vmap` with `spmd_axis_name`
 SPMD_ERRORS = "vmap spmd_axis_name", "mentioned in `manual_axis_type`", "unbound axis name"
 
@@ -90,6 +98,17 @@ def _suggest_array(numbers: Any, kind: type[np.number]) -> str | None:
     except (TypeError, ValueError):  # some rows are longer than others
         return None
     return f"jnp.asarray({_describe(numbers)})" if np.issubdtype(dtype, kind) else None
+
+
+def suggest_names(names: Any) -> str | None:
+    names = [names] if isinstance(names, str) else names
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return repr(tuple(names)) if is_list else None
+
+
+def suggest_table(table: Any) -> str | None:
+    is_array = isinstance(table, jax.Array | np.ndarray)
+    return "EmbeddingTable(array, ('vocabulary', 'embedding'))" if is_array else None
 
 
 def suggest_number(number: Any) -> str | None:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._inputs import as_float_dtype, as_int, check_byte_order, Whole
-from ._suggest import suggest, suggest_key
+from ._suggest import suggest, suggest_array, suggest_for_fields, suggest_key, suggest_names
 
 
 Rules = Mapping[str, str | Sequence[str] | None]
@@ -375,3 +375,8 @@ class EmbeddingTable(eqx.Module):
                 f"{self.vocabulary_axis!r}, padding rows included, got {self.bias.shape} for "
                 f"embeddings of shape {shape}."
             )
+
+
+suggest_for_fields(
+    EmbeddingTable, embeddings=suggest_array, axis_names=suggest_names, bias=suggest_array
+)

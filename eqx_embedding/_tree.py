@@ -13,13 +13,6 @@ from ._inputs import check_byte_order
 from ._table import EmbeddingTable, find_row_axis, RowAxis
 
 
-# How to resize the state of an optimizer, whatever it keeps
-FRESH = (
-    "give `resize_vocabulary` the state of the resized model, with "
-    "`fresh=optimizer.init(eqx.filter(model, eqx.is_array))`."
-)
-
-
 class Place(NamedTuple):
     """Where the rows of an array of a table are."""
 
@@ -61,7 +54,7 @@ def find_tables(
     return found
 
 
-def find_vocab_size(tables: dict[str, EmbeddingTable], advice: str = FRESH) -> int:
+def find_vocab_size(tables: dict[str, EmbeddingTable], advice: str) -> int:
     """The number of tokens of these tables, which must be the same, or 0 if none has arrays.
 
     `advice` says what to do with the state of an optimizer that has another form.

@@ -61,6 +61,8 @@ calls = {
     "mesh": lambda: table.shardings("model", {}),
     "number as bias of a file": lambda: load_safetensors(nowhere, bias=3),
     "name of one": lambda: EmbeddingTable(jnp.ones(5), "vocabulary"),
+    "list of names": lambda: EmbeddingTable(jnp.ones((5, 3)), list(names)),
+    "numbers as names": lambda: EmbeddingTable(jnp.ones((5, 3)), [0, 1]),
     "float of padding": lambda: EmbeddingTable(jnp.ones(5), ("vocabulary",), padding_rows=1.0),
     "pairs of rules": lambda: table.partition_spec([("vocabulary", "model")]),
     "list of tokens": lambda: EmbeddingLookup(table)([0, 1]),
@@ -415,6 +417,33 @@ def test_a_common_mistake_ends_with_what_to_write(checked, unchecked, call, sugg
     accepted = {None} if suggestion.endswith("]).") else set()  # lists, if nothing checks them
     for error in {checked[call], unchecked[call]} - accepted:
         assert re.match("(TypeCheck|Type)Error: ", error) and error.endswith(f"\n{suggestion}")
+
+
+@pytest.mark.parametrize(
+    "call, suggestion",
+    [
+        (
+            "list of names",
+            "Instead of axis_names=['vocabulary', 'embedding'], use ('vocabulary', 'embedding').",
+        ),
+        ("name of one", "Instead of axis_names='vocabulary', use ('vocabulary',)."),
+        ("numbers as names", None),
+        (
+            "a decode of what",
+            "Instead of table=float32[2, 3], use EmbeddingTable(array, ('vocabulary', "
+            "'embedding')).",
+        ),
+        (
+            "array as soft cap",
+            "Instead of soft_cap=float32[], use a Python number, which is known while JAX traces "
+            "the program.",
+        ),
+    ],
+)
+def test_a_common_mistake_in_a_field_ends_with_what_to_write(checked, call, suggestion):
+    error = checked[call]
+    assert "TypeCheckError: " in error
+    assert "Instead of" not in error if suggestion is None else error.endswith(f"\n{suggestion}")
 
 
 @pytest.mark.slow

@@ -12,17 +12,23 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from .._devices import cast_to_varying, device_type, is_alone, widen
-from .._gather import gather
+from .._devices import (
+    call_as_one,
+    cast_to_varying,
+    device_type,
+    gather,
+    Group,
+    is_alone,
+    widen,
+)
 from .._inputs import at_least_float32
-from .._primitive import call_as_one
 from .._sharding import (
     Arrangement,
     Axes,
     device_kind,
     flat,
-    place_on,
     remaining,
+    reshard,
     Split,
     sum_over,
 )
@@ -33,7 +39,7 @@ from ._device_scores import device_scores
 from ._device_search import device_sample, device_top_k
 from ._device_total import device_total
 from ._function import TokenFunction
-from ._logits import Operands, Options, Teacher
+from ._logits import Local, Operands, Options, Teacher
 from ._reference import Scores
 from ._scores import Used
 
@@ -70,8 +76,8 @@ def _map_tokens(
     arrangement = split.arrange(math.prod(operands.batch), len(operands.rows))
 
     def on_one_device(operands: Operands) -> PyTree:
-        local, own = _prepare(options, split, arrangement, operands)
-        return _unflatten(operands.batch, of_device(local, wanted, own))
+        known, own = _prepare(options, split, arrangement, operands)
+        return _unflatten(operands.batch, of_device(known, wanted, own))
 
     def on_devices(operands: Operands) -> PyTree:
         operands = _match_rows(split, arrangement, operands)
@@ -111,14 +117,14 @@ def token_losses(
     arrangement = split.arrange(math.prod(operands.batch), len(operands.rows))
 
     def on_one_device(operands: Operands) -> tuple[Array, Scores | None]:
-        local, own = _prepare(options, split, arrangement, operands)
+        known, own = _prepare(options, split, arrangement, operands)
         if wanted.total:
-            both: Any = device_total(local, wanted.function, wanted.scores, own)
+            both: Any = device_total(known, wanted.function, wanted.scores, own)
             total, scores = both
             return sum_over(split.all_batch, total), _unflatten(operands.batch, scores)
-        scores = device_scores(local, wanted.used, _score_operands(own))
+        scores = device_scores(known, wanted.used, _score_operands(own))
         of_tokens = scores, own.weights, own.data, own.closure, own.mask
-        losses = device_losses(wanted.function, None, local.outer_axes, *of_tokens)
+        losses = device_losses(wanted.function, None, known.local.outer_axes, *of_tokens)
         return _unflatten(operands.batch, (losses, scores if wanted.scores else None))
 
     def on_devices(operands: Operands) -> Any:
@@ -284,7 +290,7 @@ def _match_rows(split: Split, arrangement: Arrangement, operands: Operands) -> O
     def match(array: Array) -> Array:
         if len(array) == V:
             return array
-        array = place_on(split.mesh, array, [()])[:V]
+        array = reshard(split.mesh, array, [()])[:V]
         return jnp.pad(array, [(0, V - len(array))] + [(0, 0)] * (array.ndim - 1))
 
     return operands._replace(teacher=Teacher(hidden, *jax.tree.map(match, table)))
@@ -308,17 +314,17 @@ def _prepare(
         teacher, *of_rows = whole.teacher
         of_rows = jax.tree.map(lambda array: gather(array.dtype, gathered[:1], array), of_rows)
         whole = whole._replace(teacher=Teacher(teacher, *of_rows))
-    local = options._replace(
-        mesh=jax.sharding.get_abstract_mesh() if arrangement.vocabulary else None,
-        vocabulary_axes=arrangement.vocabulary,
-        token_axes=arrangement.tokens,
+    mesh = jax.sharding.get_abstract_mesh()
+    local = Local(
         rows_dtype=operands.rows.dtype if is_alone(rows) else options.wide,
         logits_fit=not flat(gathered),
         device_kind=device_kind(split.mesh),
+        vocabulary=Group(mesh, arrangement.vocabulary),
+        tokens=Group(mesh, arrangement.tokens),
         outer_axes=_outer_axes(split, head),
         token_type=kind._replace(varying=kind.varying - {*same}),
     )
-    return local, _flatten(whole)
+    return options._replace(local=local), _flatten(whole)
 
 
 def _outer_axes(split: Split, operands: PyTree) -> frozenset[str]:

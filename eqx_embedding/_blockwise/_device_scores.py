@@ -28,7 +28,7 @@ def device_scores(options: Options, used: Used, operands: Operands) -> Scores:
 
 def all_scores(options: Options, used: Used, operands: Operands) -> Scores:
     scores = functools.partial(_scores, used)
-    return on_device(scores, options.without_gradient, options.token_type, operands)
+    return on_device(scores, options.without_gradient, options.local.token_type, operands)
 
 
 def _scores(used: Used, options: Options, operands: Operands) -> Scores:
@@ -44,7 +44,7 @@ def _scores(used: Used, options: Options, operands: Operands) -> Scores:
 
 def _device_scores_forward(options: Options, used: Used, operands: Operands) -> Any:
     scores = all_scores(options, used, operands)
-    return scores, save(options.outer_axes, (*operands, jax.lax.stop_gradient(scores[0])))
+    return scores, save(options.local.outer_axes, (*operands, jax.lax.stop_gradient(scores[0])))
 
 
 def device_scores_backward(

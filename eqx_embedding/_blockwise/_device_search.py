@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from .._devices import save, Saved
-from .._primitive import call_as_one, jvp_of_active
+from .._devices import call_as_one, jvp_of_active, save, Saved
 from ._device_scores import all_scores, device_scores_backward
 from ._logits import chunks_of, Head, make_head, on_device, Operands, Options
 from ._reference import TokenScores
@@ -62,7 +61,7 @@ def _device_top_k_forward(options: Options, k: int, operands: Operands) -> Any:
     found = _top_k(options, k, operands)
     log_probs, tokens = found
     before = lax.stop_gradient(log_probs)
-    return found, save(options.outer_axes, (*operands._replace(targets=tokens), before))
+    return found, save(options.local.outer_axes, (*operands._replace(targets=tokens), before))
 
 
 def _device_top_k_backward(
@@ -103,4 +102,4 @@ def _map_chunks(
         _, found = chunks_of(options, operands).run(chunk, (operands.hidden, *tokens), ())
         return found
 
-    return on_device(run, options.without_gradient, options.token_type, operands, *tokens)
+    return on_device(run, options.without_gradient, options.local.token_type, operands, *tokens)

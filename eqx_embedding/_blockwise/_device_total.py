@@ -30,7 +30,7 @@ def device_total(
 ) -> tuple[Array, Scores | None]:
     """The sum of the weighted losses of N tokens, and their scores."""
     total = functools.partial(_total, function, return_scores)
-    return on_device(total, options.without_gradient, options.token_type, operands)
+    return on_device(total, options.without_gradient, options.local.token_type, operands)
 
 
 def _total(
@@ -57,9 +57,9 @@ def _device_total_forward(
     if not given.rows.perturbed:
         options = options.without_gradient  # of the table, which is frozen
     both = functools.partial(_total_and_gradients, function, return_scores)
-    types = options.token_type, Operands(*map(device_type, operands))
+    types = options.local.token_type, Operands(*map(device_type, operands))
     results, gradients = on_device(both, options, types, operands)
-    return results, save(options.outer_axes, gradients)
+    return results, save(options.local.outer_axes, gradients)
 
 
 def _total_and_gradients(
@@ -117,7 +117,7 @@ def _device_total_backward(
         return jax.tree.map(scale_one, gradients)
 
     types, gradients = (Operands(*each) for each in load(saved))
-    return (without_devices(scale, options.outer_axes, types, cotangent, gradients),)
+    return (without_devices(scale, options.local.outer_axes, types, cotangent, gradients),)
 
 
 device_total.defvjp(_device_total_forward, _device_total_backward, symbolic_zeros=True)

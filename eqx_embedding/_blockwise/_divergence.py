@@ -39,7 +39,7 @@ def compare(
 
     zeros = jnp.zeros(z.shape[1], options.wide)
     sums = over_tiles(count_rows(head), options.plan.tile_size, add, (zeros, zeros))
-    sums = sum_over_devices(options.mesh, options.vocabulary_axes, jnp.stack(sums))
+    sums = sum_over_devices(options.local.vocabulary, jnp.stack(sums))
 
     def pull_back(cotangents: tuple[Array, ...]) -> Callable[[Any, Array], Array]:
         (cotangent,) = cotangents

@@ -41,8 +41,8 @@ def zero_gradient(options: Options, head: Head, num_chunks: int) -> HeadGradient
     such as float8, would be computed from factors of that dtype.
     """
     plan = options.plan
-    rounded = num_chunks == 1 and plan.round_early and options.rows_dtype == plan.dtype
-    dtype = options.rows_dtype if rounded else options.wide
+    rounded = num_chunks == 1 and plan.round_early and options.local.rows_dtype == plan.dtype
+    dtype = options.local.rows_dtype if rounded else options.wide
     bias = None if head.bias is None else jnp.zeros(len(head.rows), options.wide)
     return HeadGradient(jnp.zeros(head.rows.shape, dtype), bias)
 

@@ -8,21 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from .._devices import (
     DeviceType,
     gather_over_devices,
-    index_of_device,
+    Group,
     max_over_devices,
     NO_MESH,
     sum_to_owners,
     without_devices,
 )
 from .._inputs import batch_shape
-from .._sharding import count_devices
 from ._chunks import Chunks, tile
 from ._plan import make_plan, Platform, Work
 
@@ -38,6 +36,18 @@ class Comparison(NamedTuple):
     dtype: DTypeLike
 
 
+class Local(NamedTuple):
+    """What is known on a device, of its part of the arrays."""
+
+    rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
+    logits_fit: bool = True  # whether logits fit into the place of a gradient, before it is written
+    device_kind: str = ""  # of the devices that the program is most likely for
+    vocabulary: Group = Group()  # the devices that have other rows
+    tokens: Group = Group()  # those of them that have other tokens as well
+    outer_axes: frozenset[str] = frozenset()  # of a `jax.shard_map` around that of this call
+    token_type: DeviceType = DeviceType(NO_MESH, frozenset())  # of results for each token
+
+
 class Options(NamedTuple):
     """What is known when the program is compiled."""
 
@@ -50,21 +60,14 @@ class Options(NamedTuple):
     tiles: bool  # whether a device can cut its rows into tiles
     transposed: bool = False  # whether the table is stored with another axis first
     comparison: Comparison | None = None  # `None` for scores of targets
-    rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
-    logits_fit: bool = True  # whether logits fit into the place of a gradient, before it is written
-    device_kind: str = ""  # of the devices that the program is most likely for
+    local: Local = Local()
     plan: Any = None  # a `Plan` for a platform
-    mesh: AbstractMesh | None = None
-    vocabulary_axes: tuple[str, ...] = ()  # manual axes of the mesh that split the rows
-    token_axes: tuple[str, ...] = ()  # those of them that split the tokens as well
-    outer_axes: frozenset[str] = frozenset()  # of a `jax.shard_map` around that one
-    token_type: DeviceType = DeviceType(NO_MESH, frozenset())  # of results for each token
 
     def for_platform(self, platform: Platform, operands: "Operands") -> "Options":
         """With a plan for the operands of a device."""
         (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
         work = Work(
-            N=N * count_devices(self.mesh, self.token_axes),
+            N=N * self.local.tokens.size,
             V=V,
             D=D,
             logits_per_row=1 if self.comparison is None else 2,
@@ -72,8 +75,8 @@ class Options(NamedTuple):
             wide=self.wide,
             tiles=self.tiles,
             masked=operands.mask is not None,
-            logits_fit=self.logits_fit,
-            device_kind=self.device_kind,
+            logits_fit=self.local.logits_fit,
+            device_kind=self.local.device_kind,
             chunk_size=self.chunk_size,
         )
         return self._replace(plan=make_plan(platform, work))
@@ -81,7 +84,7 @@ class Options(NamedTuple):
     @property
     def without_gradient(self) -> "Options":
         """Where no gradient of the table is computed, whose place logits could use."""
-        return self._replace(logits_fit=False)
+        return self._replace(local=self.local._replace(logits_fit=False))
 
     @property
     def temperature(self) -> float:
@@ -158,12 +161,12 @@ def on_device(
         tpu = {} if plans["tpu"] == plans["gpu"] else {"tpu": run["tpu"]}
         return lax.platform_dependent(operands, *others, cpu=run["cpu"], default=run["gpu"], **tpu)
 
-    return without_devices(planned, options.outer_axes, types, operands, *others)
+    return without_devices(planned, options.local.outer_axes, types, operands, *others)
 
 
 def make_head(options: Options, operands: Operands) -> Head:
     rows = operands.rows
-    start = index_of_device(options.mesh, options.vocabulary_axes) * np.int32(len(rows))
+    start = options.local.vocabulary.rank * np.int32(len(rows))
 
     def keep(array: Array) -> Array:
         kept = options.transposed and options.plan.keep_copy and array.dtype == jnp.bfloat16
@@ -177,34 +180,32 @@ def make_head(options: Options, operands: Operands) -> Head:
 
 def chunks_of(options: Options, operands: Operands) -> Chunks:
     """Chunks of the tokens of this device, which are a part of those that `all_tokens` returns."""
-    mesh, axes = options.mesh, options.token_axes
-    size = max(options.plan.chunk_size // count_devices(options.mesh, axes), 1)
-    in_step = functools.partial(max_over_devices, mesh, axes) if axes else None
+    group = options.local.tokens
+    size = max(options.plan.chunk_size // group.size, 1)
+    in_step = functools.partial(max_over_devices, group) if group.axes else None
     rewrite = options.plan.rewrite_skipped
     return Chunks(len(operands.hidden), size, operands.mask, in_step, rewrite_skipped=rewrite)
 
 
 def all_tokens(options: Options, tree: PyTree) -> PyTree:
     """Arrays of the tokens of a chunk, joined with those of devices that have other tokens."""
-    gather = functools.partial(gather_over_devices, options.mesh, options.token_axes)
-    return jax.tree.map(gather, tree)
+    return jax.tree.map(functools.partial(gather_over_devices, options.local.tokens), tree)
 
 
 def own_tokens(options: Options, tree: PyTree) -> PyTree:
     """The part of this device of arrays of all these tokens."""
-    axes = options.token_axes
-    index, count = index_of_device(options.mesh, axes), count_devices(options.mesh, axes)
+    count, rank = options.local.tokens.size, options.local.tokens.rank
 
     def own(array: Array) -> Array:
         size = len(array) // count
-        return lax.dynamic_slice_in_dim(array, index * size, size) if count > 1 else array
+        return lax.dynamic_slice_in_dim(array, rank * size, size) if count > 1 else array
 
     return jax.tree.map(own, tree)
 
 
 def sum_own_tokens(options: Options, array: Array) -> Array:
     """The sum of an array of all these tokens over their devices, of which each gets its part."""
-    return sum_to_owners(options.mesh, options.token_axes, array)
+    return sum_to_owners(options.local.tokens, array)
 
 
 def tile_logits(

@@ -149,19 +149,19 @@ def _lower(options: Options, statistics: Statistics, higher: Array, count: Any) 
 
 def _merge_devices(options: Options, used: Used, head: Head, statistics: Statistics) -> Statistics:
     """The statistics of all rows of a table whose rows are split over devices."""
-    mesh, axes = options.mesh, options.vocabulary_axes
-    if not axes:
+    group = options.local.vocabulary
+    if not group.axes:
         return statistics
-    highest = max_over_devices(mesh, axes, lax.stop_gradient(statistics.maximum))
+    highest = max_over_devices(group, lax.stop_gradient(statistics.maximum))
     local = _lower(options, statistics, highest, tokens_before(options, head, len(head.rows)))
     names = ["total"]
     names += ["below"] if used.mean_log_prob else []
     names += ["weighted"] if used.entropy else []
     rows = [local.target_z, *(getattr(local, name)[None] for name in names)]
-    sums = sum_over_devices(mesh, axes, jnp.concatenate(rows))
+    sums = sum_over_devices(group, jnp.concatenate(rows))
     k = len(local.target_z)
     new = local._replace(target_z=sums[:k], **dict(zip(names, sums[k:], strict=True)))
     if used.is_top:
         top = jnp.where(statistics.maximum == highest, local.top, np.iinfo(np.int32).max)
-        new = new._replace(top=min_over_devices(mesh, axes, top))
+        new = new._replace(top=min_over_devices(group, top))
     return new

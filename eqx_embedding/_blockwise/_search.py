@@ -137,12 +137,12 @@ def _likeliest_some(options: Options, k: int, head: Head, x: Array) -> tuple[Arr
         values, rows = _largest(k, _logits_of_rows(z, rows), rows)
     else:
         values, rows = lax.top_k(z.T, min(k, len(z)))
-    tokens, mesh, axes = head.start + rows, options.mesh, options.vocabulary_axes
-    if axes:
-        values, tokens = (gather_over_devices(mesh, axes, a.T).T for a in (values, tokens))
+    tokens, group = head.start + rows, options.local.vocabulary
+    if group.axes:
+        values, tokens = (gather_over_devices(group, a.T).T for a in (values, tokens))
         values, tokens = _largest(k, values, tokens)
-    largest = max_over_devices(mesh, axes, jnp.max(blocks.largest, axis=0))
-    total = sum_over_devices(mesh, axes, jnp.sum(_lowered(blocks, largest[None], coldness), axis=0))
+    largest = max_over_devices(group, jnp.max(blocks.largest, axis=0))
+    total = sum_over_devices(group, jnp.sum(_lowered(blocks, largest[None], coldness), axis=0))
     return values - largest[:, None] - jnp.log(total)[:, None], tokens, total
 
 
@@ -162,7 +162,7 @@ def _sum_blocks(options: Options, head: Head, z: Float[Array, "V C"], coldness: 
     """Sums each block over the rows of this device; others may have the rest of the first and of
     the last block."""
     shift = _shift(options, head)
-    before = BLOCK - 1 if options.vocabulary_axes else 0  # the largest shift
+    before = BLOCK - 1 if options.local.vocabulary.axes else 0  # the largest shift
     lowest = jnp.finfo(z.dtype).min  # -inf - -inf would be NaN
 
     def add(start: Any, size: int, blocks: _Blocks) -> _Blocks:
@@ -190,9 +190,9 @@ def _merge(some: _Blocks, others: _Blocks, coldness: Array) -> _Blocks:
 
 def _merge_devices(options: Options, head: Head, blocks: _Blocks, coldness: Array) -> _Blocks:
     """Merges the blocks of all devices."""
-    mesh, axes = options.mesh, options.vocabulary_axes
+    group = options.local.vocabulary
     count, start = -(-options.vocab_size // BLOCK), head.start // BLOCK
-    if not axes:
+    if not group.axes:
         return _Blocks(*(array[:count] for array in blocks))
     lowest = float(jnp.finfo(blocks.total.dtype).min)
 
@@ -201,13 +201,13 @@ def _merge_devices(options: Options, head: Head, blocks: _Blocks, coldness: Arra
         return lax.dynamic_update_slice_in_dim(whole, array, start, 0)[:count]
 
     local = _Blocks(place(lowest, blocks.largest), place(0.0, blocks.total))
-    largest = max_over_devices(mesh, axes, local.largest)
-    return _Blocks(largest, sum_over_devices(mesh, axes, _lowered(local, largest, coldness)))
+    largest = max_over_devices(group, local.largest)
+    return _Blocks(largest, sum_over_devices(group, _lowered(local, largest, coldness)))
 
 
 def _shift(options: Options, head: Head) -> Any:
     """How many rows of its first block the device does not have."""
-    return head.start % BLOCK if options.vocabulary_axes else 0
+    return head.start % BLOCK if options.local.vocabulary.axes else 0
 
 
 def _rows_of_blocks(blocks: Int[Array, "C k"]) -> Int[Array, "C rows"]:
@@ -242,6 +242,6 @@ def _largest(k: int, values: Array, tokens: Array) -> tuple[Array, Array]:
 
 def _pick_best_device(options: Options, score: Array, token: Array) -> Array:
     """The token of the device with the highest score."""
-    mesh, axes = options.mesh, options.vocabulary_axes
-    is_best = score == max_over_devices(mesh, axes, score)
-    return min_over_devices(mesh, axes, jnp.where(is_best, token, np.iinfo(np.int32).max))
+    group = options.local.vocabulary
+    is_best = score == max_over_devices(group, score)
+    return min_over_devices(group, jnp.where(is_best, token, np.iinfo(np.int32).max))

@@ -11,10 +11,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ._devices import widen
+from .._sharding import Axes, flat
 from ._primitive import call_linear
 from ._scatter import scatter, scatter_in_rings
-from ._sharding import Axes, flat
+from ._types import widen
 
 
 def gather_wide(

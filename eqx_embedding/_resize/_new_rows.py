@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from ._inputs import as_named_int, at_least_float32, Whole
+from .._inputs import as_named_int, at_least_float32, Whole
 
 
 # The covariance of new rows, as a part of that of the old ones. Hewitt (2021) takes the same part.

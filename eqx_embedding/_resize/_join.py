@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from ._table import EmbeddingTable, RowAxis
-from ._tree import check_structures, find_place, find_tables, is_array, is_table_of, map_fields
+from .._table import EmbeddingTable, RowAxis
+from .._tree import check_structures, find_place, find_tables, is_array, is_table_of, map_fields
 
 
 Join = Callable[[RowAxis, int, Any, Any], Any]

@@ -12,13 +12,20 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ._inputs import as_named_int, check_byte_order, Whole
+from .._inputs import as_named_int, check_byte_order, Whole
+from .._sharding import as_axes, Axes, count_devices
+from .._suggest import suggest, suggest_key
+from .._table import EmbeddingTable, RowAxis
+from .._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
 from ._join import join_trees
 from ._new_rows import check_pieces, make_rows, Means, Pieces
-from ._sharding import as_axes, Axes, count_devices
-from ._suggest import suggest, suggest_key
-from ._table import EmbeddingTable, RowAxis
-from ._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
+
+
+# How to resize the state of an optimizer, whatever it keeps
+FRESH = (
+    "give `resize_vocabulary` the state of the resized model, with "
+    "`fresh=optimizer.init(eqx.filter(model, eqx.is_array))`."
+)
 
 
 @suggest(key=suggest_key)
@@ -113,7 +120,7 @@ def resize_vocabulary(
     tables = find_tables(tree, vocabulary_axis)
     if pad_to_multiple_of is None:
         _check_unpadded(tables)
-    sizes = _Sizes(find_vocab_size(tables), size, -size % multiple)
+    sizes = _Sizes(find_vocab_size(tables, FRESH), size, -size % multiple)
     means = check_pieces(pieces, sizes.old_tokens, size)
     is_table = is_table_of(vocabulary_axis)
     resized: dict[tuple[int, Place], Any] = {}  # so that one array in two tables stays one array

@@ -5,7 +5,7 @@ differs from device to device; an operation of two arrays wants equal types. Cod
 without devices in mind, such as the loss function of a user, does not see to that: a loop that
 starts with zeros is an error. `without_devices` takes mesh and axes out of the types, and puts them
 back into those of the results. That is right for code which treats the part of each device by
-itself; sums over devices are `sum_over_devices` and its kind.
+itself; what crosses devices is in `_collectives.py`.
 
 Without types, each device treats every array as its own. So the gradient of an array that was the
 same along an axis is summed over that axis, and the cotangent of a result that is said to be the
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -26,10 +25,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from ._inputs import at_least_float32
-from ._primitive import call_as_one, call_linear
-from ._scatter import scatter
-from ._sharding import count_devices, sum_over, varying_axes
+from .._sharding import count_devices, sum_over, varying_axes
+from ._primitive import call_as_one
 
 
 NO_MESH = AbstractMesh((), ())
@@ -84,10 +81,10 @@ def without_devices(
     axes = varying_axes(*jax.tree.leaves(arguments))
 
     def erased(*arguments: PyTree) -> Any:
-        arguments = jax.tree.map(functools.partial(_erase_type, axes=axes), arguments)
+        arguments = jax.tree.map(functools.partial(erase_type, axes=axes), arguments)
         with no_mesh():
             results = call_as_one(function, *arguments)  # which `jax.vmap` maps without types
-        restore = functools.partial(_restore_type, axes=axes)
+        restore = functools.partial(restore_type, axes=axes)
         return jax.tree.map(
             restore, types, results, is_leaf=lambda node: isinstance(node, DeviceType)
         )
@@ -123,72 +120,10 @@ def load(saved: Saved) -> tuple[Types, list[PyTree]]:
 
 
 def _retype(kind: DeviceType, tree: PyTree) -> PyTree:
-    return _restore_type(kind, jax.tree.map(_erase_type, tree))
+    return restore_type(kind, jax.tree.map(erase_type, tree))
 
 
-# Inside of `without_devices`. Over no axes, the result is the array itself.
-
-
-def sum_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
-    return _collective(lax.psum, mesh, axes, array)
-
-
-def max_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
-    return _collective(lax.pmax, mesh, axes, array)
-
-
-def min_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
-    return _collective(lax.pmin, mesh, axes, array)
-
-
-def gather_over_devices(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
-    """The arrays of all devices, joined along their first axis."""
-
-    def join(array: Array, axes: tuple[str, ...]) -> Array:
-        def gather(array: Array) -> Array:
-            return lax.all_gather(array, axes, tiled=True)
-
-        def sum_wide(cotangent: Array) -> Array:
-            wide = cotangent.astype(at_least_float32(cotangent.dtype))
-            return scatter(axes, 0, wide).astype(cotangent.dtype)
-
-        is_float = jnp.issubdtype(array.dtype, jnp.floating)
-        return call_linear(gather, sum_wide, array) if is_float else gather(array)
-
-    return _collective(join, mesh, axes, array)
-
-
-def sum_to_owners(mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array) -> Array:
-    """The sum of an array over the devices. Each gets a part of its first axis."""
-
-    def sum_and_scatter(array: Array, axes: tuple[str, ...]) -> Array:
-        def gather(cotangent: Array) -> Array:
-            return lax.all_gather(cotangent, axes, tiled=True)
-
-        return call_linear(lambda array: scatter(axes, 0, array), gather, array)
-
-    return _collective(sum_and_scatter, mesh, axes, array)
-
-
-def index_of_device(mesh: AbstractMesh | None, axes: tuple[str, ...]) -> Any:
-    if mesh is None or not axes:
-        return np.int32(0)
-    with jax.sharding.use_abstract_mesh(mesh), jax.auto_pcast(True):
-        return _erase_type(lax.axis_index(axes))
-
-
-def _collective(
-    operation: Callable[..., Array], mesh: AbstractMesh | None, axes: tuple[str, ...], array: Array
-) -> Array:
-    if mesh is None or not axes:
-        return array
-    with jax.sharding.use_abstract_mesh(mesh):
-        array = _restore_type(DeviceType(mesh, frozenset(axes)), array)
-        # Each device has its own cotangent of the result, also if that is the same on all of them.
-        return _erase_type(cast_to_varying(frozenset(axes), operation(array, axes)))
-
-
-def _erase_type(array: Array, axes: frozenset[str] = frozenset()) -> Array:
+def erase_type(array: Array, axes: frozenset[str] = frozenset()) -> Array:
     """Takes the mesh and the varying axes out of the type of an array, and says that it may differ
     along the given axes as well."""
     kind = device_type(array)
@@ -197,7 +132,7 @@ def _erase_type(array: Array, axes: frozenset[str] = frozenset()) -> Array:
     return _erase.bind(array, kind=kind, same=tuple(sorted(axes - kind.varying)))
 
 
-def _restore_type(kind: DeviceType, tree: PyTree, axes: frozenset[str] = frozenset()) -> PyTree:
+def restore_type(kind: DeviceType, tree: PyTree, axes: frozenset[str] = frozenset()) -> PyTree:
     """Gives arrays a type. Along those of the axes that it lacks, they are said to be the same."""
     if kind.mesh.empty:
         return tree
