@@ -53,7 +53,7 @@ TESTS = {
     "_blockwise/_gradients": "score cross_entropy soft_targets divergence devices/fully_sharded",
     "_blockwise/_logits": "score cross_entropy devices/fully_sharded",
     "_blockwise/_plan": "cross_entropy accelerators memory",
-    "_blockwise/_reference": "score token_loss",
+    "_blockwise/_reference": "score token_loss divergence",
     "_blockwise/_search": "search devices/search",
     "_blockwise/_scores": "score soft_targets cross_entropy divergence devices/fully_sharded",
     "_devices/__init__": "types",

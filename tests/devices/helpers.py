@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +65,9 @@ def poison(hidden, targets, weights, data):
 
 
 def place(mesh, tree, *axes):
-    return jax.device_put(tree, NamedSharding(mesh, P(*axes)))
+    """Splits arrays over a mesh, on their first axes if `axes` are given."""
+    arrays, others = eqx.partition(tree, eqx.is_array_like)
+    return eqx.combine(jax.device_put(arrays, NamedSharding(mesh, P(*axes))), others)
 
 
 def on_mesh(setting, function, out_axes, mesh=None):

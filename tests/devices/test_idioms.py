@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
@@ -30,22 +30,12 @@ from ..idioms import (
     V,
     vmap_of_losses,
 )
+from .helpers import make_mesh, place
 
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
-KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
-
-
-def make_mesh(kind, data=4, model=1) -> Mesh:
-    devices = jax.devices()[: data * model]
-    return jax.make_mesh((data, model), ("data", "model"), (KINDS[kind],) * 2, devices=devices)
-
-
-def place(mesh, tree, *axes):
-    """Splits arrays over a mesh, on their first axes if `axes` are given."""
-    arrays, others = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.device_put(arrays, NamedSharding(mesh, P(*axes))), others)
+KINDS = ["automatic", "explicit"]
 
 
 def whole(mesh, tree):
@@ -68,7 +58,7 @@ def filter_shard(shardings, tree):
 @pytest.mark.slow
 def test_filter_shard_splits_batches_and_models(shardings, loss):
     """In and outside of `jit`, as in Equinox's example, for which no mesh is set."""
-    mesh = make_mesh("automatic")
+    mesh = make_mesh("automatic", 4, 1)
     split = functools.partial(filter_shard, functools.partial(shardings, mesh))
     step, batch = make_step(ADAM, loss), NamedSharding(mesh, P("data"))
 
@@ -85,7 +75,7 @@ def test_filter_shard_splits_batches_and_models(shardings, loss):
 
 def test_filter_shard_splits_no_explicit_axes():
     """JAX takes it for an assertion there. `jax.device_put` splits."""
-    mesh = make_mesh("explicit")
+    mesh = make_mesh("explicit", 4, 1)
     with jax.set_mesh(mesh), pytest.raises(AssertionError, match="reshard"):
         eqx.filter_shard(make_model().table, NamedSharding(mesh, P("data")))
 
@@ -258,7 +248,7 @@ def test_a_shard_map_averages_over_devices(loss, check_vma):
 
     specs = P(), P(), P("data"), P("data")
     mapped = jax.shard_map(
-        step, mesh=make_mesh("automatic"), in_specs=specs, out_specs=P(), check_vma=check_vma
+        step, mesh=make_mesh("automatic", 4, 1), in_specs=specs, out_specs=P(), check_vma=check_vma
     )
     params, _, losses = run(jax.jit(mapped), params, ADAM.init(params))
     assert_same((losses, params), plain_adam())
@@ -267,7 +257,7 @@ def test_a_shard_map_averages_over_devices(loss, check_vma):
 @pytest.mark.slow
 def test_a_shard_map_asks_for_rules_if_tables_vary():
     """If the gradients of each device are wanted alone."""
-    mesh, rules = make_mesh("automatic"), {"vocabulary": None}
+    mesh, rules = make_mesh("automatic", 4, 1), {"vocabulary": None}
 
     def gradient(rules, table, tokens, targets):
         table = lax.pcast(table, "data", to="varying")
@@ -298,7 +288,7 @@ def test_a_shard_map_asks_for_rules_if_tables_vary():
 
 def test_a_table_may_be_gathered_in_a_shard_map():
     """Each device stores a part of the table, and gets its part of the gradient."""
-    mesh, rules = make_mesh("automatic"), {"vocabulary": None}
+    mesh, rules = make_mesh("automatic", 4, 1), {"vocabulary": None}
 
     def gradient(rules, part, tokens, targets):
         def loss(part):
@@ -331,7 +321,7 @@ def test_a_table_may_be_gathered_in_a_shard_map():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
 def test_each_device_may_have_a_member_of_an_ensemble(kind):
-    mesh = make_mesh(kind)
+    mesh = make_mesh(kind, 4, 1)
     members = [make_model(seed) for seed in range(4)]
     models = jax.tree.map(lambda *x: jnp.stack(x), *members)
     states = eqx.filter_vmap(functools.partial(init, ADAM))(models)
