@@ -24,8 +24,8 @@ from toy_transformer import ModelConfig, Transformer
 
 from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
-from .helpers import float64, make_array, plain_logits, python_environment
-from .test_examples import EXAMPLES, tiny
+from ..helpers import float64, make_array, plain_logits, python_environment
+from .helpers import EXAMPLES, tiny
 
 
 SCRIPTS = [distill, policy_gradient]

@@ -17,8 +17,8 @@ from grow_vocabulary import Config, frequent_strings, more_tokens
 from support.text_data import cut_text, read_text, Tokens
 from support.tokenizer import add_tokens, Tokenizer, train_bpe
 
-from .helpers import python_environment
-from .test_examples import EXAMPLES, tiny
+from ..helpers import python_environment
+from .helpers import EXAMPLES, tiny
 
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")

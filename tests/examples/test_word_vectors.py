@@ -16,8 +16,8 @@ from support.folder import new_folder
 from support.terminal import from_command_line, run_script
 from word_vectors import Config
 
-from .helpers import assert_close, float64, python_environment, temporaries
-from .test_examples import EXAMPLES
+from ..helpers import assert_close, float64, python_environment, temporaries
+from .helpers import EXAMPLES
 
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")

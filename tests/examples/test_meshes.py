@@ -20,8 +20,8 @@ from support.processes import start_process
 from support.terminal import from_command_line
 from train_lm import Config, DataConfig
 
-from .helpers import python_environment
-from .test_examples import changed, command, text as text, tiny
+from ..helpers import python_environment
+from .helpers import changed, command, tiny
 
 
 TIMEOUT = 240  # seconds, for a process that takes some fifteen

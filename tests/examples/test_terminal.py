@@ -1,0 +1,143 @@
+"""Command lines, and what a terminal shows."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any
+
+import generate
+import grow_vocabulary
+import pytest
+import train_lm
+from support import terminal
+from support.terminal import from_command_line
+
+from ..helpers import python_environment
+from .helpers import command, EXAMPLES, tiny
+
+
+pytestmark = pytest.mark.usefixtures("jax_defaults", "only_what_scripts_show")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [train_lm, generate, grow_vocabulary])
+@pytest.mark.exhaustive
+def test_help_explains_each_option_and_shows_the_command(script):
+    env = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
+    path = EXAMPLES / f"{script.__name__}.py"
+    shown = subprocess.run(
+        [sys.executable, str(path), "--help"], capture_output=True, text=True, env=env
+    )
+    assert shown.returncode == 0
+    assert f"python examples/{script.__name__}.py" in shown.stdout
+    for field in dataclasses.fields(script.Config):
+        parts = field.type if dataclasses.is_dataclass(field.type) else script.Config
+        for inner in dataclasses.fields(parts):
+            if parts is not train_lm.MeshConfig:
+                assert f"--{inner.name.replace('_', '-')} " in shown.stdout.replace(",", " ")
+
+
+@pytest.mark.slow
+def test_scripts_run_from_any_folder_and_fail_in_one_line(finished_bpe, tmp_path):
+    # what a notebook, from which `!python` is called, sets for its own pictures
+    env = python_environment(MPLBACKEND="module://no_such_module")
+
+    def run(command):
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    script, folder = str(EXAMPLES / "generate.py"), str(finished_bpe[0].run.out)
+    written = run([sys.executable, script, "--run", folder, "--prompt", "3 times", "--length=5"])
+    assert written.stdout.startswith("3 times") and written.stderr == ""
+    for failed in (
+        run([sys.executable, script, "--run", "missing"]),
+        run(command(tiny(tmp_path / "missing", tmp_path / "out"))),
+        # in a folder that is gone
+        run(["sh", "-c", f"mkdir a; cd a; rmdir ../a; {sys.executable} {script} --run=b"]),
+    ):
+        assert failed.returncode == 1
+        assert failed.stdout == "" and failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "script, options, message",
+    [
+        (train_lm, ["--stepz", "5"], "Unrecognized options: --stepz"),
+        (train_lm, ["--steps", "five"], "--steps: invalid literal for int"),
+        (train_lm, ["--steps", "0"], "--steps must be above 0, got 0."),
+        (generate, ["--run=a", "--seed=9223372036854775808"], "--seed must be at least 0"),
+        (generate, [], "--run PATH"),
+        (grow_vocabulary, ["--run=a", "--stepz=5"], "Unrecognized options: --stepz"),
+    ],
+)
+def test_a_mistyped_command_is_refused_by_tyro(script, options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *options])
+    with pytest.raises(SystemExit):
+        from_command_line(script.Config, script.__doc__)
+    out, err = capsys.readouterr()
+    assert message in err and "Traceback" not in err and out == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}],
+    ids=["ascii", "C"],
+)
+@pytest.mark.exhaustive
+def test_a_terminal_shows_what_it_can_show(finished_bpe, tmp_path, environment):
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, env=python_environment(**environment)
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode("ascii")
+
+    script = EXAMPLES / "generate.py"
+    said = run(script, f"--run={finished_bpe[0].run.out}", "--prompt", "é 3 times", "--length=3")
+    assert said.startswith("? 3 times")
+    if environment.get("LC_ALL"):  # one run is enough
+        return
+    (tmp_path / "é").write_text("Größe: é, 中. " * 300)
+    _, script, *options = command(tiny(tmp_path / "é", tmp_path / "out", steps=2))
+    assert "held out: " in run(script, *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [MemoryError("x"), RuntimeError("Out of memory\nallocating")])
+def test_too_little_memory_is_said_in_one_line(error, monkeypatch):
+    def main(config):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--run=run"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored afterwards
+    with pytest.raises(SystemExit, match="not enough memory: try a smaller model"):
+        terminal.run_script(main, generate.Config, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "streams, code, said",
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, "3 times"),
+        (">&- 2>&- <&-", 0, ""),
+        (">/dev/full", 1, "cannot print: No space left on device.\n"),
+        # a file as large as the shell allows
+        (
+            "--length=2000 >out 2>err; code=$?; cat err; exit $code",
+            1,
+            "cannot print: File too large.",
+        ),
+    ],
+)
+@pytest.mark.exhaustive
+def test_a_terminal_may_be_closed_or_full(finished, tmp_path, streams, code, said):
+    script, run = EXAMPLES / "generate.py", finished[0].run.out
+    shell = f"{sys.executable} {script} --run={run} --prompt='3 times' --length=1 {streams}"
+    if "code" in streams:
+        shell = f"ulimit -f 1; {shell}"
+    options: Any = {"capture_output": True, "text": True, "env": python_environment()}
+    done = subprocess.run(["sh", "-c", shell], cwd=tmp_path, **options)
+    assert done.returncode == code, done.stderr
+    assert (done.stdout + done.stderr)[: len(said) or None] == said
