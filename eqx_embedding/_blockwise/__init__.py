@@ -16,20 +16,9 @@ From a call to the numbers, top down:
 - `_function.py`: a loss function as a value.
 """
 
-from ._batch import (
-    sample_tokens as sample_tokens,
-    score_tokens as score_tokens,
-    token_losses as token_losses,
-    top_k_tokens as top_k_tokens,
-    Wanted as Wanted,
-)
-from ._function import close_over as close_over, shapes_of_scores as shapes_of_scores
-from ._logits import (
-    Comparison as Comparison,
-    Operands as Operands,
-    Options as Options,
-    Teacher as Teacher,
-)
-from ._reference import TokenScores as TokenScores
-from ._scores import Used as Used
-from ._search import Draws as Draws
+from ._batch import sample_tokens, score_tokens, token_losses, top_k_tokens, Wanted
+from ._function import close_over, shapes_of_scores
+from ._logits import Comparison, Operands, Options, Teacher
+from ._reference import TokenScores
+from ._scores import Used
+from ._search import Draws

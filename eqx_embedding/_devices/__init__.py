@@ -8,26 +8,26 @@
 """
 
 from ._collectives import (
-    gather_over_devices as gather_over_devices,
-    Group as Group,
-    max_over_devices as max_over_devices,
-    min_over_devices as min_over_devices,
-    sum_over_devices as sum_over_devices,
-    sum_to_owners as sum_to_owners,
+    gather_over_devices,
+    Group,
+    max_over_devices,
+    min_over_devices,
+    sum_over_devices,
+    sum_to_owners,
 )
-from ._gather import gather as gather, gather_wide as gather_wide
-from ._primitive import call_as_one as call_as_one, jvp_of_active as jvp_of_active
-from ._raise import raise_unless as raise_unless
+from ._gather import gather, gather_wide
+from ._primitive import call_as_one, jvp_of_active
+from ._raise import raise_unless
 from ._types import (
-    cast_to_varying as cast_to_varying,
-    device_type as device_type,
-    DeviceType as DeviceType,
-    is_alone as is_alone,
-    load as load,
-    NO_MESH as NO_MESH,
-    no_mesh as no_mesh,
-    save as save,
-    Saved as Saved,
-    widen as widen,
-    without_devices as without_devices,
+    cast_to_varying,
+    device_type,
+    DeviceType,
+    is_alone,
+    load,
+    NO_MESH,
+    no_mesh,
+    save,
+    Saved,
+    widen,
+    without_devices,
 )

@@ -5,4 +5,4 @@
 - `_join.py`: the state of an optimizer, joined with a new one for the rows that it does not have.
 """
 
-from ._vocabulary import resize_vocabulary as resize_vocabulary
+from ._vocabulary import resize_vocabulary
