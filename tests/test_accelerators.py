@@ -1,6 +1,7 @@
 """Programs for TPUs and GPUs: lowered anywhere, compiled where their compilers are installed."""
 
 import dataclasses
+import functools
 import re
 import types
 
@@ -275,12 +276,43 @@ def test_chunks_that_may_be_skipped_copy_no_gradient(function):
     assert held <= allowed + 1
 
 
+def mean_of_16_examples(loss, hidden, rows, targets):
+    hidden, targets = (x.reshape(16, -1, *x.shape[1:]) for x in (hidden, targets))
+    return jnp.mean(jax.vmap(loss, (0, None, 0))(hidden, rows, targets))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(640, 128, 4096), (1000, 1024, 50257)])
 @pytest.mark.usefixtures("jax_defaults")
 def test_few_tokens_whose_losses_stay_apart_hold_their_logits_once(target, shape):
     """XLA for GPUs would make one product of the logits of both passes."""
     held, allowed = (figures(target, shape, f)["temporaries"] for f in (mean_by_hand, plain_loss))
+    assert held <= allowed + 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_few_tokens_of_several_examples_hold_their_logits_once(target):
+    functions = (functools.partial(mean_of_16_examples, f) for f in (loss, plain_loss))
+    held, allowed = (figures(target, (1024, 256, 8192), f)["temporaries"] for f in functions)
+    assert held <= allowed + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one device", "vocabulary split"])
+@pytest.mark.usefixtures("jax_defaults")
+def test_few_tokens_whose_losses_stay_apart_hold_their_logits_once_on_a_mesh(target, layout):
+    rules = {"batch": "data", "vocabulary": accelerators.LAYOUTS[layout]}
+
+    def ours(hidden, rows, targets):
+        decode, options = EmbeddingDecode(make_table(rows)), {"reduction": "none", "rules": rules}
+        return jnp.mean(decode.cross_entropy(hidden, targets, **options))
+
+    found, shape = accelerators.find_devices(target, 8), (1024, 256, 8192)
+    given = accelerators.make_operands(found, layout, shape, jnp.dtype("bfloat16"), AxisType.Auto)
+    held, allowed = (
+        accelerators.measure(target, f, *given)["temporaries"] for f in (ours, plain_loss)
+    )
     assert held <= allowed + 1
 
 

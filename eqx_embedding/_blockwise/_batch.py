@@ -321,7 +321,7 @@ def _prepare(
         device_kind=device_kind(split.mesh),
         vocabulary=Group(mesh, arrangement.vocabulary),
         tokens=Group(mesh, arrangement.tokens),
-        outer_axes=_outer_axes(split, head),
+        outer_axes=_outer_axes(split, hidden),
         token_type=kind._replace(varying=kind.varying - {*same}),
     )
     return options._replace(local=local), _flatten(whole)

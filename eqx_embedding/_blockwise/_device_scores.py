@@ -50,7 +50,7 @@ def _device_scores_forward(options: Options, used: Used, operands: Operands) -> 
 def device_scores_backward(
     options: Options, used: Used, saved: Saved, cotangents: Scores
 ) -> tuple[Operands]:
-    """`saved` are the operands, and the first result of the forward pass."""
+    """`saved` are the operands, and the first score of the forward pass."""
     (*types, _), (*operands, before) = load(saved)
     gradients = functools.partial(_score_gradients, used)
     given = Operands(*operands), differentiable(cotangents), before
@@ -70,22 +70,28 @@ def _score_gradients(
     head = make_head(options, operands)
 
     def chunk(
-        d_head: HeadGradient, is_token: Array | None, x: Array, y: Array, given: tuple[Array, ...]
+        d_head: HeadGradient,
+        is_token: Array | None,
+        x: Array,
+        y: Array,
+        of_chunk: tuple[Array, ...],
+        before: Array,
     ) -> Any:
-        first, *others = (only(is_token, cotangent) for cotangent in given)
+        first, *others = (only(is_token, cotangent) for cotangent in of_chunk)
 
         def of_tokens(scores: Scores) -> Any:
-            # That of a target out of range
-            is_nan = jnp.isnan(scores[0]) & (first != 0)
+            # A target out of range has no gradient
+            is_nan = jnp.isnan(before) & (first != 0)
             return (nan_where(is_nan, first), *others), None
 
         d_x, d_head, _ = chunk_gradients(options, used, head, x, y, of_tokens, d_head)
         return d_head, d_x
 
-    tokens = operands.hidden, operands.goals, cotangents
+    tokens = operands.hidden, operands.goals, cotangents, before
     chunks = chunks_of(options, operands._replace(mask=mask))
     if options.plan.logits_apart and chunks.count == 1:
-        tokens, _ = jax.lax.optimization_barrier((tokens, before))
+        # After the logits of the forward pass, on which `before` depends: not both in one product
+        tokens = jax.lax.optimization_barrier(tokens)
     d_head, d_hidden = chunks.run(chunk, tokens, zero_gradient(options, head, chunks.count))
     d_rows, d_bias = d_head.rows.astype(options.wide), d_head.bias
     return Operands(d_hidden, d_rows, d_bias, targets=None, mask=None)

@@ -602,6 +602,42 @@ def test_gradients_of_gradients_in_a_shard_map_along_one_axis(kind, loss, layout
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", TOTALS + APART)
+@pytest.mark.parametrize("kind", ["explicit", "rules"])
+@pytest.mark.one_in(7)
+def test_weights_may_differ_along_the_axis_of_a_shard_map_and_vectors_not(loss, kind):
+    """The table and the vectors are the same on the devices of `model`, which use them apart."""
+    numbers, *operands = make_numbers(FEW)
+    factors, rules, data = jnp.asarray([0.5, -0.25, 0.4, 0.1]), {"batch": "data"}, P("data")
+
+    def total(rules, factor, numbers, *operands):
+        numbers = numbers | {"weights": jnp.abs(factor) * numbers["weights"]}
+        return factor * with_numbers(loss, rules, numbers, *operands)
+
+    def in_turn(*operands):
+        return sum(total(None, factor, *operands) for factor in factors)
+
+    def inside(factor, *operands):
+        value = total(rules if kind == "rules" else None, factor[0], *operands)
+        return jax.lax.psum(value, "model")
+
+    expected = differentiate_twice(in_turn, numbers, *operands)
+    specs, mesh = ({"scale": P(), "weights": data}, P(), data, data), make_mesh(kind)
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(
+            lambda array, spec: place(mesh, array, *spec), (numbers, *operands), specs
+        )
+        of_model = jax.shard_map(
+            inside,
+            in_specs=(P("model"), *jax.tree.map(lambda _: P(), specs)),
+            out_specs=P(),
+            axis_names={"model"},
+        )
+        on_mesh = functools.partial(of_model, place(mesh, factors, "model"))
+        assert_trees_close(differentiate_twice(on_mesh, *placed), expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [of_data_and_closure, losses_times_weights, top_k_times_weights])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.one_in(3)
