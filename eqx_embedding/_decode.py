@@ -44,6 +44,7 @@ from ._suggest import (
     suggest_array,
     suggest_for_fields,
     suggest_key,
+    suggest_layer,
     suggest_number,
     suggest_table,
     suggest_tokens,
@@ -65,6 +66,7 @@ Weights = Bool[ArrayLike, "..."] | Integer[ArrayLike, "..."] | Float[ArrayLike, 
 
 
 _with_suggestions = suggest(
+    self=suggest_layer("EmbeddingDecode"),
     hidden=suggest_array,
     targets=suggest_tokens,
     target_weights=suggest_array,

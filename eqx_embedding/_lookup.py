@@ -25,7 +25,14 @@ from ._sharding import (
     Split,
     sum_over,
 )
-from ._suggest import explain_spmd, suggest, suggest_for_fields, suggest_table, suggest_tokens
+from ._suggest import (
+    explain_spmd,
+    suggest,
+    suggest_for_fields,
+    suggest_layer,
+    suggest_table,
+    suggest_tokens,
+)
 from ._table import EmbeddingTable, RowAxis, Rules
 
 
@@ -70,7 +77,7 @@ class EmbeddingLookup(eqx.Module):
                 f"out_of_range must be one of {get_args(OutOfRange)}, got {self.out_of_range!r}."
             )
 
-    @suggest(tokens=suggest_tokens)
+    @suggest(self=suggest_layer("EmbeddingLookup"), tokens=suggest_tokens)
     @jax.named_scope("EmbeddingLookup")
     def __call__(
         self,

@@ -15,7 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def suggest(**suggestions: Callable[[Any], str | None]) -> Callable[[Function], Function]:
-    """Adds a note to the type errors of a function.
+    """Adds notes to the errors of a function that are about the types of its arguments.
 
     **Arguments:**
 
@@ -24,17 +24,21 @@ def suggest(**suggestions: Callable[[Any], str | None]) -> Callable[[Function], 
     """
 
     def decorate(function: Any) -> Any:
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(function)
 
         @functools.wraps(function)
         def checked(*args, **kwargs):
             try:
                 return function(*args, **kwargs)
-            except TypeError as error:
-                given = dict(zip(parameters, args)) | kwargs
-                for name in suggestions.keys() & given.keys():
-                    if (suggestion := suggestions[name](given[name])) is not None:
-                        wrong = _describe(given[name])
+            except (TypeError, AttributeError) as error:
+                try:
+                    given = signature.bind_partial(*args, **kwargs).arguments
+                except TypeError:  # as the error says
+                    given = {}
+                for name, argument in given.items():
+                    suggestion = suggestions[name](argument) if name in suggestions else None
+                    if suggestion is not None:
+                        wrong = _describe(argument)
                         error.add_note(f"Instead of {name}={wrong}, use {suggestion}.")
                 raise
 
@@ -111,6 +115,11 @@ def suggest_table(table: Any) -> str | None:
     return "EmbeddingTable(array, ('vocabulary', 'embedding'))" if is_array else None
 
 
+def suggest_layer(name: str) -> Callable[[Any], str | None]:
+    """For methods that are called as functions: `EmbeddingDecode.score(table, ...)`."""
+    return lambda layer: None if hasattr(layer, "table") else f"{name}(table)"
+
+
 def suggest_number(number: Any) -> str | None:
     if isinstance(number, jax.Array | np.ndarray):
         return "a Python number, which is known while JAX traces the program"
@@ -120,4 +129,6 @@ def suggest_number(number: Any) -> str | None:
 def _describe(value: Any) -> str:
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.dtype.name}{list(value.shape)}"
+    if hasattr(value, "__dataclass_fields__"):
+        return f"{type(value).__name__}(...)"
     return reprlib.repr(value)

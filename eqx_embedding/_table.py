@@ -295,13 +295,18 @@ class EmbeddingTable(eqx.Module):
         return jax.tree_util.tree_map_with_path(sharding, self)
 
     @property
+    def _shape(self) -> tuple[int, ...]:
+        if not hasattr(self.embeddings, "shape"):
+            raise _no_array("embeddings", self.embeddings)
+        return self.embeddings.shape
+
+    @property
     def _stacked_shape(self) -> tuple[int, ...]:
-        shape = self.embeddings.shape
-        return shape[: len(shape) - len(self.axis_names)]
+        return self._shape[: len(self._shape) - len(self.axis_names)]
 
     @property
     def _sizes(self) -> tuple[int, ...]:
-        return self.embeddings.shape[len(self._stacked_shape) :]
+        return self._shape[len(self._stacked_shape) :]
 
     @property
     def _row_axis(self) -> RowAxis:
@@ -342,10 +347,7 @@ class EmbeddingTable(eqx.Module):
         for name, array in arrays.items():
             masked = isinstance(array, np.ma.MaskedArray)  # `jnp.asarray` would drop the mask
             if masked or not isinstance(array, jax.Array | np.ndarray):
-                raise ValueError(
-                    f"this table has {type(array).__name__} in place of its {name}. Combine the "
-                    "parts of the model first, for example with `eqx.combine`."
-                )
+                raise _no_array(name, array)
             if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise TypeError(f"{name} must be floating, got {array.dtype.name}.")
         self._check_byte_orders()
@@ -354,7 +356,7 @@ class EmbeddingTable(eqx.Module):
             raise ValueError(
                 f"this table is stacked: its embeddings have shape {self.embeddings.shape}, and "
                 f"axis_names={self.axis_names} describe the last {len(self.axis_names)} axes. "
-                f"{advice}"
+                f"{advice} If it is one table, name all of its axes."
             )
 
     def _check_byte_orders(self) -> None:
@@ -375,6 +377,13 @@ class EmbeddingTable(eqx.Module):
                 f"{self.vocabulary_axis!r}, padding rows included, got {self.bias.shape} for "
                 f"embeddings of shape {shape}."
             )
+
+
+def _no_array(name: str, found: Any) -> ValueError:
+    return ValueError(
+        f"this table has {type(found).__name__} in place of its {name}. Combine the parts of the "
+        "model first, for example with `eqx.combine`."
+    )
 
 
 suggest_for_fields(

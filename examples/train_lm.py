@@ -231,7 +231,9 @@ def train(
     size = sum(x.size for x in jax.tree.leaves(params))
     print(f"{size:,} parameters, {batch[:, 1:].size:,} tokens a step")
     # Compiled before the first checkpoint, and not as a part of the first step, which is timed.
-    train_step = make_step(optimizer, static).lower(batch, params, opt_state).compile()
+    train_step = make_step(optimizer, static)
+    if not jax.config.values["jax_disable_jit"]:
+        train_step = train_step.lower(batch, params, opt_state).compile()
 
     about = {"identity": identity, "tokenizer": data.tokenizer.json, "metrics": []}
     if config.run.resume:

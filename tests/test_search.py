@@ -103,6 +103,15 @@ def test_of_equal_logits_the_lower_token_comes_first(k):
     np.testing.assert_array_equal(tokens[0], np.argsort(-logits, stable=True)[:k])
 
 
+def test_of_equal_logits_zero_comes_before_minus_zero():
+    """As by `jax.lax.top_k`. Only a table of one feature has logits of -0."""
+    decode = EmbeddingDecode(
+        EmbeddingTable(jnp.asarray([[-1.0], [1.0], [-1.0]]), ("vocabulary", "embedding"))
+    )
+    _, tokens = decode.top_k(jnp.zeros((1, 1)), 3)
+    np.testing.assert_array_equal(tokens[0], jax.lax.top_k(decode(jnp.zeros(1)), 3)[1])
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_a_token_of_probability_zero_comes_before_padding(k):
     rows = jnp.zeros((6, 1))

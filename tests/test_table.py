@@ -401,6 +401,23 @@ def test_replaced_embeddings_are_checked_on_use():
                 use(other)
 
 
+def test_the_size_of_a_table_without_arrays_is_refused():
+    table = eqx.filter(make_table("first"), False)
+    for use in (
+        lambda: table.vocab_size,
+        lambda: table.embedding_axes,
+        lambda: table.partition_spec({}),
+    ):
+        with pytest.raises(ValueError, match="has NoneType in place of its embeddings.*combine"):
+            use()
+
+
+def test_a_table_that_lacks_a_name_is_told_to_name_all_axes():
+    table = EmbeddingTable(jnp.ones((9, 4)), ("vocabulary",))
+    with pytest.raises(ValueError, match="this table is stacked: .* name all of its axes"):
+        EmbeddingLookup(table)(FOUR_TOKENS)
+
+
 def test_embeddings_of_a_wrong_rank_or_dtype_are_refused():
     table, hidden = make_table("first"), make_array((4, 4), seed=1)
     for array, error, message in (

@@ -86,6 +86,11 @@ calls = {
     "short hidden of a loss": lambda: loss(hidden[:, :2], targets),
     "float targets": lambda: loss(hidden, jnp.ones(2)),
     "numpy float as target": lambda: loss(hidden[0], np.float32(1)),
+    "a loss of a table": lambda: EmbeddingDecode.cross_entropy(table, hidden, targets),
+    "vectors of a table": lambda: EmbeddingLookup.__call__(table, targets),
+    "data in the place of options": lambda: decode.token_loss(
+        lambda scores, *data: None, hidden, targets, hidden, hidden, hidden
+    ),
     "list of targets": lambda: loss(hidden, [0, 1]),
     "targets of another rank": lambda: loss(hidden, targets[:, None]),
     "targets of another size": lambda: loss(hidden, np.asarray([0, 1, 2])),
@@ -393,6 +398,9 @@ def test_wrong_tokens_and_policies_are_clear_errors_without_checks(unchecked):
         ("list of rows of several lengths", None),
         ("list of targets", "Instead of targets=[0, 1], use jnp.asarray([0, 1])."),
         ("list of weights", "Instead of weights=[1, 0], use jnp.asarray([1, 0])."),
+        ("data in the place of options", None),
+        ("a loss of a table", "Instead of self=EmbeddingTable(...), use EmbeddingDecode(table)."),
+        ("vectors of a table", "Instead of self=EmbeddingTable(...), use EmbeddingLookup(table)."),
         (
             "float targets",
             "Instead of targets=float32[2], use integers; for one-hot vectors these are "
@@ -416,7 +424,9 @@ def test_a_common_mistake_ends_with_what_to_write(checked, unchecked, call, sugg
         return
     accepted = {None} if suggestion.endswith("]).") else set()  # lists, if nothing checks them
     for error in {checked[call], unchecked[call]} - accepted:
-        assert re.match("(TypeCheck|Type)Error: ", error) and error.endswith(f"\n{suggestion}")
+        assert re.match("(TypeCheck|Type|Attribute)Error: ", error) and error.endswith(
+            f"\n{suggestion}"
+        )
 
 
 @pytest.mark.parametrize(

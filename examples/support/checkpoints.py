@@ -300,7 +300,10 @@ def _check_permissions(folder: Path) -> None:
 def check_identity(out: Path, here: dict[str, Any], there: dict[str, Any]) -> None:
     """Stops the program with one line that names what differs between two runs."""
     if differing := differences(here, there):
-        raise SystemExit(f"cannot resume: the run in {out} is another one: {differing}.")
+        advice = ""
+        if here["data"]["text"] != there["data"]["text"]:
+            advice = " Give the --text that it learned from."
+        raise SystemExit(f"cannot resume: the run in {out} is another one: {differing}.{advice}")
 
 
 def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
@@ -311,8 +314,15 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
         if isinstance(one, dict) and isinstance(other, dict):
             found += filter(None, [differences(one, other)])
         elif one != other:
+            one, other = map(_shorten, (one, other))
             found.append(f"{name} is {one} here and {other} there")
     return "; ".join(found)
+
+
+def _shorten(value: Any) -> Any:
+    """The first letters of a digest."""
+    is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    return f"{value[:8]}..." if is_digest else value
 
 
 def _x64() -> bool:

@@ -129,12 +129,24 @@ def test_a_finished_run_resumes_for_longer(finished, tmp_path):
     assert losses(longer)[:3] == losses(metrics) and longer[3]["step"] == 301
 
 
+@pytest.mark.exhaustive
+def test_a_run_may_be_debugged_without_jit(text, tmp_path):
+    config = tiny(text, tmp_path / "out", steps=1, sample_length=0)
+    environment = python_environment(JAX_DISABLE_JIT="1")
+    run = subprocess.run(command(config), capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    first = json.loads((config.run.out / "metrics.jsonl").read_text().splitlines()[0])
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        (expected,) = train_lm.main(changed(config, out=tmp_path / "jit"))
+    assert first["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"embedding_size": 16}, "embedding_size is 16 here and 8 there"),
         ({"num_layers": 2, "seed": 1}, "num_layers is 2 here and 1 there; seed is 1 here and 0"),
-        ({"text": None}, "text is .* here and .* there"),
+        ({"text": None}, r"text is .{8}\.{3} here and .{8}\.{3} there\. Give the --text that"),
         ({"tokenizer": "bpe"}, "tokenizer is bpe here and bytes there"),
     ],
 )
