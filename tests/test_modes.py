@@ -251,3 +251,24 @@ print(json.dumps([results.get(i) for i in range(16)]))
             EmbeddingDecode(table), lookup_reference(table, tokens), tokens
         )
         assert_close(result[0], value)
+
+
+def test_a_profile_names_each_method():
+    table, hidden, targets = make_table("first"), make_array((4, 4), seed=1), FOUR_TARGETS
+    decode, key = EmbeddingDecode(table), jax.random.key(0)
+    for name, method, argument in [
+        ("EmbeddingLookup", EmbeddingLookup(table), jnp.asarray(FOUR_TOKENS)),
+        ("EmbeddingDecode", decode, hidden),
+        ("EmbeddingDecode.score", lambda hidden: decode.score(hidden, targets), hidden),
+        ("EmbeddingDecode.top_k", lambda hidden: decode.top_k(hidden, 2), hidden),
+        ("EmbeddingDecode.sample", lambda hidden: decode.sample(hidden, key=key), hidden),
+        ("EmbeddingDecode.divergence", lambda x: decode.divergence(x, decode, x), hidden),
+        ("EmbeddingDecode.cross_entropy", lambda x: decode.cross_entropy(x, targets), hidden),
+        (
+            "EmbeddingDecode.token_loss",
+            lambda x: decode.token_loss(lambda scores: scores.entropy, x, targets),
+            hidden,
+        ),
+    ]:
+        text = jax.jit(lambda x: method(x)).lower(argument).as_text(debug_info=True)
+        assert f"/{name}/" in text, name

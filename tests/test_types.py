@@ -86,6 +86,9 @@ calls = {
     "short hidden of a loss": lambda: loss(hidden[:, :2], targets),
     "float targets": lambda: loss(hidden, jnp.ones(2)),
     "numpy float as target": lambda: loss(hidden[0], np.float32(1)),
+    "array as temperature": lambda: decode.divergence(
+        hidden, decode, hidden, temperature=jnp.ones(())
+    ),
     "a loss of a table": lambda: EmbeddingDecode.cross_entropy(table, hidden, targets),
     "vectors of a table": lambda: EmbeddingLookup.__call__(table, targets),
     "data in the place of options": lambda: decode.token_loss(
@@ -444,13 +447,20 @@ def test_a_common_mistake_ends_with_what_to_write(checked, unchecked, call, sugg
             "'embedding')).",
         ),
         (
+            "array as temperature",
+            "Instead of temperature=float32[], use a Python number, which is known while JAX "
+            "traces the program.",
+        ),
+        (
             "array as soft cap",
             "Instead of soft_cap=float32[], use a Python number, which is known while JAX traces "
             "the program.",
         ),
     ],
 )
-def test_a_common_mistake_in_a_field_ends_with_what_to_write(checked, call, suggestion):
+def test_a_common_mistake_that_only_the_checks_find_ends_with_what_to_write(
+    checked, call, suggestion
+):
     error = checked[call]
     assert "TypeCheckError: " in error
     assert "Instead of" not in error if suggestion is None else error.endswith(f"\n{suggestion}")
