@@ -24,11 +24,13 @@
 1. Method: `EmbeddingDecode.cross_entropy` writes the loss of one token as a function of its scores.
     `EmbeddingDecode.token_loss` accepts any such function.
 2. Inputs: `_call` collects the arguments. `_inputs` checks targets and weights, and marks the
-    tokens that count.
+    tokens that count. `_blockwise/_function.py` makes a value of the loss, which says what scores
+    it needs.
 3. Devices: `_sharding` says which mesh axes split what, and `_blockwise/_batch.py` gives each
     device its part of the batch and of the table.
-4. Kernel: the rest of `_blockwise/` runs on one device and loops over chunks of tokens. For each
-    chunk it computes the logits, the scores, the loss and the gradients.
+4. Kernel: the rest of `_blockwise/` runs on each device and loops over chunks of tokens. For each
+    chunk it computes the logits, the scores, the loss and the gradients. Devices that have other
+    rows of the table add up their sums.
 5. Back: the devices add up their losses. Gradients reach the vectors, the table and the weights.
 """
 

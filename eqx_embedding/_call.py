@@ -70,13 +70,12 @@ class Call(NamedTuple):
         """With what a teacher computes its logits from."""
         hidden, rows, bias, *_ = operands
         _check_tables(self.split, (self.options, self.operands.rows), (options, rows))
-        padded = self.options.padded or options.padded
         wide = np.promote_types(self.options.wide, options.wide)
-        comparison = Comparison(kind, temperature, padded, options.soft_cap, options.dtype)
+        comparison = Comparison(kind, temperature, options.soft_cap, options.dtype)
         teacher = Teacher(hidden, rows, None if bias is None else bias.astype(wide))
         return self._replace(
             options=self.options._replace(
-                padded=padded,
+                padded=self.options.padded or options.padded,
                 wide=wide,
                 transposed=self.options.transposed or options.transposed,
                 comparison=comparison,

@@ -20,8 +20,8 @@ from ._call import Call
 from ._devices import gather_wide
 from ._inputs import (
     as_array,
+    as_count,
     as_float_dtype,
-    as_named_int,
     as_real,
     as_temperature,
     at_least_float32,
@@ -165,11 +165,11 @@ class EmbeddingDecode(eqx.Module):
         batch = explicit_axes(vectors)[:batch_axes]
         columns = remaining(explicit_axes(rows)[0], batch)
         sharding = explicit_sharding(split.mesh, [*batch, columns])
-        vocab_size = split.vocab_size(self.table)
+        vocab_size, padded = split.vocab_size(self.table), self.table.padding_rows > 0
         row_axis = self.table._row_axis
-        product = Product(factors, sums, split, vocab_size, row_axis, sharding)
+        product = Product(factors, sums, split, vocab_size, padded, row_axis, sharding)
         logits = multiply(product, vectors, rows)
-        if self.table.padding_rows > 0:  # before the bias, after which XLA would copy the table
+        if padded:  # before the bias, after which XLA would copy the table
             logits = drop_padding(logits, split, [*batch, ()], vocab_size)
             bias = bias if bias is None else drop_padding(bias, split, [()], vocab_size)
             columns = ()
@@ -601,8 +601,7 @@ class EmbeddingDecode(eqx.Module):
     def _start_call(self, hidden: Hidden, chunk_size: Whole | None, rules: Rules | None) -> Call:
         """Checks the arguments that most methods have, and finds how devices split the arrays."""
         operands = self._operands("hidden", hidden, rules)
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        chunk_size = None if chunk_size is None else as_count("chunk_size", chunk_size)
         split = find_split(self.table, operands.hidden, len(operands.batch), rules)
         return Call(self._options(operands, split, chunk_size), split, operands)
 
@@ -632,7 +631,7 @@ class EmbeddingDecode(eqx.Module):
         hidden, rows = hidden.astype(options.dtype), rows.astype(options.dtype)
         return options, Operands(hidden, rows, bias)
 
-    def _options(self, operands: Operands, split: Split, chunk_size: Whole | None) -> Options:
+    def _options(self, operands: Operands, split: Split, chunk_size: int | None) -> Options:
         dtype, wide = self._product_dtypes(operands)
         return Options(
             vocab_size=split.vocab_size(self.table),
@@ -640,7 +639,7 @@ class EmbeddingDecode(eqx.Module):
             soft_cap=None if self.soft_cap is None else float(self.soft_cap),
             dtype=dtype,
             wide=wide,
-            chunk_size=None if chunk_size is None else as_named_int("chunk_size", chunk_size),
+            chunk_size=chunk_size,
             tiles=split.can_tile,
             transposed=self.table._row_axis != RowAxis(0),
         )

@@ -35,6 +35,13 @@ def as_named_int(name: str, number: Any) -> int:
     return as_int(number)
 
 
+def as_count(name: str, number: Any) -> int:
+    count = as_named_int(name, number)
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}.")
+    return count
+
+
 def as_real(number: Real | None) -> Any:
     """A NumPy number as a Python number, whose dtype JAX's promotion ignores."""
     return number.item() if isinstance(number, np.generic) else number
@@ -134,6 +141,10 @@ def tokens_in_range(
 Reshard = Callable[[Array], Array]  # splits an array over the mesh as the batch is split
 
 
+# A target that counts for nothing
+NO_TARGET = np.int32(-1)
+
+
 def prepare_targets(
     targets: ArrayLike,
     target_weights: ArrayLike | None,
@@ -144,7 +155,7 @@ def prepare_targets(
 ) -> tuple[Int[Array, "..."], Float[Array, "*batch k"] | None, Any]:
     """Checks targets and their weights, which get the dtype `dtype`, and applies `ignore_index`.
 
-    Returns the targets in int32, `vocab_size` if out of range and -1 for no target; their weights;
+    Returns the targets in int32, `vocab_size` if out of range, or `NO_TARGET`; their weights;
     and which tokens have a target, `None` if all do.
     """
     targets, in_range = tokens_in_range("targets", targets, vocab_size)
@@ -164,7 +175,7 @@ def prepare_targets(
         has_weight = has_weight & reshard(jnp.asarray(counts))
         counts = xp.any(counts, axis=-1)
     target_weights = reshard(_narrow_weights(target_weights, dtype, False, ()))
-    targets = jnp.where(has_weight, targets, np.int32(-1))
+    targets = jnp.where(has_weight, targets, NO_TARGET)
     return targets, jnp.where(has_weight, target_weights, 0), counts
 
 
@@ -177,7 +188,7 @@ def prepare_weights(
     mesh_axes: tuple[str, ...],
     reshard: Reshard,
 ) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"] | None]:
-    """Checks the weights, which get the dtype `dtype`; and which tokens count, `None` if all do.
+    """The weights, checked and in the dtype `dtype`; and which tokens count, `None` if all do.
 
     The weights are zero unless `counts`. With `normalize`, they are divided by their sum, also over
     the manual `mesh_axes`.

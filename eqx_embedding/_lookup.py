@@ -23,7 +23,7 @@ from ._sharding import (
     MappedAxisError,
     remaining,
     Split,
-    sum_over,
+    sum_over_axes,
 )
 from ._suggest import (
     explain_spmd,
@@ -211,7 +211,7 @@ def _take_of_mesh(lookup: _Lookup, array: Array, index: Array) -> Array:
     def on_mesh(operands: tuple[Array, Array]) -> Array:
         array, index = operands
         row_axis, _, split = lookup
-        arrangement = split.gather_rows(index.shape, row_axis.of(array.shape))
+        arrangement = split.arrange_lookup(index.shape, row_axis.of(array.shape))
         try:
             if arrangement is not None:
                 return _take_gathered(lookup, arrangement, array, index)
@@ -282,7 +282,7 @@ def _take_on_device(
         start = lax.axis_index(vocabulary) * row_axis.of(array.shape)
         row = index - start.astype(index.dtype)
     vectors = _Take(row_axis, out_sharding)(array, row).astype(dtype)
-    vectors = sum_over(vocabulary, vectors)
+    vectors = sum_over_axes(vocabulary, vectors)
     if past_the_end is None or not _has_nan(dtype):
         return vectors
     missing = jnp.expand_dims(index == past_the_end, range(index.ndim, vectors.ndim))

@@ -24,18 +24,15 @@ class Product(NamedTuple):
     sums: np.dtype
     split: Split
     vocab_size: int
+    padded: bool  # whether the whole table has padding rows
     row_axis: RowAxis  # of the table as it is stored
     out_sharding: Any
-
-    def padded(self, rows: Array) -> bool:
-        """Whether the whole table has padding rows, if this device has these rows of it."""
-        return len(rows) * self.split.size(self.split.manual_vocabulary) != self.vocab_size
 
 
 def multiply(product: Product, hidden: Array, rows: Array) -> Array:
     """The matrix product of hidden vectors and all rows, padding included: `*batch rows`."""
     dtypes = {hidden.dtype, rows.dtype, product.factors}
-    if dtypes == {product.sums} and not product.padded(rows):  # JAX knows the derivative
+    if dtypes == {product.sums} and not product.padded:  # JAX knows the derivative
         return _contract(product, hidden, rows)
     # As one operation, for else a `jax.lax.scan` would lose the rule below.
     return call_as_one(functools.partial(_multiply, product), hidden, rows)
@@ -83,7 +80,7 @@ def _contract(product: Product, hidden: Array, rows: Array) -> Array:
 
 def _zero_padding_rows(product: Product, rows: Array) -> Array:
     """The rows that this device has of a table, with zeros for the padding rows."""
-    if not product.padded(rows):
+    if not product.padded:
         return rows
     mesh_axes = product.split.manual_vocabulary
     start = lax.axis_index(mesh_axes) * len(rows) if mesh_axes else 0

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Int, Integer, PyTree
 
 from ._inputs import (
     as_array,
-    as_named_int,
+    as_count,
     check_byte_order,
     is_seen,
     nan_where,
@@ -62,16 +62,14 @@ def unique_tokens(
     A `ValueError` for a size below 1. A `TypeError` for tokens that are not integers, or of 64 bits
     and traced outside of JAX's 64-bit mode.
     """
-    size = as_named_int("size", size)
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}.")
+    size = as_count("size", size)
     tokens, in_range = tokens_in_range("tokens", tokens, NO_TOKEN)
     xp = np if isinstance(tokens, np.ndarray) else jnp
     tokens = jnp.asarray(xp.where(in_range, tokens, NO_TOKEN).astype(np.int32))
     sharding, tokens = _sharding_in_type(tokens), _replicate(tokens)
     # Two sorts are faster than `jnp.unique`, which sorts pairs
     ordered = jnp.sort(tokens.reshape(-1))
-    repeats = jnp.pad(ordered[1:] == ordered[:-1], (1, 0))[: len(ordered)]
+    repeats = jnp.pad(ordered[1:] == ordered[:-1], (1, 0))[: len(ordered)]  # of none, there is one
     ids = jnp.sort(jnp.where(repeats, NO_TOKEN, ordered))[:size]
     ids = jnp.pad(ids, (0, size - len(ids)), constant_values=NO_TOKEN)
     places = jnp.minimum(_count_smaller(ids, tokens), size - 1)

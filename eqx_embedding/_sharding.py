@@ -75,23 +75,21 @@ class Split(NamedTuple):
         """The number of tokens of the whole table of which this device may have a part."""
         return table._count_tokens(table._num_rows * self.size(self.manual_table[0]))
 
-    def gather_rows(self, shape: tuple[Any, ...], num_rows: int) -> "Arrangement | None":
+    def arrange_lookup(self, shape: tuple[Any, ...], num_rows: int) -> "Arrangement | None":
         """How to gather the table for a lookup, or `None` to leave it to XLA.
 
         It is gathered only if the same mesh axes split the table and the tokens, and there are at
         least as many tokens, of the given shape, as rows. Columns that other axes split stay where
         they are.
         """
-        batch = flat(self.batch)
-        shared = tuple(common(axes, batch) for axes in self.table)
-        group = self.size(flat(shared))
-        if group == 1:
+        batch, shared, (vocabulary, *others) = self._compare_axes()
+        count = self.size(flat(shared))
+        if count == 1:
             return None
-        vocabulary, *others = (remaining(axes, [batch]) for axes in self.table)
         sizes = zip(shape, self.batch, strict=True)
         if any(not isinstance(n, int) or n % self.size(axes) != 0 for n, axes in sizes):
             return None  # a symbolic size, of `jax.export`, or rules that do not fit
-        num_tokens = math.prod(shape) * group // self.size(batch)
+        num_tokens = math.prod(shape) * count // self.size(batch)
         if num_tokens < num_rows // self.size(vocabulary):
             return None
         table = tuple(map(operator.add, (vocabulary, *others), shared))
@@ -108,9 +106,7 @@ class Split(NamedTuple):
         Both numbers are those of the arrays that are handed over, which are the part of a device
         along manual axes. The number of tokens may be symbolic where nothing is split.
         """
-        batch = flat(self.batch)
-        shared = [common(axes, batch) for axes in self.table]
-        vocabulary, *others = (remaining(axes, [batch]) for axes in self.table)
+        batch, shared, (vocabulary, *others) = self._compare_axes()
         manual, manual_shared = self.manual_vocabulary, self.manual_shared
 
         def divides(axes: Axes) -> bool:
@@ -133,6 +129,12 @@ class Split(NamedTuple):
         split = (vocabulary + flat(shared), *none[1:])
         of_tokens = manual_shared[0] + flat(shared)
         return Arrangement(split, manual + manual_shared[0] + split[0], none, of_tokens)
+
+    def _compare_axes(self) -> tuple[Axes, tuple[Axes, ...], tuple[Axes, ...]]:
+        """Those of the batch; of each axis of the table, those among these, and the others."""
+        batch = flat(self.batch)
+        shared = tuple(common(axes, batch) for axes in self.table)
+        return batch, shared, tuple(remaining(axes, [batch]) for axes in self.table)
 
     def with_examples(self, axes: Axes) -> "Split":
         """The split of a batch with one more axis in front, which the mesh axes split."""
@@ -302,7 +304,7 @@ def varying_axes(*arrays: Array | np.ndarray | None) -> frozenset[str]:
     return frozenset[str]().union(*(of_array.varying for of_array in types))
 
 
-def sum_over(axes: Iterable[str], array: Array) -> Array:
+def sum_over_axes(axes: Iterable[str], array: Array) -> Array:
     """The sum of an array over manual mesh axes."""
     axes = tuple(sorted(axes))
     return lax.psum(array, axes) if axes else array

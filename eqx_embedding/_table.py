@@ -281,10 +281,9 @@ class EmbeddingTable(eqx.Module):
         a table that is not stacked, arrays with fewer axes, such as the factors of Adafactor, are
         not split. Neither is an axis of size 1.
         """
-        names = {"embeddings": self.axis_names, "bias": (self.vocabulary_axis,)}
 
         def sharding(path: Any, array: Any) -> NamedSharding:
-            axes = [find_entry(rules, name) for name in names[path[0].name]]
+            axes = [find_entry(rules, name) for name in self._axes_of_arrays[path[0].name]]
             stacked = len(array.shape) - len(axes)
             if stacked < 0:
                 return NamedSharding(mesh, PartitionSpec())
@@ -307,6 +306,11 @@ class EmbeddingTable(eqx.Module):
     @property
     def _sizes(self) -> tuple[int, ...]:
         return self._shape[len(self._stacked_shape) :]
+
+    @property
+    def _axes_of_arrays(self) -> dict[str, tuple[str, ...]]:
+        """The names of the last axes of each array."""
+        return {"embeddings": self.axis_names, "bias": (self.vocabulary_axis,)}
 
     @property
     def _row_axis(self) -> RowAxis:

@@ -61,7 +61,7 @@ def find_vocab_size(tables: dict[str, EmbeddingTable], advice: str) -> int:
     """
     sizes: dict[int, str] = {}
     for path, table in tables.items():
-        for field, names in _axis_names(table).items():
+        for field, names in table._axes_of_arrays.items():
             array = getattr(table, field)
             if not is_array(array):
                 _check_holds_no_arrays(f"{path}.{field}", array, advice)
@@ -129,9 +129,9 @@ def map_fields(
     names, vocabulary_axis = table.axis_names, table.vocabulary_axis
     shape = [padding_rows + 1 if name == vocabulary_axis else 1 for name in names]
     return eqx.tree_at(
-        lambda table: [getattr(table, field) for field in _axis_names(table)],
+        lambda table: [getattr(table, field) for field in table._axes_of_arrays],
         EmbeddingTable(np.zeros(shape), names, vocabulary_axis, padding_rows),
-        [function(field) for field in _axis_names(table)],
+        [function(field) for field in table._axes_of_arrays],
         is_leaf=lambda leaf: leaf is None,
     )
 
@@ -161,7 +161,7 @@ def map_arrays(
 
 def find_place(table: EmbeddingTable, field: str, array: Any) -> Place:
     """Where the rows of this array in a field are. `num_stacked` is negative if it lacks axes."""
-    names = _axis_names(table)[field]
+    names = table._axes_of_arrays[field]
     num_stacked = len(array.shape) - len(names)
     row_axis = find_row_axis(names, table.vocabulary_axis, num_stacked)
     return Place(field, row_axis, num_stacked)
@@ -169,8 +169,3 @@ def find_place(table: EmbeddingTable, field: str, array: Any) -> Place:
 
 def _is_table(node: Any) -> bool:
     return isinstance(node, EmbeddingTable)
-
-
-def _axis_names(table: EmbeddingTable) -> dict[str, tuple[str, ...]]:
-    """The names of the last axes of each array of a table."""
-    return {"embeddings": table.axis_names, "bias": (table.vocabulary_axis,)}

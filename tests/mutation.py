@@ -56,6 +56,7 @@ TESTS = {
     "_blockwise/_reference": "score token_loss divergence",
     "_blockwise/_search": "search devices/search",
     "_blockwise/_scores": "score soft_targets cross_entropy divergence devices/fully_sharded",
+    "_blockwise/_token_scores": "score divergence",
     "_devices/__init__": "types",
     "_devices/_collectives": "token_loss cross_entropy devices/losses devices/fully_sharded",
     "_devices/_gather": "devices/fully_sharded devices/split",

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
@@ -21,7 +20,7 @@ from .._devices import (
     is_alone,
     widen,
 )
-from .._inputs import at_least_float32
+from .._inputs import at_least_float32, NO_TARGET
 from .._sharding import (
     Arrangement,
     Axes,
@@ -30,7 +29,7 @@ from .._sharding import (
     remaining,
     reshard,
     Split,
-    sum_over,
+    sum_over_axes,
 )
 from .._suggest import explain_spmd
 from ._chunks import only
@@ -40,15 +39,16 @@ from ._device_search import device_sample, device_top_k
 from ._device_total import device_total
 from ._function import TokenFunction
 from ._logits import Local, Operands, Options, Teacher
-from ._reference import Scores
 from ._scores import Used
+from ._token_scores import Scores
 
 
 @explain_spmd
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> Scores:
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
-    return _map_tokens(options, split, device_scores, used, operands)
+    of_shared = functools.partial(_scores_of_shared_vectors, options, split, used)
+    return _map_tokens(options, split, device_scores, used, operands, of_shared)
 
 
 @explain_spmd
@@ -69,15 +69,19 @@ def _map_tokens(
     options: Options,
     split: Split,
     of_device: Callable[[Options, Any, Operands], PyTree],
-    wanted: Any,
+    argument: Any,
     operands: Operands,
+    of_shared: Callable[[int, Operands, Operands], PyTree] | None = None,
 ) -> PyTree:
-    """`of_device(options, wanted, operands)`, arrays (N, ...), for all tokens of a batch."""
+    """`of_device(options, argument, operands)`, arrays (N, ...), for all tokens of a batch.
+
+    `of_shared` is another way, for examples that share their vectors.
+    """
     arrangement = split.arrange(math.prod(operands.batch), len(operands.rows))
 
     def on_one_device(operands: Operands) -> PyTree:
         known, own = _prepare(options, split, arrangement, operands)
-        return _unflatten(operands.batch, of_device(known, wanted, own))
+        return _unflatten(operands.batch, of_device(known, argument, own))
 
     def on_devices(operands: Operands) -> PyTree:
         operands = _match_rows(split, arrangement, operands)
@@ -88,10 +92,10 @@ def _map_tokens(
         if _has_own_table(mapped):
             return None
         # If a mesh splits the examples, each device has its own.
-        if _share_vectors(size, mapped, operands) and not mesh_axes:
-            return _scores_of_shared_vectors(options, split, wanted, size, mapped, operands)
+        if of_shared and _share_vectors(size, mapped, operands) and not mesh_axes:
+            return of_shared(size, mapped, operands)
         each = _add_example_axis(size, mapped, operands)
-        return _map_tokens(options, split.with_examples(mesh_axes), of_device, wanted, each)
+        return _map_tokens(options, split.with_examples(mesh_axes), of_device, argument, each)
 
     return call_as_one(on_devices, operands, vmap_rule=on_examples)
 
@@ -121,7 +125,7 @@ def token_losses(
         if wanted.total:
             both: Any = device_total(known, wanted.function, wanted.scores, own)
             total, scores = both
-            return sum_over(split.all_batch, total), _unflatten(operands.batch, scores)
+            return sum_over_axes(split.all_batch, total), _unflatten(operands.batch, scores)
         scores = device_scores(known, wanted.used, _score_operands(own))
         of_tokens = scores, own.weights, own.data, own.closure, own.mask
         losses = device_losses(wanted.function, None, known.local.outer_axes, *of_tokens)
@@ -168,7 +172,7 @@ def _scores_of_shared_vectors(
     if mapped.targets:  # several for each token
         if mapped.mask:
             counts = jnp.expand_dims(mask, range(mask.ndim, targets.ndim))
-            targets = jnp.where(counts, targets, np.int32(-1))
+            targets = jnp.where(counts, targets, NO_TARGET)
         targets = jnp.moveaxis(targets, 0, -1)
         k = math.prod(targets.shape[len(batch) :])
         operands = operands._replace(targets=targets.reshape(*batch, k))
@@ -210,7 +214,7 @@ def _losses_of_examples(
     of_example = mapped.closure if any(mapped.closure) else None
     losses = _weighted_losses(split, wanted.function, of_example, *of_tokens)
     if wanted.total:
-        losses = sum_over(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
+        losses = sum_over_axes(split.manual_batch, jnp.sum(losses, axis=range(1, losses.ndim)))
     if not wanted.scores:
         return losses, None
     return losses, jax.tree.map(functools.partial(only, each.mask), scores)
@@ -236,7 +240,7 @@ def _weighted_losses(
 
     def on_one_device(scores, weights, data, closure, mask):
         operands = scores, weights, data, _widen_closure(closure), mask
-        _, operands = _mark_shared(split.manual_vocabulary, (), operands)
+        _, operands = _cast_all_to_varying(split.manual_vocabulary, (), operands)
         outer_axes = _outer_axes(split, operands)
         return device_losses(function, of_example, outer_axes, *operands)
 
@@ -305,7 +309,7 @@ def _prepare(
     others = operands._replace(hidden=None, rows=None, bias=None)
     others = others._replace(closure=_widen_closure(operands.closure))
     same = remaining(arrangement.vocabulary, [arrangement.tokens])
-    (hidden, rows, bias), others = _mark_shared(same, head, others)
+    (hidden, rows, bias), others = _cast_all_to_varying(same, head, others)
     kind, gathered = device_type(hidden, rows), arrangement.gathered
     rows = gather(options.dtype, gathered, rows)
     bias = bias if bias is None else gather(options.wide, gathered[:1], bias)
@@ -361,14 +365,14 @@ def _unflatten(batch: tuple[Any, ...], tree: PyTree) -> PyTree:
     return jax.tree.map(lambda array: array.reshape(*batch, *array.shape[1:]), tree)
 
 
-def _mark_shared(same: Axes, head: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree]:
-    """Tells JAX that all arrays differ from device to device; tokens not along the axes `same`.
+def _cast_all_to_varying(same: Axes, head: PyTree, others: PyTree) -> tuple[PyTree, PyTree]:
+    """Tells JAX that all arrays differ from device to device; others not along the axes `same`.
 
     Where an array is in fact shared, JAX then sums its gradient over the devices: once, and in the
     wide dtype that it has here.
     """
-    axes = device_type(head, tokens).varying
-    return cast_to_varying(axes, head), cast_to_varying(axes - {*same}, tokens)
+    axes = device_type(head, others).varying
+    return cast_to_varying(axes, head), cast_to_varying(axes - {*same}, others)
 
 
 def _widen_closure(closure: tuple[Array, ...]) -> tuple[Array, ...]:

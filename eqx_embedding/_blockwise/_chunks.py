@@ -19,7 +19,7 @@ def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
 
 
 def over_tiles(size: int, tile_size: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-    """`carry = body(start, length, carry)` for tiles of `size` rows; the last may be shorter."""
+    """`carry = body(start, length, carry)` for each tile of some rows; the last may be shorter."""
     tile_size = min(tile_size, size)
     count, rest = divmod(size, tile_size)
     carry = loop(count, lambda i, carry: body(i * tile_size, tile_size, carry), carry)
@@ -56,7 +56,7 @@ class Chunks:
         count = max(-(-N // chunk_size), 1)
         C = -(-N // count)
         if count > 1:
-            C = -(-C // 16) * 16  # a processor computes 16 numbers at once
+            C = -(-C // 16) * 16  # a vector register of a CPU has up to 16 numbers
             count = -(-N // C)
             C = N if count == 1 else C
         self.num_tokens, self.count, self.size = N, count, C

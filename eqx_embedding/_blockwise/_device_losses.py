@@ -14,11 +14,12 @@ from jaxtyping import Array
 from .._devices import device_type, load, save, Saved, without_devices
 from ._chunks import only
 from ._function import TokenFunction
-from ._reference import Scores
 from ._scores import nan_if_unknown
+from ._token_scores import Scores
 
 
-# What `fn` gets in place of masked tokens, if all are masked. The loss of that is thrown away.
+# What `fn` gets in place of masked tokens, if all are masked: scores, or a divergence, which is the
+# first of these. The loss of that is thrown away.
 PLAIN_SCORES = -0.5, -1.0, 0.5, 1.0, 0.0
 PLAIN_DATA = 0.5
 

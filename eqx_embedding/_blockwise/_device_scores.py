@@ -16,8 +16,8 @@ from .._inputs import nan_where
 from ._chunks import only
 from ._gradients import chunk_gradients, chunk_scores, HeadGradient, zero_gradient
 from ._logits import chunks_of, make_head, on_device, Operands, Options
-from ._reference import differentiable, Scores
 from ._scores import Used
+from ._token_scores import differentiable, Scores
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -34,8 +34,8 @@ def all_scores(options: Options, used: Used, operands: Operands) -> Scores:
 def _scores(used: Used, options: Options, operands: Operands) -> Scores:
     head = make_head(options, operands)
 
-    def chunk(sums: Any, is_token: Array | None, x: Array, y: Array) -> Any:
-        return sums, chunk_scores(options, used, head, x, y)
+    def chunk(sums: Any, is_token: Array | None, x: Array, goals: Array) -> Any:
+        return sums, chunk_scores(options, used, head, x, goals)
 
     tokens = operands.hidden, operands.goals
     _, scores = chunks_of(options, operands).run(chunk, tokens, ())
@@ -73,18 +73,18 @@ def _score_gradients(
         d_head: HeadGradient,
         is_token: Array | None,
         x: Array,
-        y: Array,
+        goals: Array,
         of_chunk: tuple[Array, ...],
         before: Array,
     ) -> Any:
         first, *others = (only(is_token, cotangent) for cotangent in of_chunk)
 
         def of_tokens(scores: Scores) -> Any:
-            # A target out of range has no gradient
+            # The gradient of a target out of range is NaN
             is_nan = jnp.isnan(before) & (first != 0)
             return (nan_where(is_nan, first), *others), None
 
-        d_x, d_head, _ = chunk_gradients(options, used, head, x, y, of_tokens, d_head)
+        d_x, d_head, _ = chunk_gradients(options, used, head, x, goals, of_tokens, d_head)
         return d_head, d_x
 
     tokens = operands.hidden, operands.goals, cotangents, before
@@ -94,7 +94,7 @@ def _score_gradients(
         tokens = jax.lax.optimization_barrier(tokens)
     d_head, d_hidden = chunks.run(chunk, tokens, zero_gradient(options, head, chunks.count))
     d_rows, d_bias = d_head.rows.astype(options.wide), d_head.bias
-    return Operands(d_hidden, d_rows, d_bias, targets=None, mask=None)
+    return Operands(d_hidden, d_rows, d_bias)
 
 
 def _any_of_token(array: Array) -> Array:

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from .._devices import call_as_one, jvp_of_active, save, Saved
 from ._device_scores import all_scores, device_scores_backward
 from ._logits import chunks_of, Head, make_head, on_device, Operands, Options
-from ._reference import TokenScores
 from ._scores import Used
 from ._search import draw_among, draw_token, Draws, find_likeliest
+from ._token_scores import TokenScores
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

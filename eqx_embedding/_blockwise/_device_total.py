@@ -20,8 +20,8 @@ from ._chunks import only
 from ._function import TokenFunction
 from ._gradients import chunk_gradients, chunk_scores, zero_gradient
 from ._logits import chunks_of, make_head, on_device, Operands, Options
-from ._reference import differentiable, Scores
 from ._scores import nan_if_unknown
+from ._token_scores import differentiable, Scores
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -39,9 +39,14 @@ def _total(
     head, used = make_head(options, operands), function.used(return_scores)
 
     def chunk(
-        total: Array, is_token: Array | None, x: Array, y: Array, w: Array, data: tuple[Array, ...]
+        total: Array,
+        is_token: Array | None,
+        x: Array,
+        goals: Array,
+        w: Array,
+        data: tuple[Array, ...],
     ) -> Any:
-        scores = chunk_scores(options, used, head, x, y)
+        scores = chunk_scores(options, used, head, x, goals)
         losses = w * function.of_tokens(scores, data, operands.closure)
         losses = only(is_token, nan_if_unknown(scores, losses))
         return total + jnp.sum(losses), scores if return_scores else None
@@ -68,7 +73,7 @@ def _total_and_gradients(
     head, used = make_head(options, operands), function.used(return_scores)
 
     def chunk(
-        sums: Any, is_token: Array | None, x: Array, y: Array, w: Array, data: tuple[Array, ...]
+        sums: Any, is_token: Array | None, x: Array, goals: Array, w: Array, data: tuple[Array, ...]
     ) -> Any:
         total, d_closure, d_head = sums
 
@@ -81,7 +86,7 @@ def _total_and_gradients(
             return differentiable(d_scores), (scores, losses, d_data, new)
 
         d_x, d_head, (scores, losses, d_data, new) = chunk_gradients(
-            options, used, head, x, y, of_tokens, d_head
+            options, used, head, x, goals, of_tokens, d_head
         )
         total = total + jnp.sum(only(is_token, nan_if_unknown(scores, w * losses)))
         d_closure = jax.tree.map(jnp.add, d_closure, new)

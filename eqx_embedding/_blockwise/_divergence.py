@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from .._devices import sum_over_devices
 from ._chunks import over_tiles, tile
 from ._logits import Head, Options, tile_logits
-from ._reference import Divergence
 from ._scores import cool, find_statistics, Used
+from ._token_scores import Divergence
 
 
 # Takes cotangents, and returns a function of the first row of a tile, and of its logits.

@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from .._devices import no_mesh
 from .._sharding import varying_axes
-from ._reference import Divergence, Scores, TokenScores
 from ._scores import Used
+from ._token_scores import Divergence, Scores, TokenScores
 
 
 class TokenFunction:

@@ -25,8 +25,8 @@ from ._logits import (
     tile_logits,
     without_padding,
 )
-from ._reference import Scores, TokenScores
 from ._scores import as_scores, find_statistics, LOWEST, Statistics, Targets, targets_first, Used
+from ._token_scores import Scores, TokenScores
 
 
 class HeadGradient(NamedTuple):
@@ -48,18 +48,19 @@ def zero_gradient(options: Options, head: Head, num_chunks: int) -> HeadGradient
 
 
 def chunk_scores(
-    options: Options, used: Used, head: Head, x: Float[Array, "C D"], targets: Array
+    options: Options, used: Used, head: Head, x: Float[Array, "C D"], goals: Array
 ) -> Scores:
-    """The scores of C tokens; those that are not used have no meaning."""
-    x, targets = all_tokens(options, (x, targets))
+    """The scores of C tokens; those that are not used have no meaning. `goals` are the targets, or
+    the hidden vectors of a teacher."""
+    x, goals = all_tokens(options, (x, goals))
 
     def logits(start: Any, size: int) -> Array:
         return tile_logits(options, head, x, start, size)
 
     if options.comparison is None:
-        statistics = find_statistics(options, used, head, targets, logits)
-        return own_tokens(options, as_scores(options, targets, statistics))
-    scores, _ = compare(options, head, targets, logits(0, len(head.rows)))
+        statistics = find_statistics(options, used, head, goals, logits)
+        return own_tokens(options, as_scores(options, goals, statistics))
+    scores, _ = compare(options, head, goals, logits(0, len(head.rows)))
     return own_tokens(options, scores)
 
 
@@ -68,7 +69,7 @@ def chunk_gradients(
     used: Used,
     head: Head,
     x: Float[Array, "C D"],
-    targets: Array,
+    goals: Array,
     cotangents_of: Callable[[Any], tuple[tuple[Array, ...], Any]],
     d_head: HeadGradient,
 ) -> tuple[Float[Array, "C D"], HeadGradient, Any]:
@@ -78,13 +79,13 @@ def chunk_gradients(
     anything else, which is handed on. Returns the gradient of `x`; `d_head`, with that of the table
     added; anything else.
     """
-    x, targets = all_tokens(options, (x, targets))
+    x, goals = all_tokens(options, (x, goals))
     (C, D), (V, _) = x.shape, head.rows.shape
     z = tile_logits(options, head, x, 0, V)
     if options.comparison is None:
-        scores, pull_back = _score_targets(options, used, head, targets, z)
+        scores, pull_back = _score_targets(options, used, head, goals, z)
     else:
-        scores, pull_back = compare(options, head, targets, z)
+        scores, pull_back = compare(options, head, goals, z)
     cotangents, other = cotangents_of(own_tokens(options, scores))
     gradient = pull_back(all_tokens(options, cotangents))
 

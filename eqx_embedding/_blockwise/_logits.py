@@ -30,10 +30,8 @@ class Comparison(NamedTuple):
 
     kind: str  # "forward", "reverse" or "jensen_shannon"
     temperature: float
-    # of the logits of the teacher
-    padded: bool
-    soft_cap: float | None
-    dtype: DTypeLike
+    soft_cap: float | None  # of the teacher
+    dtype: DTypeLike  # of the factors of its logits
 
 
 class Local(NamedTuple):
@@ -52,7 +50,7 @@ class Options(NamedTuple):
     """What is known when the program is compiled."""
 
     vocab_size: int  # the first so many rows are tokens, the others padding
-    padded: bool  # whether there are others
+    padded: bool  # whether there are others, here or in the table of a teacher
     soft_cap: float | None
     dtype: DTypeLike  # of the factors of the logits
     wide: DTypeLike  # of all else: float32 or float64
@@ -93,8 +91,7 @@ class Options(NamedTuple):
     def of_teacher(self) -> "Options":
         """Those of the logits of the teacher."""
         assert self.comparison is not None
-        _, _, padded, soft_cap, dtype = self.comparison
-        return self._replace(padded=padded, soft_cap=soft_cap, dtype=dtype)
+        return self._replace(soft_cap=self.comparison.soft_cap, dtype=self.comparison.dtype)
 
 
 class Teacher(NamedTuple):
@@ -228,8 +225,8 @@ def tile_logits(
     z = z if head.bias is None else z + tile(head.bias, start, size)[:, None]
     if options.soft_cap is not None:
         z = options.soft_cap * jnp.tanh(z / options.soft_cap)
-        # Changes no number, but makes XLA round the product before it subtracts from it. A low
-        # temperature would make much of the difference.
+        # Changes no number, but makes XLA round the product before anything is subtracted. A low
+        # temperature would enlarge the difference.
         z = jnp.maximum(z, -options.soft_cap)
     z = without_padding(options, head, z, start, -jnp.inf)
     return lax.optimization_barrier(z) if options.plan.hold_logits else z

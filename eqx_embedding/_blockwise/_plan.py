@@ -138,9 +138,8 @@ def _accelerator_chunk(platform: Platform, work: Work) -> int:
     C = SMALLEST_CHUNK
     if work.logits_fit:
         C = min(max(min(D // 256 * 128, quarter), C), 2048)
-    if N < SMALLEST_CHUNK * -(
-        -N // C
-    ):  # Even chunks would be smaller: as many of that size as fit.
+    count = -(-N // C)
+    if N < SMALLEST_CHUNK * count:  # even chunks would be smaller: as many of that size as fit
         C = -(-N // max(N // SMALLEST_CHUNK, 1))
     sums = 4 * D + 4 * N * D // V
     if platform == "gpu":

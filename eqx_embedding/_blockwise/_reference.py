@@ -1,7 +1,7 @@
 """What is computed in this folder, before how: from all logits at once, in a few lines.
 
-The other modules give the same numbers from the logits of a chunk of tokens at a time. They use
-this:
+Only tests call this. The other modules give the same numbers from the logits of a chunk of tokens
+at a time. They use this, with V tokens in the whole vocabulary:
 
 | score           | meaning                         | its derivative by logit j, with p = softmax |
 | --------------- | ------------------------------- | ------------------------------------------- |
@@ -27,43 +27,12 @@ m = (p + q) / 2:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-
-class TokenScores(NamedTuple):
-    """What [`eqx_embedding.EmbeddingDecode.score`][] says of each token.
-
-    - `log_prob`: the logarithm of the probability of the target.
-    - `mean_log_prob`: the mean of the logarithms of the probabilities of all tokens of the
-        vocabulary.
-    - `entropy`: that of the distribution over the vocabulary, in nats.
-    - `logsumexp`: the logarithm of the sum of the exponentials of the logits.
-    - `is_top`: whether the target has the largest logit; of equal logits that of the lower token.
-    """
-
-    log_prob: Float[Array, "*batch"]
-    mean_log_prob: Float[Array, "*batch"]
-    entropy: Float[Array, "*batch"]
-    logsumexp: Float[Array, "*batch"]
-    is_top: Bool[Array, "*batch"]
-
-
-class Divergence(NamedTuple):
-    """What a loss of a student and a teacher is a function of."""
-
-    divergence: Float[Array, "*batch"]
-
-
-Scores = TokenScores | Divergence
-
-
-def differentiable(scores: Any) -> tuple[Any, ...]:
-    """Those of the scores that have a derivative."""
-    return tuple(scores[:4])
+from ._token_scores import TokenScores
 
 
 def reference_loss(

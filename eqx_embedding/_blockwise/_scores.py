@@ -12,7 +12,7 @@ from .._devices import max_over_devices, min_over_devices, sum_over_devices
 from .._inputs import nan_where
 from ._chunks import over_tiles
 from ._logits import Head, is_unknown, Options, tokens_before, without_padding
-from ._reference import Scores, TokenScores
+from ._token_scores import Scores, TokenScores
 
 
 Targets = Int[Array, " C"] | Int[Array, "C k"]  # one target for each token, or k

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from .._devices import gather_over_devices, max_over_devices, min_over_devices, sum_over_devices
-from .._inputs import HOTTEST, nan_where
+from .._inputs import HOTTEST, nan_where, NO_TARGET
 from ._chunks import over_tiles, tile
 from ._logits import all_tokens, Head, Options, own_tokens, tile_logits
 from ._scores import find_statistics, Used
@@ -120,7 +120,7 @@ def _likeliest_one(options: Options, head: Head, x: Array) -> tuple[Array, Array
     def logits(start: Any, size: int) -> Array:
         return tile_logits(options, head, x, start, size)
 
-    targets = jnp.full(len(x), UNDRAWN)
+    targets = jnp.full(len(x), NO_TARGET)
     statistics = find_statistics(options, Used(is_top=True), head, targets, logits)
     total = statistics.total
     return -jnp.log(total)[:, None], statistics.top[:, None], total

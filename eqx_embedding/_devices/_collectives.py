@@ -13,7 +13,7 @@ from jaxtyping import Array
 from .._inputs import at_least_float32
 from .._sharding import Axes, count_devices
 from ._primitive import call_linear
-from ._scatter import scatter
+from ._scatter import reduce_scatter
 from ._types import cast_to_varying, DeviceType, erase_type, NO_MESH, restore_type
 
 
@@ -57,7 +57,7 @@ def gather_over_devices(group: Group, array: Array) -> Array:
 
         def sum_wide(cotangent: Array) -> Array:
             wide = cotangent.astype(at_least_float32(cotangent.dtype))
-            return scatter(axes, 0, wide).astype(cotangent.dtype)
+            return reduce_scatter(axes, 0, wide).astype(cotangent.dtype)
 
         is_float = jnp.issubdtype(array.dtype, jnp.floating)
         return call_linear(gather, sum_wide, array) if is_float else gather(array)
@@ -72,7 +72,7 @@ def sum_to_owners(group: Group, array: Array) -> Array:
         def gather(cotangent: Array) -> Array:
             return lax.all_gather(cotangent, axes, tiled=True)
 
-        return call_linear(lambda array: scatter(axes, 0, array), gather, array)
+        return call_linear(lambda array: reduce_scatter(axes, 0, array), gather, array)
 
     return _collective(sum_and_scatter, group, array)
 

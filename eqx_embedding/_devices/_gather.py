@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from .._sharding import Axes, flat
 from ._primitive import call_linear
-from ._scatter import scatter, scatter_in_rings
+from ._scatter import reduce_scatter, reduce_scatter_in_rings
 from ._types import widen
 
 
@@ -49,8 +49,8 @@ def gather(dtype: DTypeLike, mesh_axes: tuple[Axes, ...], array: Array) -> Array
                 cotangent = lax.platform_dependent(
                     cotangent,
                     # XLA for TPUs would sum the whole array, and then take a part of it
-                    tpu=functools.partial(scatter_in_rings, axes, position),
-                    default=functools.partial(scatter, axes, position),
+                    tpu=functools.partial(reduce_scatter_in_rings, axes, position),
+                    default=functools.partial(reduce_scatter, axes, position),
                 )
         return cotangent
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
-from .._sharding import sum_over, varying_axes
+from .._sharding import sum_over_axes, varying_axes
 
 
 def raise_unless(valid: Bool[Array | np.ndarray, "..."], message: str) -> Bool[Array, ""]:
@@ -26,7 +26,7 @@ def raise_unless(valid: Bool[Array | np.ndarray, "..."], message: str) -> Bool[A
         failed = np.asarray(not valid.all())
     else:
         failed = jnp.any(~valid)
-        failed = unvmap_any(sum_over(varying_axes(failed), failed.astype(np.int32)) > 0)
+        failed = unvmap_any(sum_over_axes(varying_axes(failed), failed.astype(np.int32)) > 0)
     if jax.device_count() == 1 or os.environ.get("EQX_ON_ERROR", "raise") != "raise":
         return _raise_once(message, failed)
     if not isinstance(failed, Tracer):

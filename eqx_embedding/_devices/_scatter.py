@@ -8,15 +8,15 @@ from jaxtyping import Array
 from .._sharding import Axes
 
 
-def scatter(axes: Axes, position: int, array: Array) -> Array:
+def reduce_scatter(axes: Axes, position: int, array: Array) -> Array:
     """The sum of an array over manual mesh axes, which split the axis at `position` of it."""
     types = jax.typeof(array).sharding.mesh.axis_types
     if AxisType.Explicit in types and jax.__version_info__ >= (0, 11):
-        return scatter_in_rings(axes, position, array)  # JAX 0.12 fails at the other
+        return reduce_scatter_in_rings(axes, position, array)  # the other fails from then on
     return lax.psum_scatter(array, axes, scatter_dimension=position, tiled=True)
 
 
-def scatter_in_rings(axes: Axes, position: int, array: Array) -> Array:
+def reduce_scatter_in_rings(axes: Axes, position: int, array: Array) -> Array:
     """The same: around one ring of devices after the other."""
     for axis in axes:
         array = _scatter_in_ring(axis, position, array)

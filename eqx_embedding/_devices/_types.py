@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from .._sharding import count_devices, sum_over, varying_axes
+from .._sharding import count_devices, sum_over_axes, varying_axes
 from ._primitive import call_as_one
 
 
@@ -75,8 +75,9 @@ def without_devices(
 ) -> Any:
     """`function(*arguments)`, whose results are given the `types`, a prefix of their tree.
 
-    Derivatives of it save the arguments. What is computed from them has no types, by which JAX
-    would take it for the same on all devices. But with `outer_axes`, JAX cannot save these types.
+    Derivatives of it save the arguments, and not what is computed from them: that has no types, so
+    that JAX would take it for the same on all devices. With `outer_axes` it is saved all the same,
+    because JAX cannot save arguments of such types.
     """
     axes = varying_axes(*jax.tree.leaves(arguments))
 
@@ -151,7 +152,7 @@ def _with_type(new_type, aval, *, kind, same):
 def _transpose_erase(cotangent, _, *, kind, same):
     wider = kind._replace(varying=kind.varying.union(same))
     with jax.sharding.use_abstract_mesh(kind.mesh):
-        return [sum_over(same, _restore.bind(cotangent, kind=wider, same=()))]
+        return [sum_over_axes(same, _restore.bind(cotangent, kind=wider, same=()))]
 
 
 def _transpose_restore(cotangent, _, *, kind, same):

@@ -76,7 +76,7 @@ def make_rows(
     key: PRNGKeyArray | None,
     means: Means | None,
 ) -> Shaped[Array, "M ..."]:
-    """The rows or the biases of `count` new tokens. Without a key, they are zero."""
+    """The rows or the biases of `count` new tokens: zero, but for means, unless there is a key."""
     if not jnp.issubdtype(rows.dtype, jnp.floating):  # such as a mask
         return jnp.zeros((count, *rows.shape[1:]), rows.dtype)
     wide = rows.reshape(len(rows), -1).astype(at_least_float32(rows.dtype))
