@@ -32,7 +32,7 @@ TESTS = {
     "_beartype": "types",
     "_call": "cross_entropy token_loss score search divergence soft_targets devices/losses",
     "_decode": "decode cross_entropy soft_targets divergence search types inputs table",
-    "_inputs": "inputs lookup cross_entropy types search devices/search",
+    "_inputs": "inputs lookup cross_entropy soft_targets types search devices/search",
     "_lookup": "lookup tying inputs devices/split devices/fully_sharded",
     "_product": "decode tying devices/split",
     "_rows": "rows partition types devices/rows",
