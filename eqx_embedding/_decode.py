@@ -379,7 +379,8 @@ class EmbeddingDecode(eqx.Module):
         zero. With `return_scores=True`, `(loss, scores)`: the [`eqx_embedding.TokenScores`][] of
         the same pass, of shape `*batch` and without gradient. With `target_weights`, their
         `log_prob` is the sum of target weights times log-probabilities, and `is_top` says whether
-        the target of the largest weight, the first of equal ones, has the largest logit.
+        the target of the largest weight has the largest logit: the first of equal weights, and
+        those of a target that appears twice are not added for this.
 
         **Raises:**
 

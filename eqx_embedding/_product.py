@@ -89,7 +89,7 @@ def _zero_padding_rows(product: Product, rows: Array) -> Array:
 
 
 def _contract_one(product: Product, hidden: Array, rows: Array) -> Array:
-    """The same, of one hidden vector, and under `jax.vmap` of several.
+    """`_contract` of one hidden vector, and under `jax.vmap` of several.
 
     For one, XLA for CPUs copies a table in half precision unless it is transposed.
     """

@@ -19,9 +19,16 @@ from ._inputs import (
     tokens_in_range,
     Whole,
 )
-from ._sharding import varying_axes
 from ._suggest import suggest, suggest_tokens
-from ._tree import check_structures, find_tables, find_vocab_size, is_table_of, map_arrays, Place
+from ._tree import (
+    check_same_on_devices,
+    check_structures,
+    find_tables,
+    find_vocab_size,
+    is_table_of,
+    map_arrays,
+    Place,
+)
 
 
 OTHER_OPTIMIZER = (
@@ -132,7 +139,6 @@ def take_rows(
     is_table = is_table_of(vocabulary_axis)
 
     def take(place: Place, array: Any) -> Array:
-        _check_same_on_devices(array)
         return _invalidate(jnp.asarray(missing), place, _take_from(array, place, index))
 
     def take_table(node: Any) -> Any:
@@ -179,7 +185,6 @@ def put_rows(
     repeats = _mark_repeats(index)
 
     def put(place: Place, array: Any, new: Any) -> Array:
-        _check_same_on_devices(array)
         _check_rows("rows", len(index), place, array, new)
         new = new if repeats is None else _invalidate(repeats, place, new)
         return _put_into(array, place, index, new)
@@ -252,8 +257,9 @@ def partition_rows(
     **Raises:**
 
     - `ValueError` if rows repeat; if one is out of range, below 0 or not below the number of tokens
-        without padding; if there are none; if no table of this vocabulary has arrays; and for a
-        skeleton: use `eqx.filter_eval_shape` around this call.
+        without padding; if there are none; if no table of this vocabulary has arrays; inside a
+        `jax.shard_map` along which a table differs; and for a skeleton: use `eqx.filter_eval_shape`
+        around this call.
     - `TypeError` for traced rows.
     """
     vocab_size = find_vocab_size(find_tables(model, vocabulary_axis), OTHER_OPTIMIZER)
@@ -295,7 +301,8 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
     **Raises:**
 
     A `ValueError` if `trained` and `frozen` do not fit each other: both must come from one call of
-    [`eqx_embedding.partition_rows`][], and must not be resized.
+    [`eqx_embedding.partition_rows`][], and must not be resized; and inside a `jax.shard_map` along
+    which a table differs.
 
     The results of two calls for the same number of rows do fit each other. Then the new values go
     to the rows that were selected for `frozen`. So store both in a checkpoint.
@@ -386,14 +393,6 @@ def _replicate(array: Array) -> Array:
     return array if sharding is None else jax.reshard(array, sharding.update(spec=PartitionSpec()))
 
 
-def _check_same_on_devices(array: Any) -> None:
-    if isinstance(array, jax.Array) and (axes := varying_axes(array)):
-        raise ValueError(
-            f"inside this `jax.shard_map` the table differs along {sorted(axes)}, so that tokens "
-            "are not the numbers of its rows: take and put rows outside of it."
-        )
-
-
 def _take_from(array: Any, place: Place, index: Array | np.ndarray) -> Array:
     """Some rows of an array; zero for those beyond it."""
     if isinstance(array, jax.ShapeDtypeStruct):
@@ -401,6 +400,7 @@ def _take_from(array: Any, place: Place, index: Array | np.ndarray) -> Array:
             "a skeleton has no rows to take. Call the function in `eqx.filter_eval_shape`, such as "
             "`eqx.filter_eval_shape(lambda model: partition_rows(model, rows), model)`."
         )
+    check_same_on_devices(array)
     array = jnp.asarray(array)
     sharding = _sharding_in_type(array)
     if sharding is not None:  # each device gets all selected rows, which are few
@@ -412,6 +412,7 @@ def _take_from(array: Any, place: Place, index: Array | np.ndarray) -> Array:
 
 def _put_into(array: Any, place: Place, index: Array | np.ndarray, new: Any) -> Array:
     """The array with new rows; those beyond it are not written."""
+    check_same_on_devices(array)
     array = jnp.asarray(array)
     return place.row_axis.at(array, index).set(
         new.astype(array.dtype),

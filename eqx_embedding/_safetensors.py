@@ -357,6 +357,7 @@ def _read(
     array = _empty(shape, wanted)
     rows = array.reshape(-1) if row_axis == RowAxis(0) else row_axis.move_first(array)
     step = max(1, COPIED_AT_ONCE // math.prod(rows.shape[1:]))
+    largest = float(jnp.finfo(wanted).max)
     stream, start, header, _ = tensor.file
     stream.seek(start + header[tensor.name]["data_offsets"][0])
     # In blocks, because a whole array of another dtype or order would double the peak of memory
@@ -368,9 +369,10 @@ def _read(
         block = block.reshape(part.shape)
         with np.errstate(over="ignore"):
             part[...] = block
-        # A float8 may have NaN, but no infinity
+        # A float8 may have NaN, but no infinity; a float4 has neither
         tests = () if tensor.dtype == wanted else (np.isinf, np.isnan)
-        if any(np.any(test(part) != test(block)) for test in tests):
+        differs = any(np.any(test(part) != test(block)) for test in tests)
+        if differs or (jnp.finfo(wanted).bits < 8 and np.any(np.abs(block) > largest)):
             raise ValueError(
                 f"{tensor.about} has numbers that {wanted.name} cannot hold: load it in another "
                 "dtype."

@@ -44,7 +44,7 @@ class Split(NamedTuple):
 
     @property
     def entered(self) -> set[str]:
-        """Those that do. JAX fails at second derivatives if any explicit axis is left."""
+        """The axes that become manual. JAX fails at second derivatives if explicit ones do not."""
         return {*self.mapped, *axes_of_type(self.mesh, AxisType.Explicit)}
 
     @property
@@ -387,6 +387,11 @@ def _read_split(
 
 
 def _check_rules(rules: Rules, keys: tuple[str, ...], types: dict[str, AxisType]) -> None:
+    if "batch" in rules and keys.count("batch") > 1:
+        raise ValueError(
+            'the rule for "batch" is that of the tokens, but this table has an axis of that name: '
+            "give the axis another name."
+        )
     for key in keys:
         if unknown := [axis for axis in as_axes(rules.get(key)) if axis not in types]:
             has = f"has the axes {tuple(types)}" if types else "is not set: use `jax.set_mesh`"

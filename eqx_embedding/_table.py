@@ -384,10 +384,10 @@ class EmbeddingTable(eqx.Module):
 
 
 def _no_array(name: str, found: Any) -> ValueError:
-    return ValueError(
-        f"this table has {type(found).__name__} in place of its {name}. Combine the parts of the "
-        "model first, for example with `eqx.combine`."
-    )
+    advice = "Combine the parts of the model first, for example with `eqx.combine`."
+    if isinstance(found, np.ma.MaskedArray):
+        advice = "Its mask would be lost: fill it by `.filled(...)`, or combine it with another."
+    return ValueError(f"this table has {type(found).__name__} in place of its {name}. {advice}")
 
 
 suggest_for_fields(

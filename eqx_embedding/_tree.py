@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._inputs import check_byte_order
+from ._sharding import varying_axes
 from ._table import EmbeddingTable, find_row_axis, RowAxis
 
 
@@ -90,6 +91,15 @@ def _check_holds_no_arrays(path: str, node: Any, advice: str) -> None:
         raise ValueError(
             f"{path} has a {type(node).__name__} of arrays in place of an array. If this is the "
             f"state of an optimizer, such as SM3, {advice}"
+        )
+
+
+def check_same_on_devices(array: Any) -> None:
+    """Raises a `ValueError` if a device has only a part of the array, in a `jax.shard_map`."""
+    if isinstance(array, jax.Array) and (axes := varying_axes(array)):
+        raise ValueError(
+            f"inside this `jax.shard_map` the table differs along {sorted(axes)}, so that tokens "
+            "are not the numbers of its rows: take, put, train or resize rows outside of it."
         )
 
 

@@ -42,7 +42,7 @@ TESTS = {
     "_table": "table lookup decode partition",
     "_tree": "resize rows partition",
     "_blockwise/__init__": "types",
-    "_blockwise/_batch": "vmap token_loss cross_entropy",
+    "_blockwise/_batch": "vmap token_loss cross_entropy devices/divergence devices/losses",
     "_blockwise/_chunks": "cross_entropy token_loss devices/losses",
     "_blockwise/_device_losses": "token_loss cross_entropy devices/losses devices/fully_sharded",
     "_blockwise/_device_scores": "score token_loss devices/losses devices/fully_sharded",

@@ -159,6 +159,16 @@ def test_a_dtype_without_infinity_holds_no_larger_numbers(number, path):
         load_safetensors(path, dtype=jnp.float8_e4m3fn)
 
 
+@pytest.mark.parametrize("number", [8.0, -100.0, np.inf, np.nan])
+def test_four_bits_hold_no_number_above_six(number, path):
+    save(path, {"wte.weight": np.asarray([[6.0, -6.0], [0.5, 0.0]], np.float32)})
+    table = load_safetensors(path, dtype=jnp.float4_e2m1fn)
+    np.testing.assert_array_equal(table.embeddings.astype("float32"), [[6.0, -6.0], [0.5, 0.0]])
+    save(path, {"wte.weight": np.asarray([[6.0, number], [0.5, 0.0]], np.float32)})
+    with pytest.raises(ValueError, match="has numbers that float4_e2m1fn cannot hold"):
+        load_safetensors(path, dtype=jnp.float4_e2m1fn)
+
+
 @pytest.mark.parametrize("wanted", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64"])
 def test_the_dtype_is_that_of_the_file_or_as_wanted(stored, wanted, path):

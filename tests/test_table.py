@@ -392,12 +392,13 @@ def test_replaced_embeddings_are_checked_on_use():
     skeleton = eqx.filter_eval_shape(lambda: table)
     for use in uses:
         np.testing.assert_array_equal(use(restored), use(table))
-        for other, name in (
-            (skeleton, "ShapeDtypeStruct"),
-            (replaced(None), "NoneType"),
-            (masked, "MaskedArray"),  # whose mask would be lost
+        for other, name, advice in (
+            (skeleton, "ShapeDtypeStruct", "combine"),
+            (replaced(None), "NoneType", "combine"),
+            (masked, "MaskedArray", "Its mask would be lost: .*filled"),
         ):
-            with pytest.raises(ValueError, match=f"has {name} in place of its embeddings.*combine"):
+            message = f"has {name} in place of its embeddings.*{advice}"
+            with pytest.raises(ValueError, match=message):
                 use(other)
 
 

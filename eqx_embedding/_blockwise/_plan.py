@@ -43,7 +43,7 @@ class Work(NamedTuple):
 def make_plan(platform: Platform, work: Work) -> Plan:
     """The fastest plan that holds no more than the plain way: all logits, as one chunk."""
     if platform == "cpu":
-        # XLA for CPUs cannot run such a product in bfloat16, though it makes one
+        # XLA for CPUs cannot run a product in bfloat16 that transposes the table
         return _cpu_plan(work)._replace(keep_copy=True)
     # float16 and float8 would lose the small probabilities.
     keeps_range = work.dtype == jnp.bfloat16 or jnp.finfo(work.dtype).bits >= 32
@@ -120,8 +120,9 @@ def _accelerator_chunk(platform: Platform, work: Work) -> int:
     | ------- | ----- | ----- | ----- | ----- | ----- |
     | 320/C   | 221/C | 746/C | 417/C | 394/C | 375/C |
 
-    So chunks are as large as costs no memory: the logits of D/2 tokens fit into the place of the
-    result, a table of 16 bits, before that is written. A quarter of few tokens is enough.
+    So chunks are as large as costs no memory, up to 2048: the logits of D/2 tokens fit into the
+    place of the result, a table of 16 bits, before that is written. A quarter of few tokens is
+    enough.
 
     In bytes for each row of the table, the plain way holds 4N for logits on a TPU, and 2N more for
     their gradient on a GPU. Chunks hold 4D for the sum of the table's gradient, and 4ND/V for that

@@ -1,6 +1,7 @@
 """The likeliest tokens of a chunk, and draws from their distribution.
 
-The logits of a chunk are held, and searched by blocks of 128 rows. The ids of tokens fix their
+The logits of a chunk are held, unless only the likeliest token is asked for, and searched by blocks
+of 128 rows. The ids of tokens fix their
 blocks, so a mesh that splits the table changes no draw.
 
 - The k likeliest tokens are in the k blocks with the largest logits.
@@ -31,7 +32,7 @@ BLOCK = 128  # rows
 # Below this temperature, no noise changes the order of logits that differ.
 COLDEST = 1e-30
 
-UNDRAWN = np.int32(-1)  # the result for a vector whose logits have no distribution
+NO_RESULT = np.int32(-1)  # for a vector whose logits have no distribution
 
 
 class Draws(NamedTuple):
@@ -61,7 +62,7 @@ class Draws(NamedTuple):
 
     def if_valid(self, tokens: Array) -> Array:
         valid = (self.temperature >= 0) & (self.temperature < jnp.inf)
-        return jnp.where(valid, tokens, UNDRAWN)
+        return jnp.where(valid, tokens, NO_RESULT)
 
 
 def find_likeliest(
@@ -74,7 +75,7 @@ def find_likeliest(
     else:
         log_probs, tokens, total = _likeliest_some(options, k, head, x)
     has_none = ~(total > 0)[:, None]
-    found = nan_where(has_none, log_probs), jnp.where(has_none, UNDRAWN, tokens)
+    found = nan_where(has_none, log_probs), jnp.where(has_none, NO_RESULT, tokens)
     return own_tokens(options, found)
 
 
@@ -111,7 +112,7 @@ def draw_token(
 
     total = jnp.sum(blocks.total, axis=0)  # NaN if a logit is NaN or infinite
     has_one = (total > 0) & (largest > jnp.finfo(z.dtype).min)
-    return own_tokens(options, draws.if_valid(jnp.where(has_one, tokens, UNDRAWN)))
+    return own_tokens(options, draws.if_valid(jnp.where(has_one, tokens, NO_RESULT)))
 
 
 def _likeliest_one(options: Options, head: Head, x: Array) -> tuple[Array, Array, Array]:

@@ -16,7 +16,14 @@ from .._inputs import as_named_int, check_byte_order, Whole
 from .._sharding import as_axes, Axes, count_devices
 from .._suggest import suggest, suggest_key
 from .._table import EmbeddingTable, RowAxis
-from .._tree import find_tables, find_vocab_size, is_table_of, map_arrays, Place
+from .._tree import (
+    check_same_on_devices,
+    find_tables,
+    find_vocab_size,
+    is_table_of,
+    map_arrays,
+    Place,
+)
 from ._join import join_trees
 from ._new_rows import check_pieces, make_rows, Means, Pieces
 
@@ -107,7 +114,8 @@ def resize_vocabulary(
     - if `pieces` are not old tokens for new ones;
     - if `fresh` is given beside `key`, `pieces` or `pad_to_multiple_of`, or does not fit the tree:
         the error names the path;
-    - if the mesh axes that split a table do not divide its new number of rows.
+    - if the mesh axes that split a table do not divide its new number of rows;
+    - inside a `jax.shard_map` along which a table differs.
     """
     size, multiple = _check_size(vocab_size, pad_to_multiple_of)
     if fresh is not None:
@@ -172,6 +180,7 @@ def _resize_array(
     sizes: _Sizes, place: Place, array: Any, key: PRNGKeyArray | None, means: Means | None
 ) -> Any:
     """The array or skeleton with its new number of rows, split over a mesh as before."""
+    check_same_on_devices(array)
     row_axis = place.row_axis
     if sizes.old_tokens == sizes.tokens and row_axis.of(array.shape) == sizes.rows:
         return array

@@ -11,7 +11,15 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from eqx_embedding import EmbeddingLookup, put_rows, take_rows, unique_tokens
+from eqx_embedding import (
+    combine_rows,
+    EmbeddingLookup,
+    partition_rows,
+    put_rows,
+    resize_vocabulary,
+    take_rows,
+    unique_tokens,
+)
 
 from ..helpers import compile_by_default
 from .helpers import assert_trees_close, collectives, make_mesh, make_table, place, with_bias
@@ -133,12 +141,22 @@ def test_the_tokens_of_each_device_are_found_alone(setting):
     assert_trees_close(actual, expected)
 
 
-def test_rows_of_a_table_that_differs_in_a_shard_map_are_refused():
+@pytest.mark.parametrize(
+    "on_each_device",
+    [
+        lambda table, ids: put_rows(table, ids, take_rows(table, ids)),
+        lambda table, _: combine_rows(*partition_rows(table, [0])),
+        lambda table, _: resize_vocabulary(
+            resize_vocabulary(table, 70, pad_to_multiple_of=1),
+            table.vocab_size,
+            pad_to_multiple_of=len(table.embeddings),
+        ),
+    ],
+    ids=["take_rows", "partition_rows", "resize_vocabulary"],
+)
+def test_rows_of_a_table_that_differs_in_a_shard_map_are_refused(on_each_device):
     table, _, tokens = make_arguments()
     mesh = make_mesh("automatic")
-
-    def on_each_device(table, ids):
-        return put_rows(table, ids, take_rows(table, ids))
 
     def run(spec):
         mapped = jax.shard_map(on_each_device, mesh=mesh, in_specs=(spec, P()), out_specs=spec)

@@ -69,6 +69,15 @@ def arguments_of_a_loss(padding_rows):
 
 
 @pytest.mark.slow
+def test_a_rule_for_the_batch_and_for_an_axis_of_that_name_is_refused():
+    table, hidden = EmbeddingTable(jnp.ones((8, 4)), ("vocabulary", "batch")), jnp.ones((8, 4))
+    targets = jnp.zeros(8, "int32")
+    with jax.set_mesh(make_mesh("rules")):
+        EmbeddingDecode(table).cross_entropy(hidden, targets, rules={"vocabulary": "model"})
+        with pytest.raises(ValueError, match='rule for "batch" .* give the axis another name'):
+            EmbeddingDecode(table).cross_entropy(hidden, targets, rules={"batch": "data"})
+
+
 def test_rules_may_be_lists_as_a_file_of_settings_has_them():
     table, hidden, tokens, _ = arguments_of_a_loss(0)
     mesh, rules = make_mesh("rules"), {"batch": "data", "vocabulary": ["model"], "embedding": []}
