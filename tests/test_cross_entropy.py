@@ -224,6 +224,22 @@ def test_a_token_of_weight_zero_poisons_nothing(reduction, poison):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("counted", [0, 17, 33])
+def test_one_counted_token_fills_its_chunk_alone(counted):
+    """The rest of the chunk repeats it: masked vectors may be NaN."""
+    layer, hidden = flat_layer(9, 4), make_array((34, 4), seed=1)
+    targets, weights = jnp.arange(34) % 9, jnp.zeros(34).at[counted].set(2.0)
+    alone = value_and_gradients(layer, hidden[counted], targets[counted], weights[counted])
+    poisoned = jnp.where(weights[:, None] == 0, jnp.nan, hidden)
+    value, d_hidden, d_rows, *_ = value_and_gradients(
+        layer, poisoned, targets, weights, chunk_size=16
+    )
+    assert_close(value, alone[0])
+    assert_close(d_rows, alone[2])
+    np.testing.assert_allclose(d_hidden[counted], alone[1], 1e-5, 1e-6)
+    assert np.count_nonzero(d_hidden) == 4
+
+
 def test_without_any_weight_the_mean_and_its_gradients_are_zero():
     layer = make_layer(with_bias=True)
     hidden = jnp.full_like(make_hidden(layer, BATCH), jnp.nan)
