@@ -129,7 +129,7 @@ class EmbeddingLookup(eqx.Module):
         vocab_size = split.vocab_size(table)
         past_the_end = vocab_size + table.padding_rows
         index = self._find_rows(tokens, vocab_size, past_the_end)
-        has_batch = of_device is not None  # the same host tokens are on all devices
+        has_batch = of_device is not None  # host tokens are the same on all devices
         take = _take_of_mesh if has_batch and split.has_parts else _take_as_split
         missing = None if self.out_of_range == "clip" else past_the_end
         return take(_Lookup(row_axis, missing, split), array, index)

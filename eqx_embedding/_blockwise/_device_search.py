@@ -34,9 +34,9 @@ def _top_k(options: Options, k: int, operands: Operands) -> Any:
 
 
 def _attach_derivative(options: Options, operands: Operands, log_probs: Array) -> Array:
-    """These log-probabilities, with the derivative of those of the targets.
+    """The log-probabilities as they are, with the derivative of the scores of the tokens found.
 
-    For derivatives of the gradient, which has a rule of its own.
+    The gradient has a rule of its own, but not its derivatives: they need this.
     """
     return call_as_one(functools.partial(_keep, options), operands, log_probs)
 

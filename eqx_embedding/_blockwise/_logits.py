@@ -38,7 +38,7 @@ class Local(NamedTuple):
     """What is known on a device, of its part of the arrays."""
 
     rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
-    logits_fit: bool = True  # whether logits fit into the place of a gradient, before it is written
+    logits_fit: bool = True  # whether there is a gradient, in whose place logits fit before it
     device_kind: str = ""  # of the devices that the program is most likely for
     vocabulary: Group = Group()  # the devices that have other rows
     tokens: Group = Group()  # those of them that have other tokens as well
@@ -132,7 +132,7 @@ class Operands(NamedTuple):
 class Head(NamedTuple):
     """What a device has of the table."""
 
-    rows: Float[Array, "V D"]  # in `Options.dtype`
+    rows: Float[Array, "V D"]  # in the dtype of the product
     bias: Float[Array, " V"] | None
     start: Any  # the token of the first row
     teacher: Any = None  # the head of a teacher

@@ -16,6 +16,7 @@ class TokenScores(NamedTuple):
     - `is_top`: whether the target has the largest logit; of equal logits that of the lower token.
     """
 
+    # In the kernels, `log_prob` and `is_top` have one more axis if a token has k targets
     log_prob: Float[Array, "*batch"]
     mean_log_prob: Float[Array, "*batch"]
     entropy: Float[Array, "*batch"]

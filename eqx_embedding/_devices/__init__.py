@@ -3,7 +3,8 @@
 - `_primitive.py`: a function that JAX takes as one operation, with a rule for `jax.vmap`.
 - `_types.py`: code that knows no devices, run on the parts of arrays that one device has.
 - `_collectives.py`: sums and the like over devices, in such code.
-- `_gather.py`, `_scatter.py`: a table of which each device has a part, whole, and its gradient.
+- `_gather.py`, `_scatter.py`: the whole of a table whose parts are on several devices, and its
+  gradient.
 - `_raise.py`: errors at run time, on every device.
 """
 

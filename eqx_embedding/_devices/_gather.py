@@ -1,7 +1,7 @@
 """A table of which each device has a part, whole on all devices, and the gradient of that.
 
 Moved once per call. Its gradient is summed over the devices, of which each keeps its part: this is
-a reduce-scatter, in float32 at least.
+a reduce-scatter, in the dtype of the array, which is float32 at least where it was widened before.
 """
 
 import functools
