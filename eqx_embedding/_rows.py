@@ -21,7 +21,6 @@ from ._inputs import (
 )
 from ._suggest import suggest, suggest_tokens
 from ._tree import (
-    check_same_on_devices,
     check_structures,
     find_tables,
     find_vocab_size,
@@ -400,7 +399,6 @@ def _take_from(array: Any, place: Place, index: Array | np.ndarray) -> Array:
             "a skeleton has no rows to take. Call the function in `eqx.filter_eval_shape`, such as "
             "`eqx.filter_eval_shape(lambda model: partition_rows(model, rows), model)`."
         )
-    check_same_on_devices(array)
     array = jnp.asarray(array)
     sharding = _sharding_in_type(array)
     if sharding is not None:  # each device gets all selected rows, which are few
@@ -412,7 +410,6 @@ def _take_from(array: Any, place: Place, index: Array | np.ndarray) -> Array:
 
 def _put_into(array: Any, place: Place, index: Array | np.ndarray, new: Any) -> Array:
     """The array with new rows; those beyond it are not written."""
-    check_same_on_devices(array)
     array = jnp.asarray(array)
     return place.row_axis.at(array, index).set(
         new.astype(array.dtype),

@@ -68,6 +68,7 @@ def find_vocab_size(tables: dict[str, EmbeddingTable], advice: str) -> int:
                 _check_holds_no_arrays(f"{path}.{field}", array, advice)
                 continue
             check_byte_order(f"{path}.{field}", array)
+            check_same_on_devices(array)
             place = find_place(table, field, array)
             if place.num_stacked < 0:
                 raise ValueError(

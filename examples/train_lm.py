@@ -232,7 +232,7 @@ def train(
     print(f"{size:,} parameters, {batch[:, 1:].size:,} tokens a step")
     # Compiled before the first checkpoint, and not as a part of the first step, which is timed.
     train_step = make_step(optimizer, static)
-    if not jax.config.values["jax_disable_jit"]:
+    if not getattr(jax.config, "jax_disable_jit"):  # as in the debugger
         train_step = train_step.lower(batch, params, opt_state).compile()
 
     about = {"identity": identity, "tokenizer": data.tokenizer.json, "metrics": []}

@@ -1,7 +1,7 @@
 """What is computed from logits that never all exist at once.
 
-Pure functions of arrays; below `_batch.py`, of those of one device, which add up over the devices
-that have other rows by `_devices/`. N, D and V are the numbers of
+Pure functions of arrays; below `_batch.py`, of those of one device, whose sums `_devices/` adds to
+those of devices that have other rows. N, D and V are the numbers of
 tokens, of features of an embedding, and of rows of the table that one device has; C is the number
 of tokens of a chunk. The plain way is one chunk: all logits at once.
 

@@ -167,7 +167,7 @@ mlir.register_lowering(
 
 def _drop_unused(used_results, *others):
     """What nobody uses is not computed, such as the gradient of a table that is frozen."""
-    operation = others[-1]  # JAX 0.11 has one more argument in front of it
+    operation = others[-1]  # from JAX 0.11 on, there is one more in front of it
     jaxpr, rule = operation.params["jaxpr"], operation.params["rule"]
     if rule is not None:  # it takes all arguments, and returns all results
         return [True] * len(operation.invars), operation

@@ -12,7 +12,7 @@ def reduce_scatter(axes: Axes, position: int, array: Array) -> Array:
     """The sum of an array over manual mesh axes, which split the axis at `position` of it."""
     types = jax.typeof(array).sharding.mesh.axis_types
     if AxisType.Explicit in types and jax.__version_info__ >= (0, 11):
-        return reduce_scatter_in_rings(axes, position, array)  # the other fails from then on
+        return reduce_scatter_in_rings(axes, position, array)  # the other fails in JAX 0.12
     return lax.psum_scatter(array, axes, scatter_dimension=position, tiled=True)
 
 

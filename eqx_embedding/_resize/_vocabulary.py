@@ -180,7 +180,6 @@ def _resize_array(
     sizes: _Sizes, place: Place, array: Any, key: PRNGKeyArray | None, means: Means | None
 ) -> Any:
     """The array or skeleton with its new number of rows, split over a mesh as before."""
-    check_same_on_devices(array)
     row_axis = place.row_axis
     if sizes.old_tokens == sizes.tokens and row_axis.of(array.shape) == sizes.rows:
         return array
@@ -249,6 +248,7 @@ def _join_arrays(row_axis: RowAxis, kept: int, old: Any, new: Any) -> Any:
             raise ValueError("the tree and fresh must both be skeletons, or neither.")
         return new
 
+    check_same_on_devices(old)
     check_byte_order("the tree", old)
     check_byte_order("fresh", new)
 

@@ -151,8 +151,9 @@ def test_the_tokens_of_each_device_are_found_alone(setting):
             table.vocab_size,
             pad_to_multiple_of=len(table.embeddings),
         ),
+        lambda table, _: resize_vocabulary(table, table.vocab_size, fresh=table),
     ],
-    ids=["take_rows", "partition_rows", "resize_vocabulary"],
+    ids=["take_rows", "partition_rows", "resize_vocabulary", "fresh"],
 )
 def test_rows_of_a_table_that_differs_in_a_shard_map_are_refused(on_each_device):
     table, _, tokens = make_arguments()
