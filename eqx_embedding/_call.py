@@ -28,6 +28,7 @@ from ._blockwise import (
     Used,
     Wanted,
 )
+from ._devices import reshard, varying_axes
 from ._inputs import (
     as_data,
     as_named_int,
@@ -36,7 +37,7 @@ from ._inputs import (
     prepare_weights,
     Whole,
 )
-from ._sharding import reshard, Split, varying_axes
+from ._sharding import Split
 
 
 class Call(NamedTuple):

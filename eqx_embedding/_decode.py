@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Shap
 
 from ._blockwise import Operands, Options, TokenScores, Used
 from ._call import Call
-from ._devices import gather_wide
+from ._devices import explicit_axes, explicit_sharding, gather_wide, remaining, reshard
 from ._inputs import (
     as_array,
     as_count,
@@ -29,16 +29,7 @@ from ._inputs import (
     Whole,
 )
 from ._product import drop_padding, multiply, Product
-from ._sharding import (
-    explicit_axes,
-    explicit_sharding,
-    find_split,
-    manual_rules,
-    remaining,
-    reshard,
-    Split,
-    whole_axes,
-)
+from ._sharding import find_split, manual_rules, Split, whole_axes
 from ._suggest import (
     suggest,
     suggest_array,

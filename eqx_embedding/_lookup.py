@@ -11,20 +11,22 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
-from ._devices import call_as_one, gather_wide, raise_unless, widen
-from ._inputs import at_least_float32, nan_where, tokens_in_range
-from ._sharding import (
-    Arrangement,
+from ._devices import (
     Axes,
+    call_as_one,
+    cast_to_varying,
     explicit_axes,
     explicit_sharding,
-    find_split,
     flat,
-    MappedAxisError,
+    gather_wide,
+    raise_unless,
     remaining,
-    Split,
     sum_over_axes,
+    varying_axes,
+    widen,
 )
+from ._inputs import at_least_float32, nan_where, tokens_in_range
+from ._sharding import Arrangement, find_split, MappedAxisError, Split
 from ._suggest import (
     explain_spmd,
     suggest,
@@ -276,6 +278,9 @@ def _take_on_device(
 ) -> Array:
     """The rows of an index, if devices along the axes `vocabulary` have different rows."""
     dtype = array.dtype
+    if flat(gathered):  # so that its gradient is scattered before it is summed over other axes
+        array = widen(at_least_float32(dtype), array)
+        array = cast_to_varying(varying_axes(index), array)
     array = gather_wide(dtype, at_least_float32(dtype), row_axis.restore(gathered), array)
     row = index
     if vocabulary:  # One device has the row of a token, the others add zeros.

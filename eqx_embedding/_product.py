@@ -12,8 +12,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from ._devices import call_as_one, widen
-from ._sharding import reshard, Split
+from ._devices import call_as_one, reshard, widen
+from ._sharding import Split
 from ._table import RowAxis
 
 

@@ -1,26 +1,35 @@
 """How a vocabulary and a batch of tokens are split over the axes of a device mesh.
 
-A mesh axis is of one of three types. An explicit one is part of the types of the arrays that it
-splits. An automatic one is hidden while JAX traces. Along a manual one, that of a `jax.shard_map`
-around us, an array is only the part of one device. Of the last two, `rules` say what they split.
+What explicit axes split, types say. What automatic and manual ones split, `rules` say.
 """
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import lax
-from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from ._devices import (
+    as_axes,
+    as_spec,
+    Axes,
+    axes_of_type,
+    axis_types,
+    common,
+    count_devices,
+    explicit_axes,
+    find_mesh,
+    flat,
+    mesh_is_unset,
+    remaining,
+    reshard,
+    varying_axes,
+)
 from ._table import EmbeddingTable, Rules
-
-
-Axes = tuple[str, ...]
 
 
 class MappedAxisError(ValueError):
@@ -176,7 +185,7 @@ class Split(NamedTuple):
                 "that this `jax.vmap` maps over. Call the method on the whole batch instead, "
                 "or reshard the table first."
             )
-        if self.mesh is None or not _mesh_is_unset():
+        if self.mesh is None or not mesh_is_unset():
             return function(*arguments)
         # of arrays on an explicit mesh that is not set
         with jax.sharding.use_abstract_mesh(self.mesh):
@@ -193,66 +202,13 @@ class Arrangement(NamedTuple):
 
     @property
     def spec(self) -> PartitionSpec:
-        return _spec(self.table)
+        return as_spec(self.table)
 
     @property
     def columns(self) -> tuple[Axes, ...]:
         """How the embedding axes are split in what each device works on."""
         pairs = zip(self.table[1:], self.gathered[1:], strict=True)
         return tuple(remaining(axes, [gathered]) for axes, gathered in pairs)
-
-
-def _mesh_is_unset() -> bool:
-    return jax.sharding.get_abstract_mesh().empty
-
-
-def flat(entries: Iterable[Axes]) -> Axes:
-    return tuple(axis for axes in entries for axis in axes)
-
-
-def _spec(axes: Iterable[Axes]) -> PartitionSpec:
-    return PartitionSpec(*(entry or None for entry in axes))
-
-
-def as_axes(entry: str | Sequence[str] | None) -> Axes:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def find_mesh(*arrays: Array | np.ndarray | None) -> AbstractMesh | None:
-    """The mesh to compute on: the one that is set, or else that of the type of an array."""
-    meshes = [
-        jax.sharding.get_abstract_mesh(),
-        *(jax.typeof(a).sharding.mesh for a in arrays if a is not None),
-    ]
-    return next((mesh for mesh in meshes if not mesh.empty), None)
-
-
-def count_devices(mesh: AbstractMesh | Mesh | None, axes: Iterable[str]) -> int:
-    """How many devices a mesh has along some of its axes; without a mesh, one."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
-
-
-def device_kind(mesh: AbstractMesh | None) -> str:
-    """Which devices a mesh has, such as "TPU v6 lite". Without a mesh, those of this process."""
-    device = None if mesh is None else mesh.abstract_device
-    return (jax.devices()[0] if device is None else device).device_kind
-
-
-def explicit_sharding(mesh: AbstractMesh | None, axes: Sequence[Axes]) -> NamedSharding | None:
-    """The sharding of an array whose axes are split by these mesh axes, as far as these are
-    explicit; `None` if the mesh has no explicit axis."""
-    explicit = axes_of_type(mesh, AxisType.Explicit)
-    if mesh is None or not explicit:
-        return None
-    return NamedSharding(mesh, _spec([common(entry, explicit) for entry in axes]))
-
-
-def reshard(mesh: AbstractMesh | None, array: Array, axes: Sequence[Axes]) -> Array:
-    """The same array, with the first of its axes split by these mesh axes, if they are explicit."""
-    sharding = explicit_sharding(mesh, axes)
-    if sharding is None or (_mesh_is_unset() and not isinstance(array, Tracer)):
-        return array  # outside of `jax.jit`, JAX cannot tell the devices of such a mesh
-    return jax.reshard(array, sharding)
 
 
 def whole_axes(table: EmbeddingTable, hidden: Array, rules: Rules | None) -> dict[str, int]:
@@ -273,41 +229,6 @@ def manual_rules(rules: Rules | None, mesh: AbstractMesh | None) -> Rules:
         key: tuple(a for a in as_axes(axes) if types.get(a, AxisType.Manual) == AxisType.Manual)
         for key, axes in (rules or {}).items()
     }
-
-
-def axis_types(mesh: AbstractMesh | None) -> dict[str, AxisType]:
-    return {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-
-
-def axes_of_type(mesh: AbstractMesh | None, kind: AxisType) -> Axes:
-    return tuple(axis for axis, type_ in axis_types(mesh).items() if type_ == kind)
-
-
-def explicit_axes(array: Array | np.ndarray) -> list[Axes]:
-    """The explicit mesh axes that split each axis of an array."""
-    spec = tuple(jax.typeof(array).sharding.spec)
-    return [as_axes(entry) for entry in spec + (None,) * (array.ndim - len(spec))]
-
-
-def remaining(axes: Axes, taken: Sequence[Axes]) -> Axes:
-    """The mesh axes without those that split another axis of the same array: none splits two."""
-    return tuple(axis for axis in axes if all(axis not in others for others in taken))
-
-
-def common(axes: Axes, others: Axes) -> Axes:
-    return tuple(axis for axis in axes if axis in others)
-
-
-def varying_axes(*arrays: Array | np.ndarray | None) -> frozenset[str]:
-    """The manual mesh axes along which any of the arrays differs."""
-    types = (jax.typeof(array).manual_axis_type for array in arrays if array is not None)
-    return frozenset[str]().union(*(of_array.varying for of_array in types))
-
-
-def sum_over_axes(axes: Iterable[str], array: Array) -> Array:
-    """The sum of an array over manual mesh axes."""
-    axes = tuple(sorted(axes))
-    return lax.psum(array, axes) if axes else array
 
 
 def find_split(

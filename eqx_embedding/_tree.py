@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from ._devices import varying_axes
 from ._inputs import check_byte_order
-from ._sharding import varying_axes
 from ._table import EmbeddingTable, find_row_axis, RowAxis
 
 

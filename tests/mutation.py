@@ -60,6 +60,7 @@ TESTS = {
     "_devices/__init__": "types",
     "_devices/_collectives": "token_loss cross_entropy devices/losses devices/fully_sharded",
     "_devices/_gather": "devices/fully_sharded devices/split",
+    "_devices/_mesh": "decode devices/split devices/fully_sharded devices/losses",
     "_devices/_primitive": "vmap token_loss second_derivatives devices/fully_sharded",
     "_devices/_raise": "lookup modes devices/raise",
     "_devices/_scatter": "devices/fully_sharded devices/split",

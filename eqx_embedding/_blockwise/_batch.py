@@ -12,25 +12,22 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from .._devices import (
+    Axes,
     call_as_one,
     cast_to_varying,
+    device_kind,
     device_type,
+    flat,
     gather,
     Group,
     is_alone,
+    remaining,
+    reshard,
+    sum_over_axes,
     widen,
 )
 from .._inputs import at_least_float32, NO_TARGET
-from .._sharding import (
-    Arrangement,
-    Axes,
-    device_kind,
-    flat,
-    remaining,
-    reshard,
-    Split,
-    sum_over_axes,
-)
+from .._sharding import Arrangement, Split
 from .._suggest import explain_spmd
 from ._chunks import only
 from ._device_losses import device_losses
@@ -43,23 +40,35 @@ from ._scores import Used
 from ._token_scores import Scores
 
 
-@explain_spmd
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` of a function with three static arguments, also under `jax.disable_jit`.
+
+    JAX runs no `jax.custom_vjp` line by line on the parts of devices.
+    """
+    compiled = jax.jit(function, static_argnums=(0, 1, 2))
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with jax.disable_jit(False):
+            return compiled(*arguments)
+
+    return explain_spmd(run)
+
+
+@_compiled
 def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> Scores:
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
     of_shared = functools.partial(_scores_of_shared_vectors, options, split, used)
     return _map_tokens(options, split, device_scores, used, operands, of_shared)
 
 
-@explain_spmd
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@_compiled
 def top_k_tokens(options: Options, split: Split, k: int, operands: Operands) -> tuple[Array, Array]:
     """The `k` largest log-probabilities and their tokens, each `*batch k`."""
     return _map_tokens(options, split, device_top_k, k, operands)
 
 
-@explain_spmd
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@_compiled
 def sample_tokens(options: Options, split: Split, k: int | None, operands: Operands) -> Array:
     """A token drawn among the `k` likeliest, or all."""
     return _map_tokens(options, split, device_sample, k, operands)
@@ -112,8 +121,7 @@ class Wanted(NamedTuple):
         return self.function.used(self.scores)
 
 
-@explain_spmd
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@_compiled
 def token_losses(
     options: Options, split: Split, wanted: Wanted, operands: Operands
 ) -> tuple[Array, Scores | None]:
@@ -220,8 +228,7 @@ def _losses_of_examples(
     return losses, jax.tree.map(functools.partial(only, each.mask), scores)
 
 
-@explain_spmd
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@_compiled
 def _weighted_losses(
     split: Split,
     function: TokenFunction,

@@ -12,8 +12,7 @@ from jax.sharding import AxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from .._devices import no_mesh
-from .._sharding import varying_axes
+from .._devices import no_mesh, varying_axes
 from ._scores import Used
 from ._token_scores import Divergence, Scores, TokenScores
 

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 from jaxtyping import Array
 
 from .._inputs import at_least_float32
-from .._sharding import Axes, count_devices
+from ._mesh import Axes, count_devices
 from ._primitive import call_linear
 from ._scatter import reduce_scatter
 from ._types import cast_to_varying, DeviceType, erase_type, NO_MESH, restore_type

@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from .._sharding import Axes, flat
+from ._mesh import Axes, flat
 from ._primitive import call_linear
 from ._scatter import reduce_scatter, reduce_scatter_in_rings
 from ._types import widen

@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from .._sharding import as_axes, Axes
+from ._mesh import as_axes, Axes
 
 
 # `rule(size, mesh_axes, mapped, argument)` returns the results of `size` calls, with an axis for

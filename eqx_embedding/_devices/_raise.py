@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
-from .._sharding import sum_over_axes, varying_axes
+from ._mesh import sum_over_axes, varying_axes
 
 
 def raise_unless(valid: Bool[Array | np.ndarray, "..."], message: str) -> Bool[Array, ""]:

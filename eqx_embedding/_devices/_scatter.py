@@ -5,7 +5,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jaxtyping import Array
 
-from .._sharding import Axes
+from ._mesh import Axes
 
 
 def reduce_scatter(axes: Axes, position: int, array: Array) -> Array:

@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from .._sharding import count_devices, sum_over_axes, varying_axes
+from ._mesh import count_devices, sum_over_axes, varying_axes
 from ._primitive import call_as_one
 
 

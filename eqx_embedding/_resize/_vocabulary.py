@@ -12,8 +12,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .._devices import as_axes, Axes, count_devices
 from .._inputs import as_named_int, check_byte_order, Whole
-from .._sharding import as_axes, Axes, count_devices
 from .._suggest import suggest, suggest_key
 from .._table import EmbeddingTable, RowAxis
 from .._tree import (
