@@ -118,6 +118,8 @@ class Chunks:
         """
         chunks = jax.tree.map(self.split, tokens)
 
+        # Second derivatives compute the logits of a chunk again: else they would save those of all.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
         @functools.partial(jax.jit, inline=True)  # traced once for its shapes and for the loop
         def chunk(sums: PyTree, i: Any) -> tuple[PyTree, PyTree]:
             of_chunk = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 1, False), chunks)
