@@ -311,7 +311,12 @@ def _choose_name(path: Path, files: dict[str, Path], open_once: Open) -> str:
         return found[0]
     if found:
         raise ValueError(f"{path} has several tables: give the name of one of {found}.")
-    similar = [name for name in files if any(part in name for part in ("embed", "wte", "emb."))]
+    similar = [
+        name
+        for name in files
+        if re.search(r"embed|wte|shared|emb\.", name)
+        and not re.search("position|norm|type|bias", name, re.IGNORECASE)
+    ]
     shown = (similar or list(files))[:10]
     raise ValueError(
         f"none of the {len(files)} tensors in {path} has a known name of input embeddings."

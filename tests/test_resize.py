@@ -132,6 +132,12 @@ def test_infinite_rows_are_left_out_of_new_ones(getkey):
     assert_close(new.bias[40:], np.full(5000, np.median(np.delete(bias, 3)) - np.log(100)))
 
 
+def test_new_rows_are_nan_if_no_row_is_finite(getkey):
+    table = EmbeddingTable(jnp.full((40, 4), jnp.inf), NAMES, bias=jnp.full(40, jnp.nan))
+    new = resize_vocabulary(table, 42, key=getkey())
+    assert np.isnan(new.embeddings[40:]).all() and np.isnan(new.bias[40:]).all()
+
+
 @pytest.mark.slow
 def test_new_tokens_raise_the_loss_by_what_jensen_allows(getkey):
     table = EmbeddingTable(jnp.asarray(correlated(50, 4)), NAMES)
@@ -499,7 +505,6 @@ def init(make, params):
 @pytest.mark.parametrize("vocab_size, multiple", [(21, 8), (9, 1)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.slow
-@pytest.mark.one_in(3)
 def test_the_state_of_any_optimizer_grows_with_fresh_rows(name, vocab_size, multiple):
     model = Model(jax.random.key(0))
     params: Any = eqx.filter((model.untied, model.layer), eqx.is_array)

@@ -471,6 +471,17 @@ def test_metadata_that_do_not_fit_the_tensor_are_refused(noted, path):
         load_safetensors(path)
 
 
+def test_names_that_may_be_those_of_input_embeddings_are_suggested(path):
+    """As in BART: positions and norms come first in the alphabet."""
+    matrix, vector = np.ones((4, 6), np.float32), np.ones(6, np.float32)
+    others = "embed_positions.weight", "token_type_embeddings.weight", "layers.0.fc1.weight"
+    tensors = {f"model.decoder.{name}": matrix for name in others}
+    tensors |= {"model.decoder.layernorm_embedding.bias": vector, "model.shared.weight": matrix}
+    save(path, tensors, {})
+    with pytest.raises(ValueError, match="Give a name, such as 'model.shared.weight'.$"):
+        load_safetensors(path)
+
+
 def test_metadata_of_one_tensor_say_nothing_of_another(path):
     noted: dict[str, Any] = {"name": "x", "axes": {"bytes": 4, "d": 6}, "vocabulary_axis": "bytes"}
     noted |= {"padding_rows": 1, "bias": None}
@@ -706,7 +717,6 @@ for i, wait in enumerate(np.random.default_rng(0).uniform(0, 0.02, 30)):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
-@pytest.mark.one_in(2)
 def test_a_save_that_is_killed_when_all_is_written_leaves_the_old_file_whole(moment, path):
     save_safetensors(make_table("first"), path)
     code = f"""

@@ -103,8 +103,9 @@ def _draw_near_mean(
     row, at random, and the mean. So it has the covariance of the rows, which is never computed.
     """
     finite = jnp.all(jnp.isfinite(rows), axis=1)
-    # Divided before the sum, which could overflow
-    mean = jnp.sum(jnp.where(finite[:, None], rows / jnp.sum(finite, dtype=rows.dtype), 0), axis=0)
+    # Divided before the sum, which could overflow. Without any finite row it is NaN.
+    parts = jnp.where(finite[:, None], rows, 0) / jnp.sum(finite, dtype=rows.dtype)
+    mean = jnp.sum(parts, axis=0)
 
     def draw(i: Array) -> Array:
         # The first two words of a key that was folded in are random numbers themselves
