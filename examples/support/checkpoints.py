@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from support.folder import lock, one_line
+from support.folder import lock, must_be_new, one_line
 from support.meshes import find_all_devices
 
 
@@ -189,8 +189,7 @@ class Checkpoints:
                 f"{self.out} holds a run: choose another --out. train_lm.py --resume goes on with "
                 "a run of its own."
             )
-        if (self.out / "metrics.jsonl").exists():  # it would be written again
-            raise SystemExit(f"{self.out} holds a run: choose another --out.")
+        must_be_new(self.out)
 
     def _about(self, step: int) -> dict[str, Any]:
         about = self._read(step, "about", ocp.args.JsonRestore())

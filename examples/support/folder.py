@@ -8,6 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+# What the scripts write beside checkpoints. A new run replaces none of them.
+FILES = [
+    "metrics.jsonl",
+    "loss.png",
+    "embedding.png",
+    "sample.txt",
+    "growth.png",
+    "distill.png",
+    "policy_gradient.png",
+    "vectors.txt",
+    "words.png",
+]
+
+
 @contextlib.contextmanager
 def one_line(doing: str) -> Iterator[None]:
     """Stops the program with one line where the system refuses what is being done."""
@@ -56,8 +70,15 @@ def new_folder(folder: Path) -> Iterator[None]:
         tempfile.TemporaryFile(dir=folder).close()  # it can be written to
         descriptor = lock(folder)
     try:
-        if (folder / "metrics.jsonl").exists():
-            raise SystemExit(f"{folder} holds a run: choose another --out.")
+        must_be_new(folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def must_be_new(folder: Path) -> None:
+    """Stops the program with one line if the folder holds a file that a run might replace."""
+    for name in FILES:
+        if (folder / name).exists():
+            what = "a run" if name == "metrics.jsonl" else f"{name}, which a run might replace"
+            raise SystemExit(f"{folder} holds {what}: choose another --out.")

@@ -1,5 +1,6 @@
 """Options of the command line, Ctrl-C, and output that a terminal cannot show."""
 
+import builtins
 import contextlib
 import errno
 import inspect
@@ -14,8 +15,11 @@ def stop_on_interrupt(message: str) -> None:
     """From now on, Ctrl-C ends the program with this line.
 
     Without an exception, which an import or a callback might swallow, and without Python's own
-    exit, which would wait for a checkpoint that is being written.
+    exit, which would wait for a checkpoint that is being written. In IPython it ends the script
+    alone, as IPython does it.
     """
+    if _in_ipython():
+        return
 
     def stop(*_: Any) -> None:
         with contextlib.suppress(OSError):  # nobody reads it
@@ -27,6 +31,11 @@ def stop_on_interrupt(message: str) -> None:
     os.environ.pop("MPLBACKEND", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is not ignored
         signal.signal(signal.SIGINT, stop)
+
+
+def _in_ipython() -> bool:
+    """Whether this is `%run`, which goes on when a script has ended."""
+    return hasattr(builtins, "__IPYTHON__")
 
 
 def _open_streams() -> None:
@@ -54,20 +63,14 @@ def show_ignored(unraisable: Any) -> None:
 
 
 def run_script(main: Callable[[Any], Any], config: type[Any], description: str | None) -> None:
-    """Calls `main` with the settings of the command line."""
+    """Calls `main` with the settings of the command line. Errors of users are one line each."""
+    if _in_ipython():
+        return _run(main, config, description)
     sys.unraisablehook = show_ignored
     # What an encoding other than UTF-8 cannot show is a question mark, and no error.
     sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
-    import jax  # not at the top: it takes seconds, in which Ctrl-C must work already
-
-    from support.folder import one_line  # after the scripts have turned its type checks on
-
     try:
-        with one_line("use the current folder"):  # it may have been removed
-            os.getcwd()
-        # whatever JAX_NUMPY_DTYPE_PROMOTION and JAX_NUMPY_RANK_PROMOTION say: optax mixes both
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            main(from_command_line(config, description))
+        _run(main, config, description)
         sys.stdout.flush()
     except SystemExit as error:
         if not isinstance(error.code, str):
@@ -92,3 +95,15 @@ def run_script(main: Callable[[Any], Any], config: type[Any], description: str |
             raise
         reason = "not enough memory: try a smaller model, table or batch."
         raise SystemExit(reason) from None
+
+
+def _run(main: Callable[[Any], Any], config: type[Any], description: str | None) -> None:
+    import jax  # not at the top: it takes seconds, in which Ctrl-C must work already
+
+    from support.folder import one_line  # after the scripts have turned its type checks on
+
+    with one_line("use the current folder"):  # it may have been removed
+        os.getcwd()
+    # whatever JAX_NUMPY_DTYPE_PROMOTION and JAX_NUMPY_RANK_PROMOTION say: optax mixes both
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        main(from_command_line(config, description))

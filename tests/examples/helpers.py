@@ -56,3 +56,8 @@ def wait_for(path, process):
 
 def content(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def written(folder):
+    """The names of what a run has left in its folder."""
+    return {path.name for path in folder.iterdir()}

@@ -37,7 +37,6 @@ def flipped(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [broken_in_half, flipped])
 @pytest.mark.parametrize("item", ["about", "model", "optimizer"])
-@pytest.mark.one_in(3)
 def test_resuming_goes_on_from_the_checkpoint_before_a_broken_one(
     finished, tmp_path, item, damage, capsys
 ):

@@ -27,7 +27,6 @@ pytestmark = pytest.mark.usefixtures("jax_defaults", "only_what_scripts_show")
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("temperature, top_k", [(0.0, None), (0.8, None), (1.5, 3), (1.0, 999)])
 @pytest.mark.parametrize("size, prompt", [(8, range(5)), (7, range(20)), (1, [3])])
-@pytest.mark.one_in(12)
 def test_a_sample_follows_windows_that_keep_their_newer_half(
     size, prompt, temperature, top_k, cache
 ):

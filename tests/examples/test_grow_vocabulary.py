@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import train_lm
 from grow_vocabulary import Config, frequent_strings, more_tokens
+from support.folder import FILES
 from support.text_data import cut_text, read_text, Tokens
 from support.tokenizer import add_tokens, Tokenizer, train_bpe
 
 from ..helpers import python_environment
-from .helpers import EXAMPLES, tiny
+from .helpers import EXAMPLES, tiny, written
 
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -130,7 +131,6 @@ def test_numbers_that_stand_for_nothing_leave_no_place_for_new_tokens():
     ],
 )
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 def test_what_cannot_be_used_is_refused_in_one_line(run, changes, message, tmp_path):
     config = dataclasses.replace(run, out=tmp_path / "out", **changes)
     with pytest.raises(SystemExit, match=message) as error:
@@ -142,6 +142,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(run, changes, message, tmp_p
 def test_a_run_is_not_overwritten_and_settings_out_of_range_are_refused(grown):
     with pytest.raises(SystemExit, match="holds a run"):
         grow_vocabulary.main(grown[0])
+    assert written(grown[0].out) <= {*FILES, "checkpoints"}
     with pytest.raises(ValueError, match="--new-tokens must be above 0, got 0"):
         dataclasses.replace(grown[0], new_tokens=0)
 

@@ -103,6 +103,40 @@ def test_a_terminal_shows_what_it_can_show(finished_bpe, tmp_path, environment):
     assert "held out: " in run(script, *options)
 
 
+IN_IPYTHON = """
+import builtins, io, runpy, signal, sys
+import support.generation
+sys.argv = sys.argv[1:]
+builtins.__IPYTHON__ = True
+shown, sys.stdout = sys.stdout, io.StringIO()  # which cannot be told how to show errors
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except (SystemExit, KeyboardInterrupt) as error:
+    print("ended:", type(error).__name__, error, file=shown)
+print(sys.stdout.getvalue(), "and on it goes", file=shown)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_ipython_outlives_a_script(finished_bpe, tmp_path):
+    def run(*options, code=IN_IPYTHON):  # as `%run` does
+        command = [sys.executable, "-c", code, str(EXAMPLES / "generate.py"), *options]
+        env = python_environment(PYTHONPATH=str(EXAMPLES))
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    folder = str(finished_bpe[0].run.out)
+    assert run("--run", folder, "--prompt=3 times", "--length=5").startswith("3 times")
+    refused = run("--run=missing")
+    assert refused.startswith("ended: SystemExit missing holds no checkpoint")
+    assert refused.endswith("and on it goes\n")
+    press = "support.generation.sample = lambda *_, **__: signal.raise_signal(signal.SIGINT)\ntry:"
+    interrupted = run("--run", folder, code=IN_IPYTHON.replace("try:", press))
+    assert interrupted.startswith("ended: KeyboardInterrupt")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [MemoryError("x"), RuntimeError("Out of memory\nallocating")])
 def test_too_little_memory_is_said_in_one_line(error, monkeypatch):

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import train_lm
 from support import text_data
+from support.folder import FILES
 from support.tokenizer import train_bpe
 
 from ..helpers import python_environment
-from .helpers import changed, command, content, losses, tiny, wait_for
+from .helpers import changed, command, content, losses, tiny, wait_for, written
 
 
 pytestmark = pytest.mark.usefixtures("jax_defaults", "only_what_scripts_show")
@@ -98,7 +99,6 @@ def test_resuming_for_fewer_steps_than_there_are_says_how_many(finished, tmp_pat
     ],
 )
 @pytest.mark.parametrize("seconds", [0.2, 1.0])
-@pytest.mark.one_in(3)
 def test_ctrl_c_ends_a_script_with_one_line(script, options, line, seconds, tmp_path):
     out = [] if script is generate else [f"--out={tmp_path / 'out'}"]
     command = [sys.executable, "-X", "importtime", script.__file__, *options, *out]
@@ -190,11 +190,22 @@ def test_a_folder_that_is_moved_stops_a_run_in_one_line(text, tmp_path, monkeypa
     generate.load(tmp_path / "moved")
 
 
-def test_what_another_script_wrote_is_not_overwritten(text, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("{}")
-    with pytest.raises(SystemExit, match="holds a run: choose another --out."):
-        train_lm.main(tiny(text, tmp_path))
-    assert content(tmp_path) == {tmp_path / "metrics.jsonl": b"{}"}
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("metrics.jsonl", "a run"),
+        *((name, f"{name}, which a run might replace") for name in ("sample.txt", "loss.png")),
+    ],
+)
+def test_what_another_script_wrote_is_not_overwritten(name, what, text, tmp_path):
+    (tmp_path / name).write_bytes(text.read_bytes())
+    with pytest.raises(SystemExit, match=f"holds {what}: choose another --out."):
+        train_lm.main(tiny(tmp_path / name, tmp_path))
+    assert content(tmp_path) == {tmp_path / name: text.read_bytes()}
+
+
+def test_all_files_that_a_run_writes_are_known(finished):
+    assert written(finished[0].run.out) == {*FILES[:4], "checkpoints"}
 
 
 @pytest.mark.parametrize("create", [False, True], ids=["missing", "empty"])

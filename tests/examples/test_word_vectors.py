@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 import word_vectors
-from support.folder import new_folder
+from support.folder import FILES, new_folder
 from support.terminal import from_command_line, run_script
 from word_vectors import Config
 
 from ..helpers import assert_close, float64, python_environment, temporaries
-from .helpers import EXAMPLES
+from .helpers import EXAMPLES, written
 
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -256,6 +256,7 @@ def test_numbers_that_are_not_finite_stop_the_run(config, tmp_path, learning_rat
 
 @pytest.mark.exhaustive
 def test_a_folder_that_is_in_use_is_refused(config, trained, tmp_path):
+    assert written(config.out) <= {*FILES}
     (tmp_path / "file").touch()
     with new_folder(tmp_path / "busy"):
         for out, message in [
