@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 # What compilers say
 
 
+# Of a conditional, all branches, as if each ran.
+CALLS = r"(?:body|calls|to_apply|\w+_computation|branch_computations)=(%[\w.\-]+|\{[^}]*\})"
+
+
 def each_instruction(text: str) -> Iterator[tuple[str, str, int]]:
     """The instructions of a compiled program, the computation of each, and how often it runs."""
     computations: dict[str, list[str]] = {}
@@ -25,8 +29,9 @@ def each_instruction(text: str) -> Iterator[tuple[str, str, int]]:
         for line in computations[name]:
             yield name, line, trips
             inner = trips * count_trips(line, computations) if " while(" in line else trips
-            for called in re.findall(r"(?:body|calls|to_apply)=%([\w.\-]+)", line):
-                yield from visit(called, inner)
+            for called in re.findall(CALLS, line):
+                for callee in re.findall(r"%([\w.\-]+)", called):
+                    yield from visit(callee, inner)
 
     return visit(entry, 1)
 
