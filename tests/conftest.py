@@ -43,7 +43,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Of the cases of a test that is marked `one_in(n)`, all but one in `n` are `exhaustive`.
+    """Of the cases of a slow test, all but one are `exhaustive`.
 
     Of these tests, `--part` chooses some. Where the command line names a test, as in
     `test_tying.py::test_name`, all its cases run.
@@ -53,12 +53,11 @@ def pytest_collection_modifyitems(config, items):
         config.option.markexpr = ""
     cases = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("one_in"):
+        if item.get_closest_marker("slow"):
             cases[item.function].append(item)
     for same in cases.values():
-        (n,) = same[0].get_closest_marker("one_in").args
         same.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))  # in an order without meaning
-        for item in same[-(-len(same) // n) :]:
+        for item in same[1:]:
             item.add_marker("exhaustive")
     part, parts = map(int, config.option.part.split("/"))
     of_others = set()

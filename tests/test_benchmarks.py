@@ -32,7 +32,6 @@ pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
-@pytest.mark.one_in(3)
 @pytest.mark.exhaustive
 def test_each_loss_equals_its_plain_version(name):
     N, D, V = 32, 8, 50

@@ -68,7 +68,6 @@ COMBINATIONS = list(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.one_in(4)
 def test_values_and_gradients_are_those_of_float64(layout):
     # the layouts share the product of the options, each combination once
     mine = COMBINATIONS[list(LAYOUTS).index(layout) :: len(LAYOUTS)]
@@ -106,7 +105,6 @@ def test_values_and_gradients_are_those_of_float64(layout):
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 257, 50257])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.one_in(4)
 @pytest.mark.slow
 def test_the_error_is_no_larger_than_that_of_optax_from_logits(vocab_size, dtype):
     layer = flat_layer(vocab_size, 16, dtype)
@@ -198,7 +196,6 @@ def test_a_single_row_of_padding_has_no_part_beside_a_bias_and_a_cap_below_one()
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.slow
-@pytest.mark.one_in(3)
 def test_a_token_of_weight_zero_poisons_nothing(reduction, poison):
     """Nor does a token whose target is ignored, whatever its weight."""
     layer = make_layer(with_bias=True)
@@ -350,7 +347,6 @@ def test_a_vocabulary_of_several_tiles_is_one_vocabulary(vocab_size, padding_row
 
 @pytest.mark.parametrize("batch", [(), (0,), (2, 0), (1, 2, 3)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.one_in(2)
 def test_hidden_may_have_any_batch_shape(batch, reduction):
     layer = make_layer("middle", with_bias=True)
     hidden = make_hidden(layer, batch)
@@ -483,7 +479,6 @@ def test_an_accelerator_skips_chunks_of_masked_tokens(as_on_a_gpu):
 
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.one_in(2)
 @pytest.mark.slow
 def test_a_table_with_the_vocabulary_last_runs_in_half_precision(dtype, tokens):
     """For which XLA for CPUs, as it compiles by default, can make a product that it cannot run."""
@@ -586,7 +581,6 @@ def cross_entropy(embeddings, hidden, targets, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("N, D, V", [(2048, 256, 50257), (1024, 512, 16384)])
-@pytest.mark.one_in(2)
 def test_temporaries_are_smaller_than_the_gradient_of_the_table(N, D, V):
     operands = sizes(N, D, V)
     assert temporaries_of(jax.value_and_grad(cross_entropy, (0, 1)), *operands) < V * D * 4
@@ -885,7 +879,6 @@ def test_weights_of_small_dtypes_are_summed_in_float32():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk_size, second", [(None, jax.jacfwd), (2, jax.jacrev)])
-@pytest.mark.one_in(2)
 def test_the_second_derivative_is_that_from_logits(chunk_size, second):
     with jax.enable_x64(True):
         table = make_table("first", "float64")

@@ -43,7 +43,6 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.one_in(3)
 def test_logits_are_products_with_each_embedding_plus_bias_then_capped(layout, options, dtype):
     with_bias, soft_cap = OPTIONS[options]
     layer = make_layer(layout, dtype, with_bias, soft_cap)
@@ -476,7 +475,7 @@ ORDERS = [("vocabulary", "d"), ("d", "vocabulary")]
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("batch", [(), (1,)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.one_in(3)
+@pytest.mark.slow
 def test_decoding_one_token_with_padding_copies_no_table(dtype, batch, with_bias, names):
     rows, size = 4096, 256
 
@@ -509,7 +508,6 @@ def test_decoding_several_tokens_copies_no_table(dtype, map_tokens, tokens, name
 
 @pytest.mark.parametrize("names", ORDERS, ids=str)
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 def test_one_token_decodes_alike_in_half_precision(names):
     """With all that JAX can do to a product of one vector, which has a form of its own."""
     array = make_array((7, 4)).astype("bfloat16")

@@ -98,7 +98,6 @@ def value_and_gradients(student, hidden, teacher, theirs, weights=None, **option
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.5, 2.0])
-@pytest.mark.one_in(12)
 @pytest.mark.slow
 def test_values_and_gradients_match_numpy(dtype, kind, temperature):
     problem = make_problem(dtype)
@@ -117,7 +116,6 @@ def test_values_and_gradients_match_numpy(dtype, kind, temperature):
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
-@pytest.mark.one_in(6)
 def test_low_temperatures_lose_no_precision(kind, soft_cap, temperature):
     def make_decode(seed):
         embeddings, bias = make_array((300, 8), seed=seed), make_array((300,), seed=seed + 1)
@@ -185,7 +183,6 @@ def test_a_student_like_its_teacher_has_no_divergence(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
-@pytest.mark.one_in(3)
 def test_a_token_of_probability_zero_adds_nothing(kind):
     """Its logit is -inf for both, as with a bias that masks a part of the vocabulary."""
     student, hidden, teacher, theirs = make_problem(soft_cap=None)
@@ -218,7 +215,6 @@ def test_what_the_teacher_excludes_is_infinitely_far():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 def test_nan_at_weight_zero_reaches_nothing(reduction):
     student, hidden, teacher, theirs = make_problem()
     clean = value_and_gradients(student, hidden, teacher, theirs, WEIGHTS, reduction=reduction)
@@ -290,7 +286,6 @@ def test_steps_of_a_scan_learn_from_the_teacher():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
-@pytest.mark.one_in(3)
 def test_the_second_derivative_is_that_from_logits(kind):
     student, hidden, teacher, theirs = make_problem()
     # NaN of padding rows reaches second derivatives of any loss

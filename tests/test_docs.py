@@ -36,7 +36,6 @@ PYTHON = [(page, number) for page in MANUAL if page != NOTEBOOK for number in la
 # treescope 0.1.10 reads every public name in NumPy, and NumPy 2.5 has deprecated one
 @pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("page, number", PYTHON)
-@pytest.mark.one_in(5)
 def test_each_block_of_python_runs(page, number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_block(page, number)

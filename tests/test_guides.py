@@ -142,7 +142,6 @@ def torch_names(tmp_path_factory):
 
 
 @pytest.mark.parametrize("row", TORCH, ids=lambda row: code(row[1]))
-@pytest.mark.one_in(2)
 def test_what_to_write_for_pytorch_runs(row, torch_names):
     names = dict(torch_names)
     if "labels" in row[1]:

@@ -181,7 +181,6 @@ def debugged(model, tokens, targets):
         debugged,
     ],
 )
-@pytest.mark.one_in(6)
 @pytest.mark.slow
 def test_a_loss_may_be_written_in_many_ways(loss):
     assert_same(train(make_model(), loss=loss), plain_adam())
@@ -220,7 +219,6 @@ POLICIES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses, losses_then_mean])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.one_in(4)
 def test_a_loss_may_be_recomputed_by_any_policy(policy, loss):
     checkpoint = eqx.filter_checkpoint(loss, policy=getattr(jax.checkpoint_policies, policy))
     assert_same(train(make_model(), loss=lambda *x: checkpoint(*x)), plain_adam())
@@ -443,7 +441,7 @@ def shared(model):
         shared,
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.slow
 def test_a_step_may_be_written_in_many_ways(trained):
     assert_same(trained(make_model()), plain_adam())
 
@@ -516,7 +514,6 @@ def plain_masked():
     ],
 )
 @pytest.mark.slow
-@pytest.mark.one_in(3)
 def test_sequences_may_be_masked_in_many_ways(loss):
     assert_same(train(make_model(), loss=loss), plain_masked())
 

@@ -314,7 +314,6 @@ def train_with_state(loss, model, model_state):
 @pytest.mark.parametrize("mode", ["batch", "ema"])
 @pytest.mark.parametrize("loss", [normed_loss_outside, normed_loss_inside])
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 def test_layers_with_state_may_stand_beside_the_table(mode, loss):
     losses, model, state = train_with_state(loss, *eqx.nn.make_with_state(Normed)(mode))
     assert state.get(model.calls) == STEPS

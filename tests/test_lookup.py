@@ -182,7 +182,7 @@ FAR = [2**31, 2**32, 2**32 + 3, 2**40 + 3, 2**63 - 1]
 
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("far", FAR + [-token for token in FAR])
-@pytest.mark.one_in(4)
+@pytest.mark.slow
 def test_a_64_bit_host_id_never_lands_on_the_row_of_another_token(far, x64):
     with jax.enable_x64(x64):
         table = make_table("first")

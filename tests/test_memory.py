@@ -53,7 +53,6 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("gradients", [False, True], ids=["loss", "gradients"])
 @pytest.mark.usefixtures("jax_defaults")
-@pytest.mark.one_in(16)
 def test_the_loss_takes_no_more_memory_than_the_plain_way(shape, dtype, gradients):
     functions = [jax.value_and_grad(f, (0, 1)) if gradients else f for f in (loss, plain_loss)]
     ours, plain = (mebibytes(f, shape, dtype) for f in functions)

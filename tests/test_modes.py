@@ -39,7 +39,6 @@ from .helpers import (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disable_jit, reduction", [(False, "mean"), (True, "none")])
-@pytest.mark.one_in(2)
 def test_debug_nans_raises_no_false_alarm(disable_jit, reduction):
     table, hidden = make_table("first"), make_array((4, 4), seed=1)
     targets = jnp.where(FOUR_WEIGHTS == 0, -100, FOUR_TARGETS)
@@ -190,7 +189,6 @@ def test_no_tracer_leaks_and_no_key_is_used_twice():
     [("raise", "5 tokens"), ("nan", [[True] * 2] * 2), ("off", [[False] * 2, [True] * 2])],
 )
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.one_in(6)
 def test_each_setting_of_eqx_on_error_is_followed(setting, expected, devices):
     result = run_python(RAISING, EQX_ON_ERROR=setting, XLA_FLAGS=xla_flags(devices))
     assert result == expected or (setting == "raise" and expected in result)

@@ -196,7 +196,6 @@ def test_the_logits_of_a_loss_never_exist():
     ],
     ids=["list", "range", "tuple", "slice", "backwards", "uint8", "mask", "jax"],
 )
-@pytest.mark.one_in(12)
 def test_rows_are_named_in_many_ways_and_come_back_where_they_were(layout, rows, expected, dtype):
     table = make_table(layout, dtype)
     axis = table.axis_names.index("vocabulary")

@@ -72,7 +72,6 @@ def test_a_table_may_have_a_single_token():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.one_in(6)
 @pytest.mark.slow
 def test_taken_rows_are_those_of_numpy_and_go_back(layout, dtype):
     table: Any = make_table(layout, dtype, with_bias=True, padding=np.nan)
@@ -268,7 +267,6 @@ def test_steps_of_sgd_equal_the_dense_ones_bit_for_bit():
     ],
     ids=["adamw", "nesterov", "rprop", "schedule-free", "chain"],
 )
-@pytest.mark.one_in(8)
 @pytest.mark.slow
 def test_steps_move_the_rows_of_their_batch_alone(make):
     """Lazy updates: each step is the dense one of a model with only the rows of the batch."""

@@ -147,7 +147,6 @@ def slopes(function, arguments, direction, order):
         if inner == "reverse" or method in BOTH_MODES
     ],
 )
-@pytest.mark.one_in(16)
 def test_second_derivatives_are_those_from_logits(method, order):
     layer = make_layer(with_bias=True, soft_cap=2.0)
     layer, static = eqx.partition(layer, eqx.is_array)
@@ -166,7 +165,6 @@ def test_second_derivatives_are_those_from_logits(method, order):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["score", "top_k"])
-@pytest.mark.one_in(2)
 def test_hessians_are_those_from_logits(method):
     layer, hidden = make_layer(with_bias=True, soft_cap=2.0), make_array((N, 4), seed=2)
     actual, expected = (
@@ -180,7 +178,6 @@ def test_hessians_are_those_from_logits(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("in_scan", [False, True])
-@pytest.mark.one_in(8)
 def test_third_derivatives_are_those_from_logits(method, in_scan):
     """Products of a vector and the second derivative of a gradient penalty."""
     layer, hidden = make_layer(with_bias=True, soft_cap=2.0), make_array((N, 4), seed=2)
@@ -201,7 +198,6 @@ def test_third_derivatives_are_those_from_logits(method, in_scan):
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in BOTH_MODES])
-@pytest.mark.one_in(3)
 def test_forward_mode_is_refused_by_jax(method):
     layer, hidden = make_layer(), make_array((N, 4), seed=2)
     ours, _ = METHODS[method]

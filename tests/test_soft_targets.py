@@ -73,7 +73,6 @@ def make_hidden(dtype="float32"):
 
 
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
-@pytest.mark.one_in(4)
 @pytest.mark.slow
 def test_soft_targets_match_numpy(dtype, soft_cap):
     layer, hidden = make_layer(soft_cap, dtype), make_hidden(dtype)
@@ -121,7 +120,6 @@ def test_one_soft_target_is_a_plain_target(reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 def test_a_target_of_weight_zero_has_no_part(reduction, traced):
     layer, hidden = make_layer(), make_hidden()
     target_weights = TARGET_WEIGHTS.copy()

@@ -185,7 +185,6 @@ def make_cotangent(reduction, dtype="float32"):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 def test_values_and_gradients_are_those_of_plain_logits(reduction):
     with jax.enable_x64(True):
         cotangent = make_cotangent(reduction, "float64")
@@ -335,7 +334,6 @@ def test_data_may_be_python_numbers_and_host_arrays():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("method", ["token_loss", "cross_entropy"])
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 def test_scores_come_with_the_loss_and_without_gradient(method, reduction):
     layer, hidden, weights, *_ = make_operands()
     targets = np.where(MASK, TARGETS, -100)
@@ -541,7 +539,6 @@ def test_masked_data_may_be_outside_of_a_domain(reduction):
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("mapped", ["batch", "examples", "examples and closure"])
-@pytest.mark.one_in(3)
 def test_examples_without_tokens_may_be_outside_of_a_domain(mapped, reduction):
     """Whatever stands for data of masked tokens, the root below has no gradient there."""
     layer, hidden, *_ = make_operands()
@@ -862,7 +859,6 @@ def second_derivative(mode, token_loss, make, reduction, operands, direction):
     "make, reduction", [(clipped_policy_gradient, "mean"), (smoothed_with_z_loss, "none")]
 )
 @pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
-@pytest.mark.one_in(4)
 def test_second_derivatives_are_those_of_plain_logits(make, reduction, mode):
     with jax.enable_x64(True):
         operands = make_operands("float64", padding=0.0)

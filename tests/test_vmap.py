@@ -132,7 +132,6 @@ def expected_of(reduction, mapped="htwdc"):
         ("c", "none"),
     ],
 )
-@pytest.mark.one_in(6)
 def test_gradients_of_a_vmap_are_those_of_plain_logits(mapped, reduction):
     loss = functools.partial(loss_of_example, ours, reduction=reduction)
     losses = jax.vmap(loss, in_axes(mapped))
@@ -241,7 +240,6 @@ STRUCTURES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.one_in(6)
 def test_a_vmap_may_stand_anywhere(structure):
     loss = functools.partial(loss_of_example, ours, reduction="sum")
     losses = STRUCTURES[structure](loss)
@@ -271,7 +269,6 @@ def test_second_derivatives_of_a_vmap_are_those_of_plain_logits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mapped", ["htw", "w", "t", "tw"])
-@pytest.mark.one_in(2)
 def test_scores_of_examples_are_those_of_the_batch(mapped):
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples(mapped)
 
@@ -299,7 +296,6 @@ def test_scores_of_examples_are_those_of_the_batch(mapped):
 @pytest.mark.parametrize(
     "mapped, reduction", [("htw", "none"), ("w", "mean"), ("t", "none"), ("tw", "mean")]
 )
-@pytest.mark.one_in(4)
 def test_scores_come_with_the_losses_of_examples(mapped, reduction):
     layer, (hidden, targets, weights, *_) = make_layer(), make_examples(mapped)
     options: Any = dict(reduction=reduction, return_scores=True)
@@ -339,7 +335,6 @@ def test_scores_come_with_the_losses_of_examples(mapped, reduction):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [(5,), ()])
-@pytest.mark.one_in(2)
 def test_a_vector_may_have_targets_of_its_own_examples(batch):
     """Candidates in two axes, some of which are ignored, or out of range."""
     layer, hidden = make_layer(), make_array((*batch, 2, 3))
@@ -467,7 +462,6 @@ def compile_gradient(mean, batch):
         (mean_of_vmap_in_scan, (4, 4, 128)),
     ],
 )
-@pytest.mark.one_in(3)
 def test_mapped_examples_share_one_gradient_of_the_table(mean, batch):
     of_batch = temporaries(compile_gradient(None, (16, 128)))
     compiled = compile_gradient(mean, batch)

@@ -85,7 +85,6 @@ def expect(arguments, kind, reduction="mean"):
 
 @settings
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.one_in(16)
 def test_a_split_vocabulary_gives_the_same(setting, kind):
     arguments = make_arguments()
     mesh = make_mesh(setting)
@@ -99,7 +98,6 @@ def test_a_split_vocabulary_gives_the_same(setting, kind):
     "their_rows, their_padding_rows, of_teacher",
     [(93, 0, None), (104, 11, "model"), (96, 3, "data"), (96, 3, None)],
 )
-@pytest.mark.one_in(8)
 def test_the_teacher_may_lie_otherwise(setting, their_rows, their_padding_rows, of_teacher):
     """With other padding rows, whole on each device, or split over other axes."""
     arguments = make_arguments(their_rows, their_padding_rows)
@@ -112,7 +110,6 @@ def test_the_teacher_may_lie_otherwise(setting, their_rows, their_padding_rows, 
 
 @pytest.mark.parametrize("setting", ["rules", "explicit", "manual"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.one_in(6)
 def test_a_fully_sharded_table_gives_the_same(setting, reduction):
     """Rows over the axis of the tokens: they are gathered, or, if fewer, the tokens are."""
     rules = RULES | {"vocabulary": "data"}
@@ -128,7 +125,6 @@ def test_a_fully_sharded_table_gives_the_same(setting, reduction):
 
 
 @pytest.mark.parametrize("setting", ["rules", "explicit"])
-@pytest.mark.one_in(2)
 def test_no_table_and_no_logits_are_gathered(setting):
     arguments = make_arguments()
     mesh = make_mesh(setting)
@@ -164,7 +160,6 @@ def test_a_shard_map_wants_the_vocabulary_of_the_teacher_split_by_the_same_rule(
 
 @settings
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.one_in(12)
 def test_soft_targets_give_the_same(setting, reduction):
     table, hidden, _, weights, _ = make_arguments()
     draw = np.random.default_rng(0)

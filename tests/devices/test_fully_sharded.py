@@ -13,6 +13,7 @@ from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
 from .helpers import (
     assert_trees_close,
+    collectives,
     make_batch,
     make_mesh,
     make_table,
@@ -122,7 +123,6 @@ def with_rules(function, rules, closed, *operands):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [FEW, MANY])
 @pytest.mark.parametrize("setting, layout", SETTINGS)
-@pytest.mark.one_in(16)
 def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, length):
     assert_equals_one_device(mean_and_scores, setting, layout, length)
 
@@ -131,7 +131,6 @@ def test_a_loss_and_its_gradients_equal_those_of_one_device(setting, layout, len
 @pytest.mark.parametrize("function", [losses_alone, logits_and_vectors])
 @pytest.mark.parametrize("setting", ["explicit", "rules", "manual"])
 @pytest.mark.parametrize("layout", ["rows over model, then data", "columns"])
-@pytest.mark.one_in(12)
 def test_losses_that_stay_apart_logits_and_vectors_do(function, setting, layout):
     assert_equals_one_device(function, setting, layout, FEW)
 
@@ -164,7 +163,6 @@ def gradient_of_each(table, tokens):
     ],
 )
 @pytest.mark.slow
-@pytest.mark.one_in(8)
 def test_a_lookup_has_forward_mode_and_gradients_of_examples(function, layout, length):
     embeddings, tokens = random((V, D)), make_operands(length)[2]
     table = EmbeddingTable(embeddings, ("vocabulary", "embedding"))
@@ -174,6 +172,31 @@ def test_a_lookup_has_forward_mode_and_gradients_of_examples(function, layout, l
         table = jax.device_put(table, table.shardings(mesh, rules))
         actual = eqx.filter_jit(function)(table, place(mesh, tokens, rules["batch"]))
         assert_trees_close(actual, expected)
+
+
+@pytest.mark.parametrize("setting", ["explicit", "automatic", "manual"])
+def test_a_lookup_sums_the_gradient_of_its_part_of_a_gathered_table(setting):
+    """Along the axes that split the batch alone: the part is a fourth of the table."""
+    rules = {"batch": ("data", "model"), "vocabulary": "model"}
+    embeddings, tokens = random((V, D)), jnp.arange(8 * V) % V
+
+    def loss(embeddings, tokens):
+        table = EmbeddingTable(embeddings, ("vocabulary", "embedding"))
+        total = jnp.sum(jnp.sin(EmbeddingLookup(table)(tokens, rules=rules)))
+        return jax.lax.psum(total, ("data", "model")) if setting == "manual" else total
+
+    expected = 8 * jnp.cos(embeddings)
+    mesh = make_mesh(setting)
+    with jax.set_mesh(mesh):
+        arrays = place(mesh, embeddings, "model"), place(mesh, tokens, ("data", "model"))
+        if setting == "manual":
+            specs = P("model"), P(("data", "model"))
+            loss = jax.shard_map(loss, in_specs=specs, out_specs=P())
+        part = arrays[0].sharding
+        compiled = jax.jit(jax.grad(loss), out_shardings=part).lower(*arrays).compile()
+        np.testing.assert_allclose(compiled(*arrays), expected, rtol=1e-5, atol=1e-5)
+    assert collectives(compiled)["all-reduce"]["f32", (V // 4, D)] == 1
+    assert ("f32", (V, D)) not in collectives(compiled)["all-reduce"]
 
 
 @pytest.mark.parametrize("vocabulary_axis", [0, 1])
@@ -309,7 +332,6 @@ def assert_equals_one_device(function, setting, layout, length):
 @pytest.mark.parametrize("length", [FEW, MANY])
 @pytest.mark.parametrize("vocabulary_axis", [0, 1])
 @pytest.mark.parametrize("setting, layout", [*SETTINGS, *(("vmap", layout) for layout in LAYOUTS)])
-@pytest.mark.one_in(12)
 def test_a_lookup_and_its_gradient_equal_those_of_one_device(
     setting, layout, vocabulary_axis, length
 ):
@@ -387,7 +409,6 @@ def test_an_explicit_axis_of_size_one_beside_an_automatic_one_needs_rules(shape,
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["rows over all", "rows over data, columns over model"])
 @pytest.mark.parametrize("length", [FEW, MANY])
-@pytest.mark.one_in(2)
 def test_a_shard_map_may_take_one_of_the_axes_that_split_a_table(layout, length):
     rules = {**LAYOUTS[layout], "batch": "data"}
     table, hidden, targets, *_ = make_operands(length)
@@ -419,7 +440,6 @@ def test_a_shard_map_may_take_one_of_the_axes_that_split_a_table(layout, length)
     "setting, layout",
     [("rules", "rows"), ("rules", "rows over model, then data"), ("manual", "rows")],
 )
-@pytest.mark.one_in(6)
 def test_second_derivatives_equal_those_of_one_device(setting, layout, length):
     rules = LAYOUTS[layout]
     table, hidden, targets, *_ = make_operands(length)
@@ -558,7 +578,6 @@ def assert_second_derivatives_equal_those_of_one_device(
         *((loss, "unused axis") for loss in (of_data_and_closure, *APART)),
     ],
 )
-@pytest.mark.one_in(32)
 def test_gradients_of_gradients_equal_those_of_one_device(loss, setting, layout, length):
     """By the table, the hidden vectors, and all else: each device must count once."""
     if setting == "manual" and layout == "columns over model":
@@ -592,7 +611,6 @@ def test_gradients_of_gradients_equal_those_of_one_device(loss, setting, layout,
         ),
     ],
 )
-@pytest.mark.one_in(16)
 def test_gradients_of_gradients_in_a_shard_map_along_one_axis(kind, loss, layout, manual):
     """JAX cannot save what differs along the axes of this `jax.shard_map` and of one inside it."""
     rules = LAYOUTS.get(layout, OVER_MODEL)
@@ -604,7 +622,6 @@ def test_gradients_of_gradients_in_a_shard_map_along_one_axis(kind, loss, layout
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", TOTALS + APART)
 @pytest.mark.parametrize("kind", ["explicit", "rules"])
-@pytest.mark.one_in(7)
 def test_weights_may_differ_along_the_axis_of_a_shard_map_and_vectors_not(loss, kind):
     """The table and the vectors are the same on the devices of `model`, which use them apart."""
     numbers, *operands = make_numbers(FEW)
@@ -640,7 +657,6 @@ def test_weights_may_differ_along_the_axis_of_a_shard_map_and_vectors_not(loss, 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [of_data_and_closure, losses_times_weights, top_k_times_weights])
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.one_in(3)
 def test_gradients_of_gradients_on_an_explicit_mesh_that_splits_nothing(loss, mixed):
     kinds = AxisType.Explicit, AxisType.Auto if mixed else AxisType.Explicit
     mesh = jax.make_mesh((2, 4), ("data", "model"), kinds)
@@ -657,7 +673,6 @@ def test_gradients_of_gradients_on_an_explicit_mesh_that_splits_nothing(loss, mi
         *((loss, kind) for loss in APART for kind in ("explicit", "rules")),
     ],
 )
-@pytest.mark.one_in(9)
 def test_a_linear_map_of_second_derivatives_may_be_compiled_later(loss, setting):
     """As for conjugate gradients. JAX keeps arrays for it, which differ from device to device."""
     numbers, *operands, targets = make_numbers(FEW)

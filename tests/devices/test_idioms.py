@@ -54,7 +54,6 @@ def filter_shard(shardings, tree):
 
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses])
 @pytest.mark.parametrize("shardings", [whole, over_first_axes])
-@pytest.mark.one_in(4)
 @pytest.mark.slow
 def test_filter_shard_splits_batches_and_models(shardings, loss):
     """In and outside of `jit`, as in Equinox's example, for which no mesh is set."""
@@ -107,7 +106,6 @@ LAYOUTS = [
     + [("automatic", rules, vmap_of_losses) for rules in LAYOUTS]
     + [("explicit", LAYOUTS[0], loss) for loss in (vmap_of_losses, closed_over)],
 )
-@pytest.mark.one_in(8)
 @pytest.mark.slow
 def test_device_put_splits_tables_and_batches(kind, rules, loss):
     mesh, step = make_mesh(kind, 2, 2), make_step(ADAM, loss)
@@ -208,7 +206,6 @@ def parallel_step(loss, model, state, tokens, targets):
 
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses])
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 def test_filter_pmap_averages_over_devices(loss):
     pmap: Any = eqx.filter_pmap
     step = pmap(
@@ -233,7 +230,6 @@ def mean_over_devices(loss, *arguments):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("loss", [batch_loss, vmap_of_losses])
-@pytest.mark.one_in(2)
 @pytest.mark.slow
 def test_a_shard_map_averages_over_devices(loss, check_vma):
     """With `check_vma`, JAX adds the gradients of what all devices have, so the loss is averaged

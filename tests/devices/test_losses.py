@@ -132,21 +132,18 @@ def losses_and_scores(rules, table, closed, hidden, targets, weights, data):
 
 @pytest.mark.slow
 @settings
-@pytest.mark.one_in(4)
 def test_a_loss_and_its_scores_equal_those_of_one_device(setting):
     assert_equals_one_device(setting, mean_and_scores, (P(), P("data")))
 
 
 @pytest.mark.slow
 @settings
-@pytest.mark.one_in(4)
 def test_losses_that_stay_apart_equal_those_of_one_device(setting):
     assert_equals_one_device(setting, losses_and_scores, P("data"))
 
 
 @pytest.mark.slow
 @settings
-@pytest.mark.one_in(2)
 def test_scores_equal_those_of_one_device(setting):
     def scores(rules, table, hidden, targets):
         return EmbeddingDecode(table).score(hidden, targets, chunk_size=CHUNK_SIZE, rules=rules)
@@ -182,7 +179,6 @@ def test_scores_equal_those_of_one_device(setting):
         ("manual", None, "mean"),
     ],
 )
-@pytest.mark.one_in(12)
 def test_mapped_examples_equal_those_of_one_device(setting, spmd_axis_name, reduction):
     def losses(rules, *operands, name=spmd_axis_name):
         loss = functools.partial(loss_of_example, reduction, rules)
@@ -229,7 +225,6 @@ def mapped_on_one_device(reduction):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.one_in(2)
 def test_each_example_of_an_explicit_mesh_has_its_own_gradients(reduction):
     def gradients(*operands):
         def loss(*operands):
@@ -273,7 +268,6 @@ def test_a_batch_may_be_split_over_an_axis_without_a_rule():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data", "model"])
-@pytest.mark.one_in(2)
 def test_each_example_may_have_a_table_that_rules_split(axis):
     """Whatever mesh axis `spmd_axis_name` names for the examples."""
     table, closed, *batched = make_operands()
@@ -373,7 +367,6 @@ def test_a_loss_may_hand_what_it_closes_over_to_a_function_with_its_own_derivati
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use", ["token_loss", "cross_entropy", "vmap", "decode", "lookup"])
-@pytest.mark.one_in(6)
 def test_arrays_on_a_mesh_that_is_not_set_need_no_split(use):
     """Such as the last batch of an epoch, which the mesh does not divide."""
 
@@ -461,7 +454,6 @@ def test_the_gradient_of_a_closure_is_summed_in_float32(setting):
 @pytest.mark.slow
 @three_settings
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.one_in(3)
 def test_the_gradient_of_hidden_is_summed_in_float32(setting, reduction):
     rows = jnp.full((8, 1), 8.0, jnp.bfloat16).at[0].set(2048.0)
     table = EmbeddingTable(rows, ("vocabulary", "embedding"))
@@ -489,7 +481,6 @@ def test_the_gradient_of_hidden_is_summed_in_float32(setting, reduction):
     "setting, mapped",
     [("rules", False), ("manual", False), ("explicit", False), ("explicit", True)],
 )
-@pytest.mark.one_in(4)
 def test_any_loss_moves_a_few_numbers_a_token_and_gradients_once(setting, mapped):
     rows, examples, tokens = 2048, 16, 32
 
@@ -570,3 +561,20 @@ def test_a_closure_that_differs_from_device_to_device_is_refused(alone):
     mapped = jax.shard_map(loss, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())
     with pytest.raises(ValueError, match="differs from device to device of this `jax.shard_map`"):
         jax.eval_shape(mapped, table, jnp.ones((8, 4)), jnp.zeros(8, "int32"))
+
+
+@settings
+def test_disable_jit_changes_no_result(setting):
+    def results(rules, table, closed, hidden, targets):
+        layer = EmbeddingDecode(table)
+        loss = layer.cross_entropy(hidden, targets, rules=rules)
+        total = lax.psum(loss, "data") if setting == "manual" else loss
+        divergences = layer.divergence(hidden, layer, hidden + 1, rules=rules, reduction="none")
+        return total, divergences
+
+    table, closed, hidden, targets, *_ = make_operands()
+    function = on_mesh(setting, results, (P(), P("data")))
+    with split(setting, table, hidden[:, 0], targets[:, 0]) as (table, *batched):
+        expected = function(table, closed, *batched)
+        with jax.disable_jit():
+            assert_trees_close(function(table, closed, *batched), expected)

@@ -46,7 +46,6 @@ def assert_raises(function, *arguments):
 @meshes
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.slow
-@pytest.mark.one_in(3)
 def test_each_device_raises(setting, data, model):
     tokens = jnp.arange(B * T).reshape(B, T)
     arguments = make_table(V), tokens, one_token_out_of_range()

@@ -53,7 +53,6 @@ def is_split(array, spec):
 @settings
 @specs
 @pytest.mark.parametrize("vocab_size", [17, 29, 51])
-@pytest.mark.one_in(4)
 def test_a_resized_table_equals_that_of_one_device_and_stays_split(setting, spec, vocab_size):
     table, key = make_table(32, padding_rows=3), jax.random.key(0)
     for draw in None, key:
@@ -119,7 +118,6 @@ def test_under_jit_a_split_table_is_not_gathered():
 @pytest.mark.parametrize("spec", [SPECS["vocabulary"], SPECS["both"]], ids=["vocabulary", "both"])
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.slow
-@pytest.mark.one_in(4)
 def test_states_with_fresh_rows_stay_split(setting, spec, jit):
     optimizer, table = optax.contrib.schedule_free_adamw(1e-2), make_table(32, padding_rows=3)
     table = jax.tree.map(jnp.nan_to_num, table)
@@ -166,7 +164,6 @@ def rows_loss(trained, frozen, hidden, targets, rules=None):
 @pytest.mark.slow
 @settings
 @specs
-@pytest.mark.one_in(8)
 def test_rows_of_a_split_table_are_trained_as_on_one_device(setting, spec):
     table, rows = make_table(32, padding_rows=3), [3, 28, 11]
     hidden, targets = random((16, 8), seed=1), jnp.arange(16) % 29

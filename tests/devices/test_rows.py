@@ -76,7 +76,6 @@ def expected():
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("spec", [P(), P("data"), P("data", "model")], ids=str)
-@pytest.mark.one_in(8)
 def test_a_step_equals_that_of_one_device(setting, rules, spec):
     mesh, arguments = split(setting, rules, *make_arguments(), spec=spec)
     with jax.set_mesh(mesh):
@@ -89,7 +88,6 @@ def test_a_step_equals_that_of_one_device(setting, rules, spec):
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 @pytest.mark.parametrize("rules", [RULES["twice"], RULES["both"]], ids=["twice", "both"])
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 def test_a_step_moves_only_rows_of_the_batch(setting, rules):
     rows = 65_536
     mesh, (table, state, tokens) = split(setting, rules, *make_arguments(rows))

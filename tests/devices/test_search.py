@@ -56,7 +56,6 @@ def assert_equal(actual, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize("data, model", [(2, 4), (1, 8), (8, 1)])
 @settings
-@pytest.mark.one_in(16)
 def test_tokens_are_those_of_one_device(setting, data, model):
     with split(setting, *make_operands(), data=data, model=model) as operands:
         assert_equal(eqx.filter_jit(on_mesh(setting, search, ["data"]))(*operands), on_one_device())
@@ -64,7 +63,6 @@ def test_tokens_are_those_of_one_device(setting, data, model):
 
 @pytest.mark.slow
 @settings
-@pytest.mark.one_in(4)
 def test_a_table_split_over_the_axis_of_the_batch_is_searched(setting):
     rules = {"batch": "data", "vocabulary": "data"}
 
@@ -103,7 +101,6 @@ def test_a_batch_may_be_split_over_an_axis_without_a_rule():
 
 @pytest.mark.slow
 @settings
-@pytest.mark.one_in(4)
 def test_the_examples_of_a_vmap_are_drawn_alone(setting):
     table, hidden, temperature = make_operands()
     keys = jax.random.split(jax.random.key(5), B)
@@ -155,7 +152,6 @@ def test_a_key_that_differs_along_the_vocabulary_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("second", [False, True])
 @settings
-@pytest.mark.one_in(8)
 def test_log_probabilities_have_the_gradients_of_one_device(setting, second):
     table, hidden, _ = make_operands()
     # NaN of padding rows reaches second derivatives
@@ -186,7 +182,6 @@ def test_log_probabilities_have_the_gradients_of_one_device(setting, second):
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
-@pytest.mark.one_in(3)
 @pytest.mark.slow
 def test_a_loss_may_draw_its_targets(top_k):
     table, hidden, _ = make_operands()

@@ -143,7 +143,7 @@ def test_jax_may_check_the_effects_of_what_is_mapped():
 
 @settings
 @padded
-@pytest.mark.one_in(4)
+@pytest.mark.slow
 def test_a_lookup_equals_that_of_one_device(setting, padding_rows, precision):
     table = make_table(V, padding_rows)
     tokens = draw_tokens(table.vocab_size)
@@ -193,7 +193,6 @@ def decode_on_one_device(padding_rows, biased, precision):
 @settings
 @pytest.mark.parametrize("padding_rows", [0, 1, 3])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.one_in(8)
 def test_a_decode_equals_that_of_one_device(setting, padding_rows, biased, precision):
     columns = None if padding_rows else "model"
     with split(setting, *arguments_of_a_decode(padding_rows, biased)) as (table, hidden, factors):
@@ -221,7 +220,6 @@ def loss_on_one_device(padding_rows, reduction, precision):
 @settings
 @padded
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.one_in(16)
 def test_a_loss_equals_that_of_one_device(setting, padding_rows, reduction, precision):
     expected = loss_on_one_device(padding_rows, reduction, precision)
     function = functools.partial(cross_entropy, reduction=reduction)
@@ -248,7 +246,6 @@ def biased_loss_on_one_device(padding_rows):
 @pytest.mark.slow
 @settings
 @pytest.mark.parametrize("padding_rows", [0, 1, 3])
-@pytest.mark.one_in(16)
 def test_a_loss_with_a_bias_equals_that_of_one_device(setting, padding_rows):
     expected = biased_loss_on_one_device(padding_rows)
     with split(setting, *arguments_with_a_bias(padding_rows)) as arguments:
@@ -280,7 +277,6 @@ def test_the_gradient_may_be_taken_inside_a_shard_map():
 @pytest.mark.slow
 @pytest.mark.parametrize("rules", [{"batch": "data"}, RULES])
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
-@pytest.mark.one_in(2)
 def test_a_shard_map_may_take_some_of_the_axes(setting, rules):
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
 
@@ -364,7 +360,6 @@ def test_a_mean_inside_a_shard_map_is_of_the_devices_tokens_unless_rules_say_mor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
-@pytest.mark.one_in(2)
 def test_layers_work_under_vmap_over_split_sequences(setting):
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
 
@@ -399,7 +394,6 @@ def tied_loss_on_one_device(padding_rows):
 @pytest.mark.parametrize("axes", [(None, "model"), ("data",), (("data", "model"),)])
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 @padded
-@pytest.mark.one_in(4)
 def test_a_table_may_be_split_in_any_way(padding_rows, setting, axes):
     """Over its embedding; over the same mesh axis as the batch; over two mesh axes."""
     *arguments, _ = arguments_of_a_loss(padding_rows)
@@ -440,7 +434,6 @@ def test_columns_may_be_split_if_the_mesh_does_not_divide_the_rows():
 )
 @pytest.mark.parametrize("sizes", [(8, 1), (1, 8), (4, 2)], ids=str)
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
-@pytest.mark.one_in(16)
 def test_a_mesh_may_have_any_shape(setting, sizes, axes):
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
     expected = tied_loss_on_one_device(3)
@@ -462,7 +455,6 @@ def test_vectors_are_split_as_their_tokens_and_the_embedding_are():
 @pytest.mark.slow
 @pytest.mark.parametrize("rows, padding_rows", [(4, 0), (8, 3)])
 @pytest.mark.parametrize("setting", ["explicit", "manual"])
-@pytest.mark.one_in(2)
 def test_a_device_may_have_a_single_token_or_nothing_but_padding(setting, rows, padding_rows):
     table, hidden = make_table(rows, padding_rows), random((B, T, D), seed=1)
     targets = draw_tokens(table.vocab_size)
@@ -548,7 +540,6 @@ def test_layers_work_without_jit():
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["automatic", "explicit"])
 @pytest.mark.parametrize("padding_rows", [0, 3])
-@pytest.mark.one_in(4)
 def test_a_table_is_made_in_parts(setting, padding_rows):
     rows = 4096 - padding_rows
 
@@ -587,7 +578,6 @@ def compiled_loss(setting, data, model, rows=2048, padding_rows=0):
 @pytest.mark.slow
 @padded
 @pytest.mark.parametrize("setting", ["rules", "explicit", "manual"])
-@pytest.mark.one_in(6)
 def test_a_loss_moves_a_few_numbers_a_chunk_and_each_gradient_once(setting, padding_rows):
     found = collectives(compiled_loss(setting, data=2, model=4, padding_rows=padding_rows))
     assert set(found) == {"all-reduce"}
