@@ -151,8 +151,8 @@ class EmbeddingDecode(eqx.Module):
         batch_axes = len(operands.batch)
         split = find_split(self.table, vectors, 0, rules)  # whatever splits the batch, stays so
         factors, sums = self._product_dtypes(operands)
-        rows = gather_wide(factors, sums, split.manual_shared, rows)
-        bias = gather_wide(sums, sums, split.manual_shared[:1], bias)
+        rows = gather_wide(factors, sums, split.manual_shared, rows, vectors)
+        bias = gather_wide(sums, sums, split.manual_shared[:1], bias, vectors)
         batch = explicit_axes(vectors)[:batch_axes]
         columns = remaining(explicit_axes(rows)[0], batch)
         sharding = explicit_sharding(split.mesh, [*batch, columns])
@@ -619,7 +619,7 @@ class EmbeddingDecode(eqx.Module):
             )
         options = self._options(operands, own, None)
         embedding_axes = (), *own.manual_shared[1:]
-        rows = gather_wide(options.dtype, options.dtype, embedding_axes, rows)
+        rows = gather_wide(options.dtype, options.dtype, embedding_axes, rows, operands.hidden)
         hidden, rows = hidden.astype(options.dtype), rows.astype(options.dtype)
         return options, Operands(hidden, rows, bias)
 

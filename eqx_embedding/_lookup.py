@@ -14,7 +14,6 @@ from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 from ._devices import (
     Axes,
     call_as_one,
-    cast_to_varying,
     explicit_axes,
     explicit_sharding,
     flat,
@@ -22,7 +21,6 @@ from ._devices import (
     raise_unless,
     remaining,
     sum_over_axes,
-    varying_axes,
     widen,
 )
 from ._inputs import at_least_float32, nan_where, tokens_in_range
@@ -278,10 +276,7 @@ def _take_on_device(
 ) -> Array:
     """The rows of an index, if devices along the axes `vocabulary` have different rows."""
     dtype = array.dtype
-    if flat(gathered):  # so that its gradient is scattered before it is summed over other axes
-        array = widen(at_least_float32(dtype), array)
-        array = cast_to_varying(varying_axes(index), array)
-    array = gather_wide(dtype, at_least_float32(dtype), row_axis.restore(gathered), array)
+    array = gather_wide(dtype, at_least_float32(dtype), row_axis.restore(gathered), array, index)
     row = index
     if vocabulary:  # One device has the row of a token, the others add zeros.
         start = lax.axis_index(vocabulary) * row_axis.of(array.shape)

@@ -12,7 +12,7 @@ trained to tell the words near it from random ones: skip-gram with negative samp
 The table of n-grams has 200,000 rows, and a batch needs a few thousand of them. A step takes these
 rows, trains them as a small model, and puts them back. With --dense, a step trains the whole table.
 
-Writes metrics.jsonl, words.png and vectors.txt, a line for each word, to --out.
+Writes metrics.jsonl, words.png and vectors.txt, in the format of word2vec, to --out.
 """
 
 import collections

@@ -111,7 +111,7 @@ def _add_tile(
     shifted = cool(options, z - higher[None])
     e = jnp.exp(shifted)
     here = (targets >= start) & (targets < start + len(z))
-    found = jnp.take_along_axis(z, jnp.where(here, targets - start, 0), axis=0)
+    found = _at(jnp.where(here, targets - start, 0), z, options.tiles)
     new = new._replace(
         total=new.total + jnp.sum(e, axis=0), target_z=jnp.where(here, found, new.target_z)
     )
@@ -126,6 +126,15 @@ def _add_tile(
         first = jnp.min(jnp.where(z == largest[None], row, np.iinfo(np.int32).max), axis=0)
         new = new._replace(top=jnp.where(largest > statistics.maximum, first, statistics.top))
     return new
+
+
+def _at(rows: Array, z: Array, is_whole: bool) -> Array:
+    """The k logits of each column at those of the rows, (k, C)."""
+    if is_whole:
+        return jnp.take_along_axis(z, rows, axis=0)
+    # If an automatic mesh axis splits the rows, XLA ends the process at some gathers.
+    is_row = lax.broadcasted_iota(np.int32, z.shape, 0)[None] == rows[:, None]
+    return jnp.sum(jnp.where(is_row, z[None], 0), axis=1)
 
 
 def cool(options: Options, difference: Array) -> Array:

@@ -11,19 +11,28 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ._mesh import Axes, flat
+from ._mesh import Axes, flat, varying_axes
 from ._primitive import call_linear
 from ._scatter import reduce_scatter, reduce_scatter_in_rings
-from ._types import widen
+from ._types import cast_to_varying, widen
 
 
 def gather_wide(
-    dtype: DTypeLike, wide: DTypeLike, mesh_axes: tuple[Axes, ...], array: Array | None
+    dtype: DTypeLike,
+    wide: DTypeLike,
+    mesh_axes: tuple[Axes, ...],
+    array: Array | None,
+    other: Array,
 ) -> Any:
-    """Like `gather`, for a narrow array: it is widened if it has to be gathered."""
+    """Like `gather`, for a narrow array: it is widened if it has to be gathered.
+
+    It is used with the `other` array. Over the axes along which only that one differs, the gradient
+    is summed after it is scattered.
+    """
     if array is None or not flat(mesh_axes):
         return array
-    return gather(dtype, mesh_axes, widen(wide, array))
+    both: Any = cast_to_varying(varying_axes(other), widen(wide, array))
+    return gather(dtype, mesh_axes, both)
 
 
 def gather(dtype: DTypeLike, mesh_axes: tuple[Axes, ...], array: Array) -> Array:
