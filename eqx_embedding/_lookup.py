@@ -26,7 +26,7 @@ from ._devices import (
 from ._inputs import at_least_float32, nan_where, tokens_in_range
 from ._sharding import Arrangement, find_split, MappedAxisError, Split
 from ._suggest import (
-    explain_spmd,
+    compiled,
     suggest,
     suggest_for_fields,
     suggest_layer,
@@ -203,8 +203,7 @@ class _Lookup(NamedTuple):
     split: Split
 
 
-@explain_spmd
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static=1)
 def _take_of_mesh(lookup: _Lookup, array: Array, index: Array) -> Array:
     """The rows of an index, on a mesh. Examples of a `jax.vmap` are looked up together."""
 

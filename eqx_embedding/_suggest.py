@@ -4,7 +4,7 @@ import functools
 import inspect
 import reprlib
 from collections.abc import Callable
-from typing import Any, cast, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -59,23 +59,33 @@ def suggest_for_fields(module: Any, **suggestions: Callable[[Any], str | None]) 
 SPMD_ERRORS = "vmap spmd_axis_name", "mentioned in `manual_axis_type`", "unbound axis name"
 
 
-def explain_spmd(function: Function) -> Function:
-    """`function`, with an error that says what to write instead of `spmd_axis_name`."""
+def compiled(static: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`jax.jit` of a function, of which the first so many arguments are static.
 
-    @functools.wraps(function)
-    def explained(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except (ValueError, NameError) as error:
-            if not any(part in str(error) for part in SPMD_ERRORS):
-                raise
-            raise ValueError(
-                "JAX cannot compute this inside a `jax.vmap` with `spmd_axis_name`, if rules split "
-                "the table or the batch. Leave `spmd_axis_name` out: the examples are split as "
-                "their arrays are."
-            ) from None
+    Also under `jax.disable_jit`: on the parts of devices, JAX runs no `jax.custom_vjp` line by
+    line. An error about `spmd_axis_name` says what to write instead.
+    """
 
-    return cast(Function, explained)
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        jitted = jax.jit(function, static_argnums=tuple(range(static)))
+
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            try:
+                with jax.disable_jit(False):
+                    return jitted(*arguments)
+            except (ValueError, NameError) as error:
+                if not any(part in str(error) for part in SPMD_ERRORS):
+                    raise
+                raise ValueError(
+                    "JAX cannot compute this inside a `jax.vmap` with `spmd_axis_name`, if rules "
+                    "split the table or the batch. Leave `spmd_axis_name` out: the examples are "
+                    "split as their arrays are."
+                ) from None
+
+        return run
+
+    return decorate
 
 
 def suggest_key(key: Any) -> str | None:

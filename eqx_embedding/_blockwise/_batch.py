@@ -28,7 +28,7 @@ from .._devices import (
 )
 from .._inputs import at_least_float32, NO_TARGET
 from .._sharding import Arrangement, Split
-from .._suggest import explain_spmd
+from .._suggest import compiled
 from ._chunks import only
 from ._device_losses import device_losses
 from ._device_scores import device_scores
@@ -40,35 +40,20 @@ from ._scores import Used
 from ._token_scores import Scores
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` of a function with three static arguments, also under `jax.disable_jit`.
-
-    JAX runs no `jax.custom_vjp` line by line on the parts of devices.
-    """
-    compiled = jax.jit(function, static_argnums=(0, 1, 2))
-
-    @functools.wraps(function)
-    def run(*arguments: Any) -> Any:
-        with jax.disable_jit(False):
-            return compiled(*arguments)
-
-    return explain_spmd(run)
-
-
-@_compiled
+@compiled(static=3)
 def score_tokens(options: Options, split: Split, used: Used, operands: Operands) -> Scores:
     """The scores of the targets; zeros for the tokens that the mask leaves out."""
     of_shared = functools.partial(_scores_of_shared_vectors, options, split, used)
     return _map_tokens(options, split, device_scores, used, operands, of_shared)
 
 
-@_compiled
+@compiled(static=3)
 def top_k_tokens(options: Options, split: Split, k: int, operands: Operands) -> tuple[Array, Array]:
     """The `k` largest log-probabilities and their tokens, each `*batch k`."""
     return _map_tokens(options, split, device_top_k, k, operands)
 
 
-@_compiled
+@compiled(static=3)
 def sample_tokens(options: Options, split: Split, k: int | None, operands: Operands) -> Array:
     """A token drawn among the `k` likeliest, or all."""
     return _map_tokens(options, split, device_sample, k, operands)
@@ -121,7 +106,7 @@ class Wanted(NamedTuple):
         return self.function.used(self.scores)
 
 
-@_compiled
+@compiled(static=3)
 def token_losses(
     options: Options, split: Split, wanted: Wanted, operands: Operands
 ) -> tuple[Array, Scores | None]:
@@ -228,7 +213,7 @@ def _losses_of_examples(
     return losses, jax.tree.map(functools.partial(only, each.mask), scores)
 
 
-@_compiled
+@compiled(static=3)
 def _weighted_losses(
     split: Split,
     function: TokenFunction,
