@@ -107,6 +107,7 @@ IN_IPYTHON = """
 import builtins, io, runpy, signal, sys
 import support.generation
 sys.argv = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have made it ignored
 builtins.__IPYTHON__ = True
 shown, sys.stdout = sys.stdout, io.StringIO()  # which cannot be told how to show errors
 try:
