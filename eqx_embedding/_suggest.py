@@ -62,8 +62,8 @@ SPMD_ERRORS = "vmap spmd_axis_name", "mentioned in `manual_axis_type`", "unbound
 def compiled(static: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`jax.jit` of a function, of which the first so many arguments are static.
 
-    Also under `jax.disable_jit`: on the parts of devices, JAX runs no `jax.custom_vjp` line by
-    line. An error about `spmd_axis_name` says what to write instead.
+    It is compiled under `jax.disable_jit` as well: inside a `jax.shard_map`, JAX cannot run a
+    `jax.custom_vjp` line by line. An error about `spmd_axis_name` says what to write instead.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -128,11 +128,11 @@ def _add_tile(
     return new
 
 
-def _at(rows: Array, z: Array, is_whole: bool) -> Array:
-    """The k logits of each column at those of the rows, (k, C)."""
-    if is_whole:
+def _at(rows: Array, z: Array, tiles: bool) -> Array:
+    """The logits `z`, (size, C), of k rows for each token, (k, C)."""
+    if tiles:  # no automatic mesh axis splits the rows
         return jnp.take_along_axis(z, rows, axis=0)
-    # If an automatic mesh axis splits the rows, XLA ends the process at some gathers.
+    # A gather along such an axis ends the process on some meshes of three axes: XLA's assertion.
     is_row = lax.broadcasted_iota(np.int32, z.shape, 0)[None] == rows[:, None]
     return jnp.sum(jnp.where(is_row, z[None], 0), axis=1)
 

@@ -26,13 +26,13 @@ def gather_wide(
 ) -> Any:
     """Like `gather`, for a narrow array: it is widened if it has to be gathered.
 
-    It is used with the `other` array. Over the axes along which only that one differs, the gradient
-    is summed after it is scattered.
+    The result is used with the `other` array. Along mesh axes where `other` alone differs, a device
+    sums only its own part of the gradient, and not that of the whole array.
     """
     if array is None or not flat(mesh_axes):
         return array
-    both: Any = cast_to_varying(varying_axes(other), widen(wide, array))
-    return gather(dtype, mesh_axes, both)
+    varying: Any = cast_to_varying(varying_axes(other), widen(wide, array))
+    return gather(dtype, mesh_axes, varying)
 
 
 def gather(dtype: DTypeLike, mesh_axes: tuple[Axes, ...], array: Array) -> Array:
