@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 from jaxtyping import Array, Int
 
 from .._devices import max_over_devices, min_over_devices, sum_over_devices
@@ -111,7 +112,7 @@ def _add_tile(
     shifted = cool(options, z - higher[None])
     e = jnp.exp(shifted)
     here = (targets >= start) & (targets < start + len(z))
-    found = _at(jnp.where(here, targets - start, 0), z, options.tiles)
+    found = _at(options, jnp.where(here, targets - start, 0), z)
     new = new._replace(
         total=new.total + jnp.sum(e, axis=0), target_z=jnp.where(here, found, new.target_z)
     )
@@ -128,13 +129,13 @@ def _add_tile(
     return new
 
 
-def _at(rows: Array, z: Array, tiles: bool) -> Array:
+def _at(options: Options, rows: Array, z: Array) -> Array:
     """The logits `z`, (size, C), of k rows for each token, (k, C)."""
-    if tiles:  # no automatic mesh axis splits the rows
-        return jnp.take_along_axis(z, rows, axis=0)
-    # A gather along such an axis ends the process on some meshes of three axes: XLA's assertion.
-    is_row = lax.broadcasted_iota(np.int32, z.shape, 0)[None] == rows[:, None]
-    return jnp.sum(jnp.where(is_row, z[None], 0), axis=1)
+    types = options.local.vocabulary.mesh.axis_types
+    if AxisType.Auto in types and AxisType.Manual in types:
+        # There, `take_along_axis` can end the process, at an assertion of XLA; this sends more.
+        return z[rows, jnp.arange(z.shape[1], dtype="int32")]
+    return jnp.take_along_axis(z, rows, axis=0)
 
 
 def cool(options: Options, difference: Array) -> Array:

@@ -1,5 +1,6 @@
 """Losses and scores of tokens over eight devices equal those of one."""
 
+import contextlib
 import functools
 import re
 from typing import Any
@@ -14,7 +15,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
 
-from ..helpers import compile_by_default
+from ..helpers import compile_by_default, temporaries
 from .helpers import (
     assert_trees_close,
     collectives,
@@ -518,6 +519,28 @@ def test_any_loss_moves_a_few_numbers_a_token_and_gradients_once(setting, mapped
     gradients = sorted([rows // 4 * D, examples // 2 * tokens * D])
     assert sorted(int(np.prod(shape)) for shape in large) == gradients, found
     assert set(large.values()) == {1}, found
+
+
+@pytest.mark.parametrize("rules", [None, {}, {"batch": "data"}])
+def test_more_targets_of_a_vector_hold_no_more_logits(rules):
+    """Also if nothing says whether the rows of the table are split: `None` is without a mesh."""
+
+    def loss(table, hidden, targets, weights):
+        return EmbeddingDecode(table).cross_entropy(
+            hidden, targets, target_weights=weights, rules=rules
+        )
+
+    def held(k):
+        table, hidden = make_table(4096), random((256, D))
+        targets, weights = jnp.zeros((256, k), "int32"), jnp.ones((256, k))
+        with contextlib.ExitStack() as stack:
+            operands = table, hidden, targets, weights
+            if rules is not None:
+                operands = stack.enter_context(split("automatic", *operands))
+            lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*operands)
+            return temporaries(compile_by_default(lowered))
+
+    assert held(32) < 1.2 * held(1)
 
 
 @pytest.mark.slow
