@@ -24,6 +24,7 @@ from ._tree import (
     check_structures,
     find_tables,
     find_vocab_size,
+    is_array,
     is_table_of,
     map_arrays,
     Place,
@@ -272,7 +273,8 @@ def partition_rows(
         return _take_from(array, place, index)
 
     def select_trained(node: Any, other: Any) -> Any:
-        return map_arrays(take, node) if is_table(node) else other
+        # what is no array, such as a mark of `eqx.nn.Shared`, is not trained
+        return eqx.filter(map_arrays(take, node), is_array) if is_table(node) else other
 
     def select_frozen(node: Any, other: Any) -> Any:
         return node if is_table(node) else other

@@ -20,6 +20,7 @@ FILES = [
     "vectors.txt",
     "words.png",
 ]
+PARTIAL = ".partial"  # the end of the name of a file that is being written
 
 
 @contextlib.contextmanager
@@ -33,7 +34,7 @@ def one_line(doing: str) -> Iterator[None]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces the file at once, so that nobody sees it half written."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     with one_line(f"write {path}"):
         try:
             partial.write_bytes(content)
@@ -78,7 +79,7 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 def must_be_new(folder: Path) -> None:
     """Stops the program with one line if the folder holds a file that a run might replace."""
-    for name in FILES:
-        if (folder / name).exists():
+    for name in [*FILES, *(name + PARTIAL for name in FILES)]:
+        if os.path.lexists(folder / name):
             what = "a run" if name == "metrics.jsonl" else f"{name}, which a run might replace"
             raise SystemExit(f"{folder} holds {what}: choose another --out.")

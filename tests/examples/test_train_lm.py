@@ -194,7 +194,10 @@ def test_a_folder_that_is_moved_stops_a_run_in_one_line(text, tmp_path, monkeypa
     "name, what",
     [
         ("metrics.jsonl", "a run"),
-        *((name, f"{name}, which a run might replace") for name in ("sample.txt", "loss.png")),
+        *(
+            (name, f"{name}, which a run might replace")
+            for name in ("sample.txt", "loss.png", "loss.png.partial")
+        ),
     ],
 )
 def test_what_another_script_wrote_is_not_overwritten(name, what, text, tmp_path):
