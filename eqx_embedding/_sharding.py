@@ -29,7 +29,7 @@ from ._devices import (
     reshard,
     varying_axes,
 )
-from ._table import EmbeddingTable, Rules
+from ._table import EmbeddingTable, find_entries, Rules
 
 
 class MappedAxisError(ValueError):
@@ -320,6 +320,8 @@ def _check_rules(rules: Rules, keys: tuple[str, ...], types: dict[str, AxisType]
                 f"rules={dict(rules)} split {key!r} over the mesh axis {unknown[0]!r}, but the "
                 f"mesh {has}."
             )
+    for names in keys[:1], keys[1:]:  # those of the batch, and of the table
+        find_entries(rules, names)
 
 
 def _check_divides(split: Split, name: str, size: int, axes: Axes, advice: str) -> None:

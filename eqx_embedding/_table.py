@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ._devices import as_axes
 from ._inputs import as_float_dtype, as_int, check_byte_order, Whole
 from ._suggest import suggest, suggest_array, suggest_for_fields, suggest_key, suggest_names
 
@@ -19,10 +20,23 @@ from ._suggest import suggest, suggest_array, suggest_for_fields, suggest_key, s
 Rules = Mapping[str, str | Sequence[str] | None]
 
 
-def find_entry(rules: Rules, name: str) -> str | tuple[str, ...] | None:
-    """The entry of a `PartitionSpec` that the rules give to the axis of this name."""
-    axes = rules.get(name)
-    return axes if axes is None or isinstance(axes, str) else tuple(axes)
+def find_entries(rules: Rules, names: Sequence[str]) -> list[str | tuple[str, ...] | None]:
+    """The entries of a `PartitionSpec` that the rules give to the axes of an array.
+
+    A `ValueError` for a mesh axis that stands there twice.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        for axis in as_axes(rules.get(name)):
+            if axis in found:
+                both = " and ".join(map(repr, dict.fromkeys([found[axis], name])))
+                raise ValueError(
+                    f"rules={dict(rules)} name the mesh axis {axis!r} twice, for {both}, but it "
+                    "can split an array only once: name it once."
+                )
+            found[axis] = name
+    entries = (rules.get(name) for name in names)
+    return [axes if axes is None or isinstance(axes, str) else tuple(axes) for axes in entries]
 
 
 def _fan_out_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -257,9 +271,13 @@ class EmbeddingTable(eqx.Module):
 
         A `jax.sharding.PartitionSpec` with one entry for each axis of `embeddings`. Axes without a
         rule are not split, nor are the leading axes of a stacked table.
+
+        **Raises:**
+
+        A `ValueError` if the rules split two axes of the table over one mesh axis.
         """
         stacked = (None,) * len(self._stacked_shape)
-        return PartitionSpec(*stacked, *(find_entry(rules, name) for name in self.axis_names))
+        return PartitionSpec(*stacked, *find_entries(rules, self.axis_names))
 
     def shardings(self, mesh: Mesh | AbstractMesh, rules: Rules) -> "EmbeddingTable":
         """Returns how a device mesh splits each array of the table.
@@ -283,7 +301,7 @@ class EmbeddingTable(eqx.Module):
         """
 
         def sharding(path: Any, array: Any) -> NamedSharding:
-            axes = [find_entry(rules, name) for name in self._axes_of_arrays[path[0].name]]
+            axes = find_entries(rules, self._axes_of_arrays[path[0].name])
             stacked = len(array.shape) - len(axes)
             if stacked < 0:
                 return NamedSharding(mesh, PartitionSpec())

@@ -191,7 +191,7 @@ def test_a_stacked_table_says_how_it_can_be_used(use):
     "rules, expected",
     [
         ({"vocabulary": "model"}, PartitionSpec(None, "model", None)),
-        ({"features": "model", "vocabulary": ("data", "model")}, None),
+        ({"features": "model", "vocabulary": ("data", "expert")}, None),
         ({"batch": "data", "mlp": "model"}, PartitionSpec(None, None, None)),
         ({"heads": None}, PartitionSpec(None, None, None)),
         ({}, PartitionSpec(None, None, None)),
@@ -199,8 +199,17 @@ def test_a_stacked_table_says_how_it_can_be_used(use):
 )
 def test_partition_spec_follows_the_rules_for_the_names_that_the_table_has(rules, expected):
     table = EmbeddingTable(jnp.zeros((2, 5, 3)), ("heads", "vocabulary", "features"))
-    expected = PartitionSpec(None, ("data", "model"), "model") if expected is None else expected
+    expected = PartitionSpec(None, ("data", "expert"), "model") if expected is None else expected
     assert table.partition_spec(rules) == expected
+
+
+def test_rules_that_name_a_mesh_axis_twice_are_refused():
+    table = make_table("first")
+    mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+    rules = {"vocabulary": ("data", "model"), "embedding": "model"}
+    for split in table.partition_spec, functools.partial(table.shardings, mesh):
+        with pytest.raises(ValueError, match="'model' twice, for 'vocabulary' and 'embedding'"):
+            split(rules)
 
 
 def test_partition_spec_leaves_stacked_axes_whole_and_works_on_a_skeleton(getkey):

@@ -1,5 +1,7 @@
 """Sums over devices, of which each keeps its part: a reduce-scatter."""
 
+from typing import Any
+
 import jax
 from jax import lax
 from jax.sharding import AxisType
@@ -32,10 +34,10 @@ def _scatter_in_ring(axis: str, position: int, array: Array) -> Array:
     size = array.shape[position] // n
 
     def send(start: int, length: int, step: int) -> Array:
-        def part(owner: Array) -> Array:
+        def part(owner: Any) -> Array:
             return lax.dynamic_slice_in_dim(array, owner % n * size + start, length, position)
 
-        def hop(i: Array, total: Array) -> Array:
+        def hop(i: Any, total: Array) -> Array:
             total = lax.ppermute(total, axis, [(j, (j + step) % n) for j in range(n)])
             return total + part(device - (i + 1) * step)
 

@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import errno
 import inspect
+import io
 import os
 import signal
 import sys
@@ -67,8 +68,9 @@ def run_script(main: Callable[[Any], Any], config: type[Any], description: str |
     if _in_ipython():
         return _run(main, config, description)
     sys.unraisablehook = show_ignored
-    # What an encoding other than UTF-8 cannot show is a question mark, and no error.
-    sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What an encoding other than UTF-8 cannot show is a question mark, and no error.
+        sys.stdout.reconfigure(errors="replace")
     try:
         _run(main, config, description)
         sys.stdout.flush()

@@ -238,6 +238,21 @@ def test_the_gradient_of_a_part_of_a_gathered_table_is_summed(function, setting)
     assert ("f32", (V, D)) not in collectives(compiled)["all-reduce"]
 
 
+@pytest.mark.parametrize("function", [look_up, decode])
+def test_disable_jit_changes_no_gradient_of_a_gathered_table(function):
+    def of_device(embeddings, tokens):
+        table = EmbeddingTable(embeddings, ("vocabulary", "embedding"))
+        return jax.lax.psum(function(table, tokens, LAYOUTS["rows"]), "data")
+
+    mesh = make_mesh("rules")
+    of_mesh = jax.shard_map(of_device, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P())
+    arrays = place(mesh, (random((V, D)), jnp.arange(2 * V) % V), "data")
+    with jax.set_mesh(mesh):
+        expected = jax.jit(jax.grad(of_mesh))(*arrays)
+        with jax.disable_jit():
+            assert_trees_close(jax.grad(of_mesh)(*arrays), expected)
+
+
 @pytest.mark.parametrize("vocabulary_axis", [0, 1])
 def test_gradients_are_summed_around_rings_of_devices(monkeypatch, vocabulary_axis):
     """If explicit axes are left in a `jax.shard_map`: as on JAX from 0.11, for any version."""

@@ -658,6 +658,10 @@ def test_bad_rules_are_refused_before_anything_is_compiled():
             loss(RULES)
         with pytest.raises(ValueError, match="'vocabulary' of size 95 .* `pad_to_multiple_of`"):
             loss({"vocabulary": "model"}, make_table(95))
+        with pytest.raises(ValueError, match="'model' twice, for 'vocabulary' and 'embedding'"):
+            loss({"vocabulary": "model", "embedding": "model"})
+        with pytest.raises(ValueError, match="'data' twice, for 'batch', but"):
+            EmbeddingLookup(table)(tokens, rules={"batch": ("data", "data")})
         # lookup and decode need no batch that the mesh divides
         assert EmbeddingLookup(table)(tokens, rules=RULES).shape == (6, T, D)
         assert EmbeddingDecode(table)(hidden, rules=RULES).shape == (6, T, V)

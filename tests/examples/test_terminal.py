@@ -1,6 +1,8 @@
 """Command lines, and what a terminal shows."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import subprocess
 import sys
@@ -136,6 +138,15 @@ def test_ipython_outlives_a_script(finished_bpe, tmp_path):
     press = "support.generation.sample = lambda *_, **__: signal.raise_signal(signal.SIGINT)\ntry:"
     interrupted = run("--run", folder, code=IN_IPYTHON.replace("try:", press))
     assert interrupted.startswith("ended: KeyboardInterrupt")
+
+
+def test_output_may_go_elsewhere(monkeypatch):
+    """To what is no terminal and no file, as in IDLE."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--run=run"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored afterwards
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        terminal.run_script(lambda config: print(config.run), generate.Config, None)
+    assert shown.getvalue() == "run\n"
 
 
 @pytest.mark.slow
