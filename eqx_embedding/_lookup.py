@@ -251,8 +251,9 @@ def _take_as_split(lookup: _Lookup, array: Array, index: Array) -> Array:
     # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
     batch, of_table = explicit_axes(index), explicit_axes(array)
     others = [remaining(axes, batch) for axes in of_table]
-    is_split = flat(batch + of_table)  # JAX cannot differentiate all that a sharding is given to
-    sharding = explicit_sharding(split.mesh, row_axis.replace(others, batch)) if is_split else None
+    sharding = explicit_sharding(split.mesh, row_axis.replace(others, batch))
+    if split.in_shard_map and not flat(batch + of_table):
+        sharding = None  # JAX cannot differentiate what is given one there
     for gathered, explicit in zip(split.manual_shared, row_axis.first(of_table), strict=True):
         if gathered and explicit:
             raise ValueError(

@@ -57,10 +57,13 @@ class Split(NamedTuple):
         return {*self.mapped, *axes_of_type(self.mesh, AxisType.Explicit)}
 
     @property
+    def in_shard_map(self) -> bool:
+        return bool(axes_of_type(self.mesh, AxisType.Manual))
+
+    @property
     def has_parts(self) -> bool:
         """Whether explicit or automatic axes split the table, outside of any `jax.shard_map`."""
-        manual = axes_of_type(self.mesh, AxisType.Manual)
-        return not manual and self.size(flat(self.table)) > 1
+        return not self.in_shard_map and self.size(flat(self.table)) > 1
 
     @property
     def all_batch(self) -> Axes:

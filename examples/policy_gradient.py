@@ -148,8 +148,12 @@ def judge(
     config: Config, tokenizer: Tokenizer, texts: Integer[Array, "batch sequence"]
 ) -> Float[np.ndarray, " batch"]:
     """The reward of what follows each prompt."""
-    written = np.asarray(texts)[:, config.prompt_length :]
-    return np.array([reward(tokenizer.decode(tokens)) for tokens in written], "float32")
+    written = [tokenizer.decode(tokens) for tokens in np.asarray(texts)[:, config.prompt_length :]]
+    rewards = np.array([reward(text) for text in written], "float32")
+    if (bad := np.flatnonzero(~np.isfinite(rewards))).size > 0:
+        text = written[bad[0]]
+        raise SystemExit(f"`reward` must return a finite number, got {reward(text)} for {text!r}.")
+    return rewards
 
 
 def tune(

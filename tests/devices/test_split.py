@@ -359,8 +359,10 @@ def test_a_mean_inside_a_shard_map_is_of_the_devices_tokens_unless_rules_say_mor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["automatic", "explicit"])
-def test_layers_work_under_vmap_over_split_sequences(setting):
+@pytest.mark.parametrize(
+    "setting, axes", [("explicit", ()), ("explicit", ("model",)), ("automatic", ("model",))]
+)
+def test_layers_work_under_vmap_over_split_sequences(setting, axes):
     *arguments, _ = arguments_of_a_loss(padding_rows=3)
 
     def loss(table, hidden, targets):
@@ -372,9 +374,11 @@ def test_layers_work_under_vmap_over_split_sequences(setting):
 
         return jnp.mean(jax.vmap(of_sequence)(hidden, targets))
 
-    differentiate = jax.jit(jax.value_and_grad(loss, (0, 1)))
-    expected = differentiate(*arguments)
-    with split(setting, *arguments) as arguments:
+    table, *batched = arguments
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(table, *batched)
+    mesh = make_mesh(setting)
+    with jax.set_mesh(mesh):
+        arguments = place(mesh, table, *axes), *place(mesh, batched, "data")
         assert_trees_close(jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments), expected)
 
 

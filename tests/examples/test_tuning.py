@@ -212,6 +212,15 @@ def test_the_reward_is_the_share_of_words_in_lower_case():
     assert policy_gradient.reward(b"") == policy_gradient.reward(b"  ") == 0
 
 
+def test_a_reward_that_is_no_number_is_named(run, monkeypatch):
+    config = settings(policy_gradient, run, Path("out"))
+    tokenizer, texts = generate.load(run.run.out).tokenizer, jnp.zeros((2, 16), "int32")
+    for bad in None, float("nan"), -float("inf"):
+        monkeypatch.setattr(policy_gradient, "reward", lambda text: bad)
+        with pytest.raises(SystemExit, match=f"finite number, got {bad} for b'"):
+            policy_gradient.judge(config, tokenizer, texts)
+
+
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_reward_rises_and_the_divergence_is_held(run, tuned, tmp_path):
