@@ -58,6 +58,7 @@ class Split(NamedTuple):
 
     @property
     def in_shard_map(self) -> bool:
+        """Whether a `jax.shard_map` of the user is around this call."""
         return bool(axes_of_type(self.mesh, AxisType.Manual))
 
     @property

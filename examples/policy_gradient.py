@@ -149,10 +149,11 @@ def judge(
 ) -> Float[np.ndarray, " batch"]:
     """The reward of what follows each prompt."""
     written = [tokenizer.decode(tokens) for tokens in np.asarray(texts)[:, config.prompt_length :]]
-    rewards = np.array([reward(text) for text in written], "float32")
-    if (bad := np.flatnonzero(~np.isfinite(rewards))).size > 0:
-        text = written[bad[0]]
-        raise SystemExit(f"`reward` must return a finite number, got {reward(text)} for {text!r}.")
+    returned = [reward(text) for text in written]
+    rewards = np.array(returned, "float32")
+    for number, found, text in zip(rewards, returned, written, strict=True):
+        if not np.isfinite(number):
+            raise SystemExit(f"`reward` must return a finite number, got {found} for {text!r}.")
     return rewards
 
 
