@@ -149,12 +149,11 @@ def judge(
 ) -> Float[np.ndarray, " batch"]:
     """The reward of what follows each prompt."""
     written = [tokenizer.decode(tokens) for tokens in np.asarray(texts)[:, config.prompt_length :]]
-    returned = [reward(text) for text in written]
-    rewards = np.array(returned, "float32")
-    for number, found, text in zip(rewards, returned, written, strict=True):
-        if not np.isfinite(number):
+    rewards = [reward(text) for text in written]
+    for found, text in zip(rewards, written, strict=True):
+        if np.ndim(found) != 0 or not np.isfinite(np.float32(found)):
             raise SystemExit(f"`reward` must return a finite number, got {found} for {text!r}.")
-    return rewards
+    return np.array(rewards, "float32")
 
 
 def tune(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -215,9 +216,10 @@ def test_the_reward_is_the_share_of_words_in_lower_case():
 def test_a_reward_that_is_no_number_is_named(run, monkeypatch):
     config = settings(policy_gradient, run, Path("out"))
     tokenizer, texts = generate.load(run.run.out).tokenizer, jnp.zeros((2, 16), "int32")
-    for bad in None, float("nan"), -float("inf"):
-        monkeypatch.setattr(policy_gradient, "reward", lambda text: bad)
-        with pytest.raises(SystemExit, match=f"finite number, got {bad} for b'"):
+    for bad in None, float("nan"), -float("inf"), np.ones(1):
+        returned = iter([np.float64(1.0), bad])
+        monkeypatch.setattr(policy_gradient, "reward", lambda text: next(returned))
+        with pytest.raises(SystemExit, match=re.escape(f"finite number, got {bad} for b'")):
             policy_gradient.judge(config, tokenizer, texts)
 
 
