@@ -189,8 +189,15 @@ def put_rows(
         new = new if repeats is None else _invalidate(repeats, place, new)
         return _put_into(array, place, index, new)
 
-    def put_table(node: Any, new: Any) -> Any:
+    def put_table(path: Any, node: Any, new: Any) -> Any:
         if not is_table(node):
+            if is_array(node) and is_array(new) and node.shape != new.shape:
+                raise ValueError(
+                    f"rows{jax.tree_util.keystr(path)} has shape {new.shape} in place of "
+                    f"{node.shape}, but put_rows changes tables of {vocabulary_axis!r} alone. Put "
+                    "the rows of several vocabularies back in reverse order, each into the tree "
+                    "that they were taken from."
+                )
             return new
         if not is_table(new):
             raise ValueError(
@@ -199,7 +206,7 @@ def put_rows(
             )
         return map_arrays(put, node, new)
 
-    return jax.tree.map(put_table, tree, rows, is_leaf=is_table)
+    return jax.tree_util.tree_map_with_path(put_table, tree, rows, is_leaf=is_table)
 
 
 class FrozenRows(eqx.Module):
@@ -257,14 +264,15 @@ def partition_rows(
     **Raises:**
 
     - `ValueError` if rows repeat; if one is out of range, below 0 or not below the number of tokens
-        without padding; if there are none; if no table of this vocabulary has arrays; inside a
+        without padding; if there are none; if no table of this vocabulary has embeddings; inside a
         `jax.shard_map` along which a table differs; and for a skeleton: use `eqx.filter_eval_shape`
         around this call.
     - `TypeError` for traced rows.
     """
-    vocab_size = find_vocab_size(find_tables(model, vocabulary_axis), OTHER_OPTIMIZER)
-    if vocab_size == 0:
-        raise ValueError(f"the tables of the vocabulary {vocabulary_axis!r} hold no arrays.")
+    tables = find_tables(model, vocabulary_axis)
+    vocab_size = find_vocab_size(tables, OTHER_OPTIMIZER)
+    if not any(is_array(table.embeddings) for table in tables.values()):
+        raise ValueError(f"the tables of the vocabulary {vocabulary_axis!r} hold no embeddings.")
     index = _as_index(rows, vocab_size)
     is_table = is_table_of(vocabulary_axis)
     others, static = eqx.partition(model, filter_spec)

@@ -412,6 +412,23 @@ def test_rows_that_do_not_fit_are_refused(call, message):
         call(make_table("first", with_bias=True))
 
 
+def test_rows_of_two_vocabularies_are_put_back_in_reverse_order():
+    pair = {
+        name: EmbeddingTable(make_array((size, 4)), (name, "embedding"), name)
+        for name, size in {"users": 7, "items": 9}.items()
+    }
+    users, items = np.asarray([5, 0]), np.asarray([8, 1, 2])
+    some = take_rows(pair, users, "users")
+    small = jax.tree.map(lambda x: x + 1, take_rows(some, items, "items"))
+    new = put_rows(pair, users, put_rows(some, items, small, "items"), "users")
+    for name, index in ("users", users), ("items", items):
+        expected = jnp.asarray(pair[name].embeddings).at[index].add(1)
+        np.testing.assert_array_equal(new[name].embeddings, expected)
+    message = r"rows\['items'\].embeddings has shape \(3, 4\) in place of \(9, 4\), but put_rows"
+    with pytest.raises(ValueError, match=message):
+        put_rows(pair, users, small, "users")
+
+
 def resized(table):
     return resize_vocabulary(table, 9, pad_to_multiple_of=1)
 
