@@ -81,5 +81,5 @@ def must_be_new(folder: Path) -> None:
     """Stops the program with one line if the folder holds a file that a run might replace."""
     for name in [*FILES, *(name + PARTIAL for name in FILES)]:
         if os.path.lexists(folder / name):
-            what = "a run" if name == "metrics.jsonl" else f"{name}, which a run might replace"
-            raise SystemExit(f"{folder} holds {what}: choose another --out.")
+            what = "a run:" if name == "metrics.jsonl" else f"{name}: move it, or"
+            raise SystemExit(f"{folder} holds {what} choose another --out.")

@@ -193,16 +193,16 @@ def test_a_folder_that_is_moved_stops_a_run_in_one_line(text, tmp_path, monkeypa
 @pytest.mark.parametrize(
     "name, what",
     [
-        ("metrics.jsonl", "a run"),
+        ("metrics.jsonl", "a run:"),
         *(
-            (name, f"{name}, which a run might replace")
+            (name, f"{name}: move it, or")
             for name in ("sample.txt", "loss.png", "loss.png.partial")
         ),
     ],
 )
 def test_what_another_script_wrote_is_not_overwritten(name, what, text, tmp_path):
     (tmp_path / name).write_bytes(text.read_bytes())
-    with pytest.raises(SystemExit, match=f"holds {what}: choose another --out."):
+    with pytest.raises(SystemExit, match=f"holds {what} choose another --out."):
         train_lm.main(tiny(tmp_path / name, tmp_path))
     assert content(tmp_path) == {tmp_path / name: text.read_bytes()}
 
