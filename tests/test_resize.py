@@ -396,6 +396,21 @@ def test_a_table_shared_by_eqx_nn_shared_is_resized_once_and_the_bias_with_it(ge
     assert eqx.tree_equal(moments, expected)
 
 
+@pytest.mark.parametrize("given", ["key", "pieces"])
+def test_a_key_is_refused_for_the_state_of_an_optimizer(given, getkey):
+    model: Any = make_table("first", with_bias=True)
+    optimizer = optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.adam)(1e-3))
+    state = optimizer.init(model)
+    rows: Any = {"key": getkey()} if given == "key" else {"pieces": {7: [1, 2]}}
+    for tree in (model, state), state:
+        with pytest.raises(
+            ValueError, match="is the state of an optimizer, Inject.*: resize the model alone"
+        ):
+            resize_vocabulary(tree, 10, pad_to_multiple_of=1, **rows)
+    others = model, optax.scale(1.0).init(model), optax.EmptyState()  # no state of a table
+    assert resize_vocabulary(others, 10, pad_to_multiple_of=1, **rows)[0].vocab_size == 10
+
+
 def test_a_decode_whose_table_is_elsewhere_stays():
     table = make_table("first")
     decode = eqx.tree_at(lambda decode: decode.table, EmbeddingDecode(table, soft_cap=3.0), None)

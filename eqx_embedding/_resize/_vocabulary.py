@@ -112,6 +112,7 @@ def resize_vocabulary(
     - if an array lacks axes of its table, as the factored moments of Adafactor do, or a list is in
         its place, as in SM3: use `fresh`;
     - if `pieces` are not old tokens for new ones;
+    - if `key` or `pieces` are given for a tree with the state of an optimizer of optax;
     - if `fresh` is given beside `key`, `pieces` or `pad_to_multiple_of`, or does not fit the tree:
         the error names the path;
     - if the mesh axes that split a table do not divide its new number of rows;
@@ -126,6 +127,8 @@ def resize_vocabulary(
             )
         return join_trees(tree, fresh, size, vocabulary_axis, _join_arrays)
     tables = find_tables(tree, vocabulary_axis)
+    if key is not None or pieces is not None:
+        _check_no_state(tree, vocabulary_axis)
     if pad_to_multiple_of is None:
         _check_unpadded(tables)
     sizes = _Sizes(find_vocab_size(tables, FRESH), size, -size % multiple)
@@ -145,6 +148,23 @@ def resize_vocabulary(
         return map_arrays(resize_array, node, padding_rows=sizes.padding_rows)
 
     return jax.tree.map(resize, tree, is_leaf=is_table)
+
+
+def _check_no_state(tree: PyTree, vocabulary_axis: str) -> None:
+    """Means of old rows are no moments: Adam would divide by the root of a negative one."""
+
+    def is_state(node: Any) -> bool:
+        kind = type(node)
+        return kind.__module__.split(".")[0] == "optax" and kind.__name__.endswith("State")
+
+    is_table = is_table_of(vocabulary_axis)
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state):
+        if is_state(node) and any(map(is_table, jax.tree.leaves(node, is_leaf=is_table))):
+            raise ValueError(
+                f"key and pieces are for the rows of a model, but tree{jax.tree_util.keystr(path)} "
+                f"is the state of an optimizer, {type(node).__name__}: resize the model alone, "
+                f"then {FRESH}"
+            )
 
 
 class _Sizes(NamedTuple):
