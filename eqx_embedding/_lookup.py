@@ -253,7 +253,7 @@ def _take_as_split(lookup: _Lookup, array: Array, index: Array) -> Array:
     others = [remaining(axes, batch) for axes in of_table]
     sharding = explicit_sharding(split.mesh, row_axis.replace(others, batch))
     if split.in_shard_map and not flat(batch + of_table):
-        sharding = None  # JAX cannot differentiate what is given one there
+        sharding = None  # here, JAX cannot differentiate a lookup with a sharding
     for gathered, explicit in zip(split.manual_shared, row_axis.first(of_table), strict=True):
         if gathered and explicit:
             raise ValueError(

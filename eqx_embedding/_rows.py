@@ -281,7 +281,7 @@ def partition_rows(
         return _take_from(array, place, index)
 
     def select_trained(node: Any, other: Any) -> Any:
-        # what is no array, such as a mark of `eqx.nn.Shared`, is not trained
+        # `eqx.nn.Shared` puts an object in place of an array: only arrays are trained.
         return eqx.filter(map_arrays(take, node), is_array) if is_table(node) else other
 
     def select_frozen(node: Any, other: Any) -> Any:

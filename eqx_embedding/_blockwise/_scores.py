@@ -133,7 +133,7 @@ def _at(options: Options, rows: Array, z: Array) -> Array:
     """The logits `z`, (size, C), of k rows for each token, (k, C)."""
     types = options.local.vocabulary.mesh.axis_types
     if AxisType.Auto in types and AxisType.Manual in types:
-        # There, `take_along_axis` can end the process, at an assertion of XLA; this sends more.
+        # Here XLA can abort the process in `take_along_axis`. This works, but sends the indices.
         return z[rows, jnp.arange(z.shape[1], dtype="int32")]
     return jnp.take_along_axis(z, rows, axis=0)
 

@@ -533,10 +533,9 @@ def test_more_targets_of_a_vector_hold_no_more_logits(rules):
     def held(k):
         table, hidden = make_table(4096), random((256, D))
         targets, weights = jnp.zeros((256, k), "int32"), jnp.ones((256, k))
-        with contextlib.ExitStack() as stack:
-            operands = table, hidden, targets, weights
-            if rules is not None:
-                operands = stack.enter_context(split("automatic", *operands))
+        operands = table, hidden, targets, weights
+        alone = contextlib.nullcontext(operands)
+        with alone if rules is None else split("automatic", *operands) as operands:
             lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*operands)
             return temporaries(compile_by_default(lowered))
 

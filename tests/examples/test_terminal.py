@@ -141,7 +141,7 @@ def test_ipython_outlives_a_script(finished_bpe, tmp_path):
 
 
 def test_output_may_go_elsewhere(monkeypatch):
-    """To what is no terminal and no file, as in IDLE."""
+    """As in IDLE, whose standard output is neither a terminal nor a file."""
     monkeypatch.setattr(sys, "argv", ["generate.py", "--run=run"])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored afterwards
     with contextlib.redirect_stdout(io.StringIO()) as shown:
