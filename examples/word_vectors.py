@@ -62,7 +62,7 @@ class Config:
     """The text, the vectors and their training."""
 
     text: Path | None = None
-    """A text file to learn from. None: the help topics that come with Python, 460 kB."""
+    """A text file in UTF-8 to learn from. None: the help topics that come with Python, 460 kB."""
     out: Path = Path("runs/word_vectors")
     """The folder to write to."""
     words: tuple[str, ...] = ()
@@ -125,7 +125,12 @@ def in_lower_case(text: str) -> str:
 
 def read_words(config: Config) -> Words:
     text = read_text(config.text)
-    content = np.concatenate([text.train, text.held_out]).tobytes().decode(errors="replace")
+    try:
+        content = np.concatenate([text.train, text.held_out]).tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise SystemExit(
+            f"{text.name} is not UTF-8 from byte {error.start} on: convert it, as iconv does."
+        ) from None
     content = in_lower_case(content)
     # Python's \w leaves out the marks that are part of words in Hindi, Tamil or Hebrew
     marks = sorted(char for char in set(content) if unicodedata.category(char)[0] == "M")

@@ -222,6 +222,14 @@ def test_what_cannot_be_used_is_refused_in_one_line(config, changes, message, tm
     assert "\n" not in str(error.value) and not config.out.exists()
 
 
+@pytest.mark.parametrize("encoding, start", [("latin-1", 2), ("utf-16", 0)])
+def test_a_text_that_is_not_utf8_is_refused(config, encoding, start, tmp_path):
+    (tmp_path / "text").write_bytes("früher ".encode(encoding) * 10)
+    config = dataclasses.replace(config, text=tmp_path / "text")
+    with pytest.raises(SystemExit, match=f"text is not UTF-8 from byte {start} on"):
+        word_vectors.read_words(config)
+
+
 def test_a_long_word_does_not_fill_the_memory(config):
     """As many n-grams as the longest word has would be held for each word."""
     names = [f"word{i}" for i in range(2000)] + ["long" * 50]
