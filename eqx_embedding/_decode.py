@@ -353,14 +353,15 @@ class EmbeddingDecode(eqx.Module):
             multiple of 16. Devices that gather their tokens count them together. Smaller chunks
             take less memory. Defaults to `None`: a fast size for the platform.
         - `rules`: the axes of the device mesh that split the first axis of the batch and the axes
-            of the table, such as `{"batch": "data", "vocabulary": "model"}`. Not needed for
-            explicit mesh axes, which are part of the types of the arrays. Automatic axes cannot be
-            seen here. Without rules for them the loss is right, but XLA chooses what devices send,
-            and they may do so once for each chunk instead of once: the gradient of the table,
-            hidden vectors, or a table that its columns split. Inside a `jax.shard_map`, rules
-            are needed for those of its axes that split the batch or the vocabulary. If they are
-            missing there, this is an error, except with `check_vma=False`, where it cannot be
-            detected.
+            of the table, such as `{"batch": "data", "vocabulary": "model"}`. If several axes of the
+            batch are split, `"batch"` is a `PartitionSpec` of them, such as `P("data", "model")`.
+            Not needed for explicit mesh axes, which are part of the types of the arrays. Automatic
+            axes cannot be seen here. Without rules for them the loss is right, but XLA chooses what
+            devices send, and they may do so once for each chunk instead of once: the gradient of
+            the table, hidden vectors, or a table that its columns split. All devices that share a
+            sequence compute the logits of all its tokens. Inside a `jax.shard_map`, rules are
+            needed for those of its axes that split the batch or the vocabulary. If they are missing
+            there, this is an error, except with `check_vma=False`, where it cannot be detected.
 
         **Returns:**
 

@@ -94,12 +94,13 @@ class EmbeddingLookup(eqx.Module):
             `jax.jit`, `jax.vmap` or `jax.lax.scan`: JAX narrows their arguments before any code of
             theirs runs.)
         - `rules`: the axes of the device mesh that split the first axis of the tokens and the axes
-            of the table, such as `{"batch": "data", "vocabulary": "model"}`. The types of arrays
-            say this for explicit axes. For automatic axes, vectors are right without rules, but
-            XLA chooses what devices send, such as the whole gradient of a split table. Inside a
-            `jax.shard_map` along whose axes the table differs, rules are needed: those which split
-            its vocabulary, such as `{"vocabulary": "model"}`, or `{"vocabulary": None}` if each
-            device has a table of its own. Defaults to `None`. See
+            of the table, such as `{"batch": "data", "vocabulary": "model"}`. If several axes of the
+            tokens are split, `"batch"` is a `PartitionSpec` of them, such as `P("data", "model")`.
+            The types of arrays say this for explicit axes. For automatic axes, vectors are right
+            without rules, but XLA chooses what devices send, such as the whole gradient of a split
+            table. Inside a `jax.shard_map` along whose axes the table differs, rules are needed:
+            those which split its vocabulary, such as `{"vocabulary": "model"}`, or
+            `{"vocabulary": None}` if each device has a table of its own. Defaults to `None`. See
             [`eqx_embedding.EmbeddingTable.partition_spec`][].
         - `key`: ignored, for compatibility with `eqx.nn.Sequential`.
 

@@ -250,10 +250,10 @@ def find_split(
     - `table`: not a stacked one.
     - `batched`: tokens or hidden vectors, of which the first `batch_axes` axes may be split;
         `None` for tokens in a NumPy array or a Python number.
-    - `must_divide`: whether the first axis of the batch must be a multiple of the mesh axes that
-        split it.
-    - `rules`: the mesh axes that split the first axis of the batch, under `"batch"`, and each axis
-        of the table, under its name.
+    - `must_divide`: whether each axis of the batch must be a multiple of the mesh axes that split
+        it.
+    - `rules`: the mesh axes that split the first axis of the batch, or a `PartitionSpec` of several
+        axes of the batch, under `"batch"`; and those of each axis of the table, under its name.
 
     **Raises:**
 
@@ -271,8 +271,9 @@ def find_split(
     explicit = row_axis.first(explicit_axes(embeddings))
     table_axes = dict(zip(names, explicit, strict=True))
     split = _read_split(mesh, table_axes, batched, batch_axes, rules)
-    if must_divide and split.batch and batched is not None:
-        _check_divides(split, "batch", batched.shape[0], split.batch[0], "")
+    if must_divide and batched is not None:
+        for size, axes in zip(batched.shape, split.batch, strict=False):
+            _check_divides(split, "batch", size, axes, "")
     advice = " Make the table with `pad_to_multiple_of`."
     for name, size, axes in zip(names, row_axis.first(embeddings.shape), split.table, strict=True):
         _check_divides(split, name, size, axes, advice)
@@ -290,23 +291,26 @@ def _read_split(
 ) -> Split:
     """`table_axes` are the explicit mesh axes that split each axis of the table."""
     batch = [] if batched is None else explicit_axes(batched)[:batch_axes]
+    automatic = axes_of_type(mesh, AxisType.Auto)
+    manual = axes_of_type(mesh, AxisType.Manual)
 
-    def ruled(kind: AxisType, key: str) -> Axes:
-        return common(as_axes(rules.get(key)), axes_of_type(mesh, kind))
+    def ruled(kind: Axes, key: str) -> Axes:
+        return common(as_axes(rules.get(key)), kind)
 
     # Rules for explicit axes are not needed: types know better.
-    if batch:
-        batch[0] += ruled(AxisType.Auto, "batch")
-    table = tuple(axes + ruled(AxisType.Auto, name) for name, axes in table_axes.items())
+    of_batch = rules.get("batch")
+    entries = of_batch if isinstance(of_batch, PartitionSpec) else [of_batch]
+    for i, entry in enumerate(entries[: len(batch)]):
+        batch[i] += common(as_axes(entry), automatic)
+    table = tuple(axes + ruled(automatic, name) for name, axes in table_axes.items())
     vocabulary = remaining(table[0], batch)
-    automatic = axes_of_type(mesh, AxisType.Auto)
     return Split(
         mesh=mesh,
         batch=tuple(batch),
         table=table,
         # NumPy arrays and Python numbers are the same on all devices.
-        manual_batch=() if batched is None else ruled(AxisType.Manual, "batch"),
-        manual_table=tuple(ruled(AxisType.Manual, name) for name in table_axes),
+        manual_batch=() if batched is None else ruled(manual, "batch"),
+        manual_table=tuple(ruled(manual, name) for name in table_axes),
         can_tile=jax.device_count() == 1 or bool(vocabulary) or not remaining(automatic, batch),
     )
 

@@ -17,16 +17,24 @@ from ._inputs import as_float_dtype, as_int, check_byte_order, Whole
 from ._suggest import suggest, suggest_array, suggest_for_fields, suggest_key, suggest_names
 
 
-Rules = Mapping[str, str | Sequence[str] | None]
+Rules = Mapping[str, str | Sequence[str] | PartitionSpec | None]
+
+BATCH = "batch"  # names the axes of the batch in rules
 
 
 def find_entries(rules: Rules, names: Sequence[str]) -> list[str | tuple[str, ...] | None]:
     """The entries of a `PartitionSpec` that the rules give to the axes of an array.
 
-    A `ValueError` for a mesh axis that stands there twice.
+    A `ValueError` for a mesh axis that stands there twice, and for a `PartitionSpec`, which is of
+    several axes.
     """
     found: dict[str, str] = {}
     for name in names:
+        if name != BATCH and isinstance(rules.get(name), PartitionSpec):
+            raise ValueError(
+                f"rules={dict(rules)} give a PartitionSpec to {name!r}, one axis of a table: give "
+                "the names of mesh axes, as a string or a tuple. A PartitionSpec is for 'batch'."
+            )
         for axis in as_axes(rules.get(name)):
             if axis in found:
                 both = " and ".join(map(repr, dict.fromkeys([found[axis], name])))
@@ -36,7 +44,7 @@ def find_entries(rules: Rules, names: Sequence[str]) -> list[str | tuple[str, ..
                 )
             found[axis] = name
     entries = (rules.get(name) for name in names)
-    return [axes if axes is None or isinstance(axes, str) else tuple(axes) for axes in entries]
+    return [axes if axes is None or isinstance(axes, str) else as_axes(axes) for axes in entries]
 
 
 def _fan_out_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -274,7 +282,8 @@ class EmbeddingTable(eqx.Module):
 
         **Raises:**
 
-        A `ValueError` if the rules split two axes of the table over one mesh axis.
+        A `ValueError` if the rules split two axes of the table over one mesh axis, or give one of
+        them a `PartitionSpec`.
         """
         stacked = (None,) * len(self._stacked_shape)
         return PartitionSpec(*stacked, *find_entries(rules, self.axis_names))

@@ -23,7 +23,9 @@ def flat(entries: Iterable[Axes]) -> Axes:
     return tuple(axis for axes in entries for axis in axes)
 
 
-def as_axes(entry: str | Sequence[str] | None) -> Axes:
+def as_axes(entry: str | Iterable[str] | PartitionSpec | None) -> Axes:
+    if isinstance(entry, PartitionSpec):  # of several axes of an array
+        return flat(map(as_axes, entry))
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 

@@ -90,6 +90,44 @@ def test_rules_may_be_lists_as_a_file_of_settings_has_them():
     np.testing.assert_allclose(loss, cross_entropy(None, table, hidden, tokens), 1e-6)
 
 
+def loss_of_tokens(rules, table, tokens):
+    vectors = EmbeddingLookup(table)(tokens, rules=rules)
+    return EmbeddingDecode(table).cross_entropy(vectors, tokens, rules=rules)
+
+
+SEQUENCES = P("data", "model")  # splits the batch over `data`, and its sequences over `model`
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [None, ("data", "model")])
+@pytest.mark.parametrize("setting", ["rules", "manual"])
+def test_rules_may_split_sequences_as_well_as_the_batch(setting, vocabulary):
+    table, tokens = make_table(V), draw_tokens(V)[:, :8]
+    function = functools.partial(loss_of_tokens, {"batch": SEQUENCES, "vocabulary": vocabulary})
+    expected = jax.value_and_grad(functools.partial(loss_of_tokens, None))(table, tokens)
+    if setting == "manual":
+        function = jax.shard_map(function, in_specs=(P(vocabulary), SEQUENCES), out_specs=P())
+    mesh = make_mesh(setting)
+    with jax.set_mesh(mesh):
+        operands = place(mesh, table, vocabulary), place(mesh, tokens, *SEQUENCES)
+        assert_trees_close(jax.jit(jax.value_and_grad(function))(*operands), expected)
+
+
+@pytest.mark.slow
+def test_rules_for_sequences_spare_the_logits_of_other_devices():
+    def operations(of_batch):
+        function = functools.partial(loss_of_tokens, {"batch": of_batch})
+        lowered = jax.jit(jax.grad(function)).lower(*operands)
+        return compile_by_default(lowered).cost_analysis()["flops"]
+
+    mesh = make_mesh("rules")
+    with jax.set_mesh(mesh):
+        operands = place(mesh, make_table(V)), place(mesh, draw_tokens(V)[:, :8], *SEQUENCES)
+        # With a rule for the first axis alone, four devices compute the logits of all sequences
+        # that they share.
+        assert 3 * operations(SEQUENCES) < operations("data")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("padding_rows", [0, 3])
 def test_logits_of_mapped_examples_have_derivatives_in_a_shard_map(dtype, padding_rows):
@@ -666,6 +704,10 @@ def test_bad_rules_are_refused_before_anything_is_compiled():
             loss({"vocabulary": "model", "embedding": "model"})
         with pytest.raises(ValueError, match="'data' twice, for 'batch', but"):
             EmbeddingLookup(table)(tokens, rules={"batch": ("data", "data")})
+        with pytest.raises(ValueError, match="'batch' of size 10 .* 'data', whose size 4"):
+            loss({"batch": P("model", "data")})
+        with pytest.raises(ValueError, match="PartitionSpec to 'vocabulary', one axis of a table"):
+            loss({"vocabulary": P("model", None)})
         # lookup and decode need no batch that the mesh divides
         assert EmbeddingLookup(table)(tokens, rules=RULES).shape == (6, T, D)
         assert EmbeddingDecode(table)(hidden, rules=RULES).shape == (6, T, V)
