@@ -45,6 +45,7 @@ class Split(NamedTuple):
     manual_batch: Axes = ()  # manual ones that split the batch
     manual_table: tuple[Axes, ...] = ()  # manual ones that split the axes of the table
     can_tile: bool = True  # whether no automatic axis without a rule can split the vocabulary
+    unruled: Axes = ()  # automatic ones without a rule, if there is none for the batch
 
     @property
     def mapped(self) -> set[str]:
@@ -65,6 +66,11 @@ class Split(NamedTuple):
     def has_parts(self) -> bool:
         """Whether explicit or automatic axes split the table, outside of any `jax.shard_map`."""
         return not self.in_shard_map and self.size(flat(self.table)) > 1
+
+    @property
+    def parts(self) -> int:
+        """How many parts automatic axes make of the logits, if those without a rule split them."""
+        return self.size(remaining(self.unruled, self.batch))
 
     @property
     def all_batch(self) -> Axes:
@@ -312,6 +318,7 @@ def _read_split(
         manual_batch=() if batched is None else ruled(manual, "batch"),
         manual_table=tuple(ruled(manual, name) for name in table_axes),
         can_tile=jax.device_count() == 1 or bool(vocabulary) or not remaining(automatic, batch),
+        unruled=() if "batch" in rules else remaining(automatic, table),
     )
 
 

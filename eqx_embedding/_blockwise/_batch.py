@@ -315,6 +315,7 @@ def _prepare(
         rows_dtype=operands.rows.dtype if is_alone(rows) else options.wide,
         logits_fit=not flat(gathered),
         device_kind=device_kind(split.mesh),
+        parts=split.parts,
         vocabulary=Group(mesh, arrangement.vocabulary),
         tokens=Group(mesh, arrangement.tokens),
         outer_axes=_outer_axes(split, hidden),

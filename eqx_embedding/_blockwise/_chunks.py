@@ -31,11 +31,15 @@ def tile(array: Array, start: Any, length: int) -> Array:
 
 
 class Chunks:
-    """How N tokens are arranged in chunks of C.
+    """How N tokens are arranged in chunks of C, a multiple of `multiple` if there are several.
 
     Chunk `i` has every `count`-th token, so that tokens which are split over devices stay where
     they are. With a `mask`, tokens that it leaves out cost no time: the others fill the first
     chunks, and the rest are skipped. A single chunk never is: XLA holds more for a branch.
+
+    With `stay`, tokens that the mask leaves out are computed, too. XLA may have split the tokens
+    over devices in a way that cannot be seen here, and would compute all of them on each device to
+    bring those that count together.
 
     Places without a token repeat one that counts; what is computed there is thrown away.
 
@@ -47,28 +51,36 @@ class Chunks:
         self,
         num_tokens: Any,
         chunk_size: int,
+        multiple: int,
         mask: Bool[Array, " N"] | None,
         in_step: Callable[[Array], Array] | None = None,
         *,
+        stay: bool = False,
         rewrite_skipped: bool = False,
     ):
         N = num_tokens
         count = max(-(-N // chunk_size), 1)
         C = -(-N // count)
         if count > 1:
-            C = -(-C // 16) * 16  # a vector register of a CPU has up to 16 numbers
+            C = -(-C // multiple) * multiple
             count = -(-N // C)
             C = N if count == 1 else C
         self.num_tokens, self.count, self.size = N, count, C
         self.rewrite_skipped = rewrite_skipped
         self.mask = mask if N > 0 else None
+        self.moves = self.mask is not None and not stay
         self.all_masked = None  # whether no token counts, in chunks that are computed in any case
-        if self.mask is not None:
-            self._gather(self.mask)
-            if in_step is not None or count == 1:
-                self.all_masked = self.num_used == 0
-            if in_step is not None:
-                self.num_used = in_step(self.num_used)
+        if self.mask is None:
+            return
+        if not self.moves:
+            self.valid = self._in_place(self.mask, "constant")
+            self.first = self.mask & (jnp.arange(N) == jnp.argmax(self.mask))  # if any counts
+            return
+        self._gather(self.mask)
+        if in_step is not None or count == 1:
+            self.all_masked = self.num_used == 0
+        if in_step is not None:
+            self.num_used = in_step(self.num_used)
 
     def _gather(self, mask: Bool[Array, " N"]) -> None:
         """Puts the tokens of the mask first, chunk after chunk."""
@@ -83,24 +95,32 @@ class Chunks:
         self.place = jnp.where(mask, rank % C * count + rank // C, 0)  # of each token, (N,)
         self.num_used = -(-counted // C)  # the number of chunks with tokens
 
-    def split(self, array: Array) -> Array:
-        """`(N, ...)` to `(C, count, ...)`."""
-        if self.mask is not None:
-            chunks = array[self.token]
-            if self.all_masked is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
-                return chunks  # PRNG keys cannot be zeros
-            return jnp.where(self.all_masked, jnp.zeros((), array.dtype), chunks)
+    def _in_place(self, array: Array, mode: str) -> Array:
+        """`(N, ...)` to `(C, count, ...)`, filled up with zeros or the last token."""
         rest = self.size * self.count - self.num_tokens
         if rest > 0:
-            array = jnp.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode="edge")
+            array = jnp.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode=mode)
         return array.reshape(self.size, self.count, *array.shape[1:])
+
+    def split(self, array: Array) -> Array:
+        """`(N, ...)` to `(C, count, ...)`."""
+        is_key = jnp.issubdtype(array.dtype, jax.dtypes.extended)  # which cannot be zeros
+        if self.moves:
+            chunks = array[self.token]
+            if self.all_masked is None or is_key:
+                return chunks
+            return jnp.where(self.all_masked, jnp.zeros((), array.dtype), chunks)
+        if self.mask is not None and not is_key:
+            # A sum, because XLA would gather the array to index it.
+            one = jnp.sum(only(self.first, array), axis=0, dtype=array.dtype)
+            array = jnp.where(_expand(self.mask, array), array, one)
+        return self._in_place(array, "edge")
 
     def join(self, array: Array) -> Array:
         """`(C, count, ...)` to `(N, ...)`, with zeros for tokens that the mask leaves out."""
         array = array.reshape(-1, *array.shape[2:])
-        if self.mask is None:
-            return array[: self.num_tokens]
-        return only(self.mask, array[self.place])
+        array = array[self.place] if self.moves else array[: self.num_tokens]
+        return only(self.mask, array)
 
     def is_token(self, i: Any) -> Array | None:
         """Which places of chunk `i` have a token, or `None` if all have."""
@@ -141,8 +161,8 @@ class Chunks:
             lambda a: jnp.zeros((a.shape[0], self.count, *a.shape[1:]), a.dtype), shapes
         )
         carry = sums, results
-        always = self.mask is None or self.count == 1
-        sums, results = loop(self.count, step if always else step_if_used, carry)
+        may_skip = self.moves and self.count > 1
+        sums, results = loop(self.count, step_if_used if may_skip else step, carry)
         return sums, jax.tree.map(self.join, results)
 
 
@@ -159,5 +179,8 @@ def only(mask: Array | None, array: Array) -> Array:
     """The array, with zeros for the tokens that the mask leaves out."""
     if mask is None:
         return array
-    mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
-    return jnp.where(mask, array, jnp.zeros((), array.dtype))
+    return jnp.where(_expand(mask, array), array, jnp.zeros((), array.dtype))
+
+
+def _expand(mask: Array, array: Array) -> Array:
+    return jnp.expand_dims(mask, range(mask.ndim, array.ndim))

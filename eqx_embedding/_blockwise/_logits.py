@@ -40,6 +40,7 @@ class Local(NamedTuple):
     rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
     logits_fit: bool = True  # whether there is a gradient, in whose place logits fit before it
     device_kind: str = ""  # of the devices that the program is most likely for
+    parts: int = 1  # that XLA may make of this part, for devices of automatic axes without rules
     vocabulary: Group = Group()  # the devices that have other rows
     tokens: Group = Group()  # those of them that have other tokens as well
     outer_axes: frozenset[str] = frozenset()  # of a `jax.shard_map` around that of this call
@@ -65,7 +66,7 @@ class Options(NamedTuple):
         """With a plan for the operands of a device."""
         (N, D), (V, _) = operands.hidden.shape, operands.rows.shape
         work = Work(
-            N=N * self.local.tokens.size,
+            N=-(-N // self.parts) * self.local.tokens.size,
             V=V,
             D=D,
             logits_per_row=1 if self.comparison is None else 2,
@@ -77,7 +78,13 @@ class Options(NamedTuple):
             device_kind=self.local.device_kind,
             chunk_size=self.chunk_size,
         )
-        return self._replace(plan=make_plan(platform, work))
+        plan = make_plan(platform, work)
+        return self._replace(plan=plan._replace(chunk_size=plan.chunk_size * self.parts))
+
+    @property
+    def parts(self) -> int:
+        """How many devices a chunk is planned for. One that was asked for is for all together."""
+        return self.local.parts if self.chunk_size is None else 1
 
     @property
     def without_gradient(self) -> "Options":
@@ -180,8 +187,15 @@ def chunks_of(options: Options, operands: Operands) -> Chunks:
     group = options.local.tokens
     size = max(options.plan.chunk_size // group.size, 1)
     in_step = functools.partial(max_over_devices, group) if group.axes else None
-    rewrite = options.plan.rewrite_skipped
-    return Chunks(len(operands.hidden), size, operands.mask, in_step, rewrite_skipped=rewrite)
+    return Chunks(
+        len(operands.hidden),
+        size,
+        16 * options.parts,  # a vector register of a CPU has up to 16 numbers
+        operands.mask,
+        in_step,
+        stay=options.local.parts > 1,
+        rewrite_skipped=options.plan.rewrite_skipped,
+    )
 
 
 def all_tokens(options: Options, tree: PyTree) -> PyTree:

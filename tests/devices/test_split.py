@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 
 import equinox as eqx
 import jax
@@ -101,31 +102,104 @@ SEQUENCES = P("data", "model")  # splits the batch over `data`, and its sequence
 @pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [None, ("data", "model")])
 @pytest.mark.parametrize("setting", ["rules", "manual"])
-def test_rules_may_split_sequences_as_well_as_the_batch(setting, vocabulary):
+@pytest.mark.parametrize(
+    "batch", [SEQUENCES, P(None, ("data", "model")), P(("model", "data"), None)]
+)
+def test_rules_may_split_any_axes_of_the_batch(setting, vocabulary, batch):
     table, tokens = make_table(V), draw_tokens(V)[:, :8]
-    function = functools.partial(loss_of_tokens, {"batch": SEQUENCES, "vocabulary": vocabulary})
+    function = functools.partial(loss_of_tokens, {"batch": batch, "vocabulary": vocabulary})
     expected = jax.value_and_grad(functools.partial(loss_of_tokens, None))(table, tokens)
     if setting == "manual":
-        function = jax.shard_map(function, in_specs=(P(vocabulary), SEQUENCES), out_specs=P())
+        function = jax.shard_map(function, in_specs=(P(vocabulary), batch), out_specs=P())
     mesh = make_mesh(setting)
     with jax.set_mesh(mesh):
-        operands = place(mesh, table, vocabulary), place(mesh, tokens, *SEQUENCES)
+        operands = place(mesh, table, vocabulary), place(mesh, tokens, *batch)
         assert_trees_close(jax.jit(jax.value_and_grad(function))(*operands), expected)
+
+
+def operations(function, *operands):
+    """Of the gradient, on each device."""
+    lowered = jax.jit(jax.grad(function)).lower(*operands)
+    return compile_by_default(lowered).cost_analysis()["flops"]
 
 
 @pytest.mark.slow
 def test_rules_for_sequences_spare_the_logits_of_other_devices():
-    def operations(of_batch):
-        function = functools.partial(loss_of_tokens, {"batch": of_batch})
-        lowered = jax.jit(jax.grad(function)).lower(*operands)
-        return compile_by_default(lowered).cost_analysis()["flops"]
-
     mesh = make_mesh("rules")
     with jax.set_mesh(mesh):
         operands = place(mesh, make_table(V)), place(mesh, draw_tokens(V)[:, :8], *SEQUENCES)
         # With a rule for the first axis alone, four devices compute the logits of all sequences
         # that they share.
-        assert 3 * operations(SEQUENCES) < operations("data")
+        some, all_ = (
+            operations(functools.partial(loss_of_tokens, {"batch": axes}), *operands)
+            for axes in (SEQUENCES, "data")
+        )
+    assert 3 * some < all_
+
+
+def masked(table, hidden, targets):
+    return cross_entropy(None, table, hidden, targets, weights=targets % 3)
+
+
+def apart(table, hidden, targets):
+    return jnp.mean(jnp.square(cross_entropy(None, table, hidden, targets, reduction="none")))
+
+
+def likeliest(table, hidden, targets):
+    return jnp.mean(EmbeddingDecode(table).top_k(hidden, 2)[0])
+
+
+def of_examples(table, hidden, targets):
+    return jnp.mean(jax.vmap(lambda *one: cross_entropy(None, table, *one))(hidden, targets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [masked, apart, likeliest, of_examples])
+def test_without_rules_no_device_computes_the_logits_of_others(loss):
+    table, hidden, targets, _ = arguments_of_a_loss(0)
+    alone = operations(loss, table, hidden, targets)
+    mesh = make_mesh("automatic", data=8, model=1)
+    with jax.set_mesh(mesh):
+        batch = (place(mesh, array, "data") for array in (hidden, targets))
+        assert operations(loss, place(mesh, table), *batch) < 0.2 * alone
+
+
+@pytest.mark.slow
+def test_without_rules_chunks_are_planned_for_all_devices():
+    V, N = 8192, 4096
+    shapes = jax.ShapeDtypeStruct((V, D), "float32"), jax.ShapeDtypeStruct((N, D), "float32")
+
+    def sizes(rules, platform):
+        def loss(embeddings, hidden):
+            table = EmbeddingTable(embeddings, ("vocabulary", "embedding"))
+            return EmbeddingDecode(table).cross_entropy(hidden, jnp.zeros(N, int), rules=rules)
+
+        text = jax.jit(loss).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+        return {int(size) for size in re.findall(r"dot_general.*-> tensor<\d+x(\d+)xf32>", text)}
+
+    with jax.set_mesh(make_mesh("automatic", data=2, model=1)):
+        assert sizes({"batch": "data"}, "cuda") == sizes({"batch": None}, "cuda") == {1024}
+        assert sizes(None, "cuda") == {2048}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counted", ["all", "half", "none"])
+def test_chunks_that_are_planned_without_rules_give_the_same(counted):
+    table, hidden = make_table(8192), random((B, 256, D), seed=1)
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, 8192, (B, 256)), "int32")
+
+    weights = jnp.zeros((B, 256)).at[::2].set(float(counted == "half"))
+    weights = None if counted == "all" else weights
+
+    def loss(table, hidden, targets):
+        return EmbeddingDecode(table).cross_entropy(hidden, targets, weights=weights)
+
+    if weights is not None:
+        hidden = jnp.where(weights[..., None] == 0, jnp.nan, hidden)
+    function = jax.value_and_grad(loss, (0, 1))
+    expected = jax.jit(function)(table, hidden, targets)
+    with split("automatic", table, hidden, targets, data=4, model=1) as operands:
+        assert_trees_close(jax.jit(function)(*operands), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
