@@ -12,7 +12,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from ._devices import call_as_one, reshard, widen
+from ._devices import call_as_one, call_linear, reshard, widen
 from ._sharding import Split
 from ._table import RowAxis
 
@@ -58,7 +58,10 @@ def _multiply_jvp(product, primals, tangents):
             real_rows = _zero_padding_rows(product, rows).astype(factors)
             terms.append(_contract(product, widen(sums, d_hidden), real_rows))
         if not isinstance(d_rows, SymbolicZero):
-            terms.append(_contract(product, hidden.astype(factors), widen(sums, d_rows)))
+            # Their zero gradient is not derived from: the derivative of a norm of it is NaN.
+            drop_padding = functools.partial(_zero_padding_rows, product)
+            real_rows = call_linear(drop_padding, lambda rows: rows, widen(sums, d_rows))
+            terms.append(_contract(product, hidden.astype(factors), real_rows))
     return multiply(product, hidden, rows), functools.reduce(operator.add, terms)
 
 

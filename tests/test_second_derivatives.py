@@ -1,5 +1,7 @@
 """Second derivatives of every method, in every order of modes that JAX has for it."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -231,6 +233,33 @@ def test_second_derivatives_of_lookups_in_a_scan_count_past_256(dtype):
     gradient = jax.jit(jax.grad(lambda embeddings: of_scale(look_up, tokens, embeddings)))
     actual = gradient(jnp.ones((2, 4), dtype)).astype("float32")
     np.testing.assert_allclose(actual, [[2 * 6000] * 4, [2 * 3000] * 4], 0.01)
+
+
+@pytest.mark.parametrize("method", ["cross_entropy", "score", "logits"])
+def test_a_norm_of_the_gradient_of_padding_rows_has_no_derivative(method):
+    """It is NaN at zero: that of the padding rows must not reach hidden vectors and tokens."""
+    embeddings, hidden = make_array((VOCAB_SIZE, 4), seed=1), make_array((N, 4), seed=2)
+
+    def loss(table, hidden):
+        decode = EmbeddingDecode(table)
+        if method == "cross_entropy":
+            return decode.cross_entropy(hidden, TARGETS, chunk_size=CHUNK_SIZE)
+        if method == "score":
+            return jnp.mean(jnp.square(decode.score(hidden, TARGETS).log_prob))
+        return jnp.mean(jnp.square(decode(hidden)))
+
+    def sum_of_norms(padding_rows, embeddings, hidden):
+        padded = jnp.pad(embeddings, ((0, padding_rows), (0, 0)))
+        table = EmbeddingTable(padded, NAMES, padding_rows=padding_rows)
+        gradient = jax.grad(loss)(table, hidden).embeddings
+        return jnp.sum(jnp.linalg.norm(gradient, axis=1))
+
+    expected, actual = (
+        jax.jit(jax.grad(functools.partial(sum_of_norms, n), (0, 1)))(embeddings, hidden)
+        for n in (0, 3)
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

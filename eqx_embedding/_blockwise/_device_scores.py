@@ -14,7 +14,13 @@ from jaxtyping import Array
 from .._devices import load, save, Saved
 from .._inputs import nan_where
 from ._chunks import only
-from ._gradients import chunk_gradients, chunk_scores, HeadGradient, zero_gradient
+from ._gradients import (
+    chunk_gradients,
+    chunk_scores,
+    HeadGradient,
+    whole_gradient,
+    zero_gradient,
+)
 from ._logits import chunks_of, make_head, on_device, Operands, Options
 from ._scores import Used
 from ._token_scores import differentiable, Scores
@@ -93,8 +99,7 @@ def _score_gradients(
         # After the logits of the forward pass, on which `before` depends: not both in one product
         tokens = jax.lax.optimization_barrier(tokens)
     d_head, d_hidden = chunks.run(chunk, tokens, zero_gradient(options, head, chunks.count))
-    d_rows, d_bias = d_head.rows.astype(options.wide), d_head.bias
-    return Operands(d_hidden, d_rows, d_bias)
+    return Operands(d_hidden, *whole_gradient(options, d_head))
 
 
 def _any_of_token(array: Array) -> Array:

@@ -18,7 +18,7 @@ from .._devices import device_type, load, save, Saved, without_devices
 from .._inputs import at_least_float32
 from ._chunks import only
 from ._function import TokenFunction
-from ._gradients import chunk_gradients, chunk_scores, zero_gradient
+from ._gradients import chunk_gradients, chunk_scores, whole_gradient, zero_gradient
 from ._logits import chunks_of, make_head, on_device, Operands, Options
 from ._scores import nan_if_unknown
 from ._token_scores import differentiable, Scores
@@ -99,7 +99,7 @@ def _total_and_gradients(
     zeros = jax.tree.map(jnp.zeros_like, closure), zero_gradient(options, head, chunks.count)
     sums, of_tokens = chunks.run(chunk, tokens, (jnp.zeros((), options.wide), *zeros))
     (total, d_closure, d_head), (d_hidden, d_weights, d_data, scores) = sums, of_tokens
-    d_rows, d_bias = d_head.rows.astype(options.wide), d_head.bias
+    d_rows, d_bias = whole_gradient(options, d_head)
     gradients = Operands(d_hidden, d_rows, d_bias, None, None, d_weights, d_data, d_closure)
     return (total, scores), gradients
 

@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from .._devices import call_linear
 from ._chunks import over_tiles, tile
 from ._divergence import compare, count_rows, PullBack
 from ._logits import (
@@ -45,6 +46,22 @@ def zero_gradient(options: Options, head: Head, num_chunks: int) -> HeadGradient
     dtype = options.local.rows_dtype if rounded else options.wide
     bias = None if head.bias is None else jnp.zeros(len(head.rows), options.wide)
     return HeadGradient(jnp.zeros(head.rows.shape, dtype), bias)
+
+
+def whole_gradient(options: Options, d_head: HeadGradient) -> HeadGradient:
+    """The gradient of the table, added up. That of padding rows is zero, and is not derived from.
+
+    Else the derivative of a norm of it, which is NaN at zero, would reach all tokens.
+    """
+    rows = d_head.rows.astype(options.wide)
+
+    def drop_padding(array: Array) -> Array:
+        start = options.local.vocabulary.rank * np.int32(len(array))
+        return without_padding(options, Head(array, None, start), array, 0, 0.0)
+
+    if options.padded:
+        rows = call_linear(lambda array: array, drop_padding, rows)
+    return HeadGradient(rows, d_head.bias)
 
 
 def chunk_scores(

@@ -144,7 +144,8 @@ def _transpose_linear(cotangent, _, *, forward, backward):
 
 def _map_linear(arrays, dims, *, forward, backward):
     def mapped(array, jaxpr):
-        return jax.vmap(lambda x: jaxpr_as_fun(jaxpr)(x)[0])(array)
+        with jax.auto_pcast(False):  # of the `spmd_axis_name` of a `jax.vmap`
+            return jax.vmap(lambda x: jaxpr_as_fun(jaxpr)(x)[0])(array)
 
     (array,), (dim,) = arrays, dims
     array = jnp.moveaxis(array, dim, 0)
