@@ -1,5 +1,6 @@
 """Sums over devices, of which each keeps its part: a reduce-scatter."""
 
+import math
 from typing import Any
 
 import jax
@@ -12,17 +13,24 @@ from ._mesh import Axes
 
 def reduce_scatter(axes: Axes, position: int, array: Array) -> Array:
     """The sum of an array over manual mesh axes, which split the axis at `position` of it."""
-    types = jax.typeof(array).sharding.mesh.axis_types
-    if AxisType.Explicit in types and jax.__version_info__ >= (0, 11):
-        return reduce_scatter_in_rings(axes, position, array)  # the other fails in JAX 0.12
+    if AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types:
+        return reduce_scatter_in_rings(axes, position, array)  # JAX cannot compile the other
     return lax.psum_scatter(array, axes, scatter_dimension=position, tiled=True)
 
 
 def reduce_scatter_in_rings(axes: Axes, position: int, array: Array) -> Array:
-    """The same: around one ring of devices after the other."""
-    for axis in axes:
-        array = _scatter_in_ring(axis, position, array)
-    return array
+    """The same: around one ring of devices after the other.
+
+    The last axis comes first, so that axes before it send only a part of the array: the outer one
+    may be a slow network between slices of TPUs.
+    """
+    *outer, axis = axes
+    if not outer:
+        return _scatter_in_ring(axis, position, array)
+    before, after = array.shape[:position], array.shape[position + 1 :]
+    count = math.prod(map(lax.axis_size, outer))
+    parts = _scatter_in_ring(axis, position + 1, array.reshape(*before, count, -1, *after))
+    return reduce_scatter_in_rings(tuple(outer), position, parts.reshape(*before, -1, *after))
 
 
 def _scatter_in_ring(axis: str, position: int, array: Array) -> Array:

@@ -11,7 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from eqx_embedding import EmbeddingDecode, EmbeddingLookup, EmbeddingTable
+from eqx_embedding._devices._scatter import reduce_scatter_in_rings
 
+from ..helpers import compile_by_default
 from .helpers import (
     assert_trees_close,
     collectives,
@@ -254,9 +256,8 @@ def test_disable_jit_changes_no_gradient_of_a_gathered_table(function):
 
 
 @pytest.mark.parametrize("vocabulary_axis", [0, 1])
-def test_gradients_are_summed_around_rings_of_devices(monkeypatch, vocabulary_axis):
-    """If explicit axes are left in a `jax.shard_map`: as on JAX from 0.11, for any version."""
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+def test_gradients_are_summed_around_rings_of_devices(vocabulary_axis):
+    """If explicit axes are left in a `jax.shard_map`."""
     embeddings, tokens = random((V, D)), make_operands(MANY)[2]
     names = ("vocabulary", "embedding") if vocabulary_axis == 0 else ("embedding", "vocabulary")
 
@@ -276,6 +277,55 @@ def test_gradients_are_summed_around_rings_of_devices(monkeypatch, vocabulary_ax
         )
         operands = place(mesh, embeddings, *spec), place(mesh, tokens, "data")
         assert_trees_close(jax.jit(jax.grad(of_mesh))(*operands), expected)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_rings_send_only_a_part_over_the_first_axis(position):
+    """It may be a slow network between slices of TPUs."""
+    array, axes = random((64, 32)), ("data", "model")
+
+    def scatter(factor):
+        part = factor[0] * (array if position == 0 else array.T)
+        return reduce_scatter_in_rings(axes, position, part)
+
+    spec = P(axes) if position == 0 else P(None, axes)
+    factors = jnp.arange(8.0)
+    with jax.set_mesh(make_mesh("rules")):
+        function = jax.jit(jax.shard_map(scatter, in_specs=P(axes), out_specs=spec))
+        result = function(factors)
+        compiled = compile_by_default(function.lower(factors))
+    assert_trees_close(result, 28 * (array if position == 0 else array.T))
+    moved = [math.prod(shape) for _, shape in collectives(compiled)["collective-permute"]]
+    # half of an eighth for each device of the other slice; then half of an eighth
+    assert max(moved) == 2 * 64 * 32 / 16
+
+
+def look_up_members(tables, tokens):
+    return jnp.sum(jax.vmap(lambda table: look_up(as_table(table), tokens))(tables))
+
+
+def losses_of_members(tables, tokens):
+    hidden = jnp.cos(jnp.multiply.outer(tokens, jnp.arange(D)))
+
+    def loss(table):
+        return EmbeddingDecode(as_table(table)).cross_entropy(hidden, tokens)
+
+    return jnp.sum(jax.vmap(loss)(tables))
+
+
+def as_table(embeddings):
+    return EmbeddingTable(embeddings, ("vocabulary", "embedding"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [look_up_members, losses_of_members])
+def test_each_member_of_an_ensemble_may_be_fully_sharded(function):
+    tables, tokens = random((2, V, D)), make_operands(MANY)[2]
+    expected = jax.jit(jax.grad(function))(tables, tokens)
+    mesh = jax.make_mesh((2, 4), ("member", "data"))
+    with jax.set_mesh(mesh):
+        operands = place(mesh, tables, "member", "data"), place(mesh, tokens, "data")
+        assert_trees_close(jax.jit(jax.grad(function))(*operands), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
