@@ -157,6 +157,11 @@ class EmbeddingTable(eqx.Module):
     bias: Float[Array | np.ndarray, "..."] | None = None
 
     def __check_init__(self):
+        if type(self) is not EmbeddingTable:  # whose other fields would be lost when it is resized
+            raise TypeError(
+                f"{type(self).__name__} is a subclass of EmbeddingTable, which is final: store a "
+                "table in a field of your module."
+            )
         names = self.axis_names
         # beartype checks only one of the names
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):

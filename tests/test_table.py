@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import pickle
 import re
+import types
 from typing import Any
 
 import equinox as eqx
@@ -501,3 +502,9 @@ def test_tables_and_layers_can_be_copied_and_pickled(copied):
     np.testing.assert_array_equal(
         copied(layer)(jnp.ones((2, 3), "bfloat16")), layer(jnp.ones((2, 3), "bfloat16"))
     )
+
+
+def test_a_subclass_whose_fields_would_be_lost_is_refused():
+    Named: Any = types.new_class("Named", (EmbeddingTable,))
+    with pytest.raises(TypeError, match="Named is a subclass of EmbeddingTable, which is final"):
+        Named(jnp.zeros((3, 2)), ("vocabulary", "embedding"))
