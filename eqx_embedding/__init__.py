@@ -5,7 +5,7 @@
     hidden = ...                                    # your model goes here
     decode = EmbeddingDecode(table)                 # the same table: weight tying
     logits = decode(hidden)                         # a score for every token of the vocabulary
-    loss = decode.cross_entropy(hidden, targets)    # never holds all logits at once
+    loss = decode.cross_entropy(hidden, targets)    # need not hold all logits at once
 
 **Modules**, one purpose each:
 

@@ -80,7 +80,7 @@ class EmbeddingDecode(eqx.Module):
     ```python
     decode = EmbeddingDecode(table)
     logits = decode(hidden)                        # *batch embedding -> *batch vocabulary
-    loss = decode.cross_entropy(hidden, targets)   # never holds all logits at once
+    loss = decode.cross_entropy(hidden, targets)   # need not hold all logits at once
     ```
 
     The logits are `hidden @ embeddings.T`. The bias of the table is added if it has one, and then
@@ -295,7 +295,7 @@ class EmbeddingDecode(eqx.Module):
         chunk_size: Whole | None = None,
         rules: Rules | None = None,
     ) -> Float[Array, "..."] | Any:  # with `return_scores`, a tuple of that and `TokenScores`
-        """The cross-entropy of the targets. The logits of all tokens never exist at once.
+        """The cross-entropy of the targets. The logits of all tokens need not exist at once.
 
         ```python
         loss = decode.cross_entropy(hidden, targets)
@@ -350,16 +350,18 @@ class EmbeddingDecode(eqx.Module):
         - `return_scores`: whether to return the scores as well, for accuracy or perplexity.
             Defaults to `False`.
         - `chunk_size`: for how many tokens of a device logits exist at once, rounded up to a
-            multiple of 16. Devices that gather their tokens count them together. Smaller chunks
-            take less memory. Defaults to `None`: a fast size for the platform.
+            multiple of 16. Devices that gather their tokens count them together, and so do those of
+            automatic mesh axes without rules. Smaller chunks take less memory. Defaults to `None`:
+            a fast size for the platform.
         - `rules`: the axes of the device mesh that split the first axis of the batch and the axes
             of the table, such as `{"batch": "data", "vocabulary": "model"}`. If several axes of the
             batch are split, `"batch"` is a `PartitionSpec` of them, such as `P("data", "model")`.
             Not needed for explicit mesh axes, which are part of the types of the arrays. Automatic
             axes cannot be seen here. Without rules for them the loss is right, but XLA chooses what
             devices send, and they may do so once for each chunk instead of once: the gradient of
-            the table, hidden vectors, or a table that its columns split. All devices that share a
-            sequence compute the logits of all its tokens. Inside a `jax.shard_map`, rules are
+            the table, hidden vectors, or a table that its columns split. All devices that share
+            sequences compute the logits of all their tokens, and tokens of weight zero cost time.
+            Inside a `jax.shard_map`, rules are
             needed for those of its axes that split the batch or the vocabulary. If they are missing
             there, this is an error, except with `check_vma=False`, where it cannot be detected.
 
@@ -511,7 +513,7 @@ class EmbeddingDecode(eqx.Module):
         loss = student.divergence(hidden, teacher, teacher_hidden, temperature=2.0)
         ```
 
-        The logits of all tokens never exist at once, for the student or the teacher. Gradients
+        The logits of all tokens need not exist at once, for the student or the teacher. Gradients
         reach `hidden`, the table, its bias and `weights`, as those of
         [`eqx_embedding.EmbeddingDecode.cross_entropy`][] do. The teacher is constant.
 

@@ -173,8 +173,10 @@ def put_rows(
 
     **Raises:**
 
-    A `ValueError` if a token repeats, or if `tree` and `rows` do not fit each other. Traced tokens
-    cannot be seen: then the row of a token that repeats is NaN, or zero in an array of integers.
+    A `ValueError` if a token repeats, or if `tree` and `rows` do not fit each other, as when rows
+    of another vocabulary were not put back before; that cannot be seen if they are as many as its
+    table has. Traced tokens cannot be seen: then the row of a token that repeats is NaN, or zero in
+    an array of integers.
     """
     if isinstance(tokens, jax.Array) and is_seen(tokens):
         tokens = np.asarray(tokens)
@@ -296,7 +298,7 @@ def combine_rows(trained: PyTree, frozen: FrozenRows) -> PyTree:
     """Combines the two results of [`eqx_embedding.partition_rows`][] into a model.
 
     Each call copies the tables of the vocabulary, and so does its gradient. A loss of the combined
-    model still never holds the logits.
+    model still need not hold the logits.
 
     **Arguments:**
 

@@ -112,7 +112,7 @@ def resize_vocabulary(
     - if an array lacks axes of its table, as the factored moments of Adafactor do, or a list is in
         its place, as in SM3: use `fresh`;
     - if `pieces` are not old tokens for new ones;
-    - if `key` or `pieces` are given for a tree with the state of an optimizer of optax;
+    - if `key` or `pieces` are given for a tree with tables in the state of an optimizer of optax;
     - if `fresh` is given beside `key`, `pieces` or `pad_to_multiple_of`, or does not fit the tree:
         the error names the path;
     - if the mesh axes that split a table do not divide its new number of rows;

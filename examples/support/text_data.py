@@ -1,6 +1,7 @@
 """Text for a language model: reads and splits it, and measures simple methods on it."""
 
 import hashlib
+import sys
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,9 @@ def read_text(path: Path | None) -> Text:
     if path is None:
         from pydoc_data.topics import topics
 
-        name, data = "the built-in text", "\n\n".join(topics.values()).encode()
+        # Each version of Python has other ones.
+        name = "the built-in text of Python {}.{}".format(*sys.version_info)
+        data = "\n\n".join(topics.values()).encode()
     else:
         name = str(path)
         with one_line(f"read the text {name}"):

@@ -127,7 +127,10 @@ def test_numbers_that_stand_for_nothing_leave_no_place_for_new_tokens():
         ({"run": Path("missing")}, "missing holds no checkpoint"),
         ({"text": Path("missing")}, "cannot read the text missing: No such file"),
         ({"learning_rate": 1e30}, "the loss is not finite: try a lower --learning-rate"),
-        ({"old_text": None}, "the built-in text is not what .* learned from: give --old-text"),
+        (
+            {"old_text": None},
+            "the built-in text of Python .* learned from: give --old-text",
+        ),
     ],
 )
 @pytest.mark.slow
