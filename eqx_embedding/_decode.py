@@ -359,11 +359,11 @@ class EmbeddingDecode(eqx.Module):
             Not needed for explicit mesh axes, which are part of the types of the arrays. Automatic
             axes cannot be seen here. Without rules for them the loss is right, but XLA chooses what
             devices send, and they may do so once for each chunk instead of once: the gradient of
-            the table, hidden vectors, or a table that its columns split. All devices that share
-            sequences compute the logits of all their tokens, and tokens of weight zero cost time.
-            Inside a `jax.shard_map`, rules are
-            needed for those of its axes that split the batch or the vocabulary. If they are missing
-            there, this is an error, except with `check_vma=False`, where it cannot be detected.
+            the table, hidden vectors, or a table that its columns split, or its logits. All devices
+            that share sequences compute the logits of all their tokens, and tokens of weight zero
+            cost time. Inside a `jax.shard_map`, rules are needed for those of its axes that split
+            the batch or the vocabulary. If they are missing there, this is an error, except with
+            `check_vma=False`, where it cannot be detected.
 
         **Returns:**
 
