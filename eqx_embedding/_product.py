@@ -58,7 +58,7 @@ def _multiply_jvp(product, primals, tangents):
             real_rows = _zero_padding_rows(product, rows).astype(factors)
             terms.append(_contract(product, widen(sums, d_hidden), real_rows))
         if not isinstance(d_rows, SymbolicZero):
-            # Their zero gradient is not derived from: the derivative of a norm of it is NaN.
+            # Nothing is derived from the gradient of padding rows: as in `whole_gradient`.
             drop_padding = functools.partial(_zero_padding_rows, product)
             real_rows = call_linear(drop_padding, lambda rows: rows, widen(sums, d_rows))
             terms.append(_contract(product, hidden.astype(factors), real_rows))

@@ -49,9 +49,10 @@ def zero_gradient(options: Options, head: Head, num_chunks: int) -> HeadGradient
 
 
 def whole_gradient(options: Options, d_head: HeadGradient) -> HeadGradient:
-    """The gradient of the table, added up. That of padding rows is zero, and is not derived from.
+    """The gradient of the table, from the sums of all chunks.
 
-    Else the derivative of a norm of it, which is NaN at zero, would reach all tokens.
+    Nothing is derived from that of padding rows, which is zero. The derivative of a norm is NaN
+    there, and would reach all tokens.
     """
     rows = d_head.rows.astype(options.wide)
 

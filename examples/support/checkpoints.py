@@ -301,7 +301,10 @@ def check_identity(out: Path, here: dict[str, Any], there: dict[str, Any]) -> No
     if differing := differences(here, there):
         advice = ""
         if here["data"]["text"] != there["data"]["text"]:
-            advice = " Give the --text that it learned from. Each version of Python has its own."
+            advice = (
+                " Give the --text that it learned from. The built-in one differs between versions "
+                "of Python."
+            )
         raise SystemExit(f"cannot resume: the run in {out} is another one: {differing}.{advice}")
 
 
