@@ -19,8 +19,6 @@ from ._suggest import suggest, suggest_array, suggest_for_fields, suggest_key, s
 
 Rules = Mapping[str, str | Sequence[str] | PartitionSpec | None]
 
-BATCH = "batch"  # names the axes of the batch in rules
-
 
 def find_entries(rules: Rules, names: Sequence[str]) -> list[str | tuple[str, ...] | None]:
     """The entries of a `PartitionSpec` that the rules give to the axes of an array.
@@ -30,7 +28,7 @@ def find_entries(rules: Rules, names: Sequence[str]) -> list[str | tuple[str, ..
     """
     found: dict[str, str] = {}
     for name in names:
-        if name != BATCH and isinstance(rules.get(name), PartitionSpec):
+        if name != "batch" and isinstance(rules.get(name), PartitionSpec):
             raise ValueError(
                 f"rules={dict(rules)} give a PartitionSpec to {name!r}, one axis of a table: give "
                 "the names of mesh axes, as a string or a tuple. A PartitionSpec is for 'batch'."
@@ -146,7 +144,8 @@ class EmbeddingTable(eqx.Module):
     - unless `0 <= padding_rows < rows`;
     - if the bias does not have one number for each row.
 
-    A `TypeError` for a NumPy array in another byte order than that of this machine.
+    A `TypeError` for a NumPy array in another byte order than that of this machine, and for a
+    subclass: the class is final.
     """
 
     # No converter, which would turn off the type check of the field

@@ -113,7 +113,7 @@ class Chunks:
         if self.mask is not None and not is_key:
             # A sum, because XLA would gather the array to index it.
             one = jnp.sum(only(self.first, array), axis=0, dtype=array.dtype)
-            array = jnp.where(_expand(self.mask, array), array, one)
+            array = jnp.where(expand(self.mask, array), array, one)
         return self._in_place(array, "edge")
 
     def join(self, array: Array) -> Array:
@@ -179,8 +179,9 @@ def only(mask: Array | None, array: Array) -> Array:
     """The array, with zeros for the tokens that the mask leaves out."""
     if mask is None:
         return array
-    return jnp.where(_expand(mask, array), array, jnp.zeros((), array.dtype))
+    return jnp.where(expand(mask, array), array, jnp.zeros((), array.dtype))
 
 
-def _expand(mask: Array, array: Array) -> Array:
+def expand(mask: Array, array: Array) -> Array:
+    """The mask with axes of size 1 at its end, as many as the array has more."""
     return jnp.expand_dims(mask, range(mask.ndim, array.ndim))

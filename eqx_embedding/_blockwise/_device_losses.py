@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._devices import device_type, load, save, Saved, without_devices
-from ._chunks import only
+from ._chunks import expand, only
 from ._function import TokenFunction
 from ._scores import nan_if_unknown
 from ._token_scores import Scores
@@ -124,5 +124,4 @@ def _repeat_counted(mask: Array | None, array: Array, otherwise: float) -> Array
         return array  # of no tokens, or of keys, which are all valid
     one = array.reshape(-1, *array.shape[mask.ndim :])[jnp.argmax(mask)]
     value = jnp.where(jnp.any(mask), one, jnp.asarray(otherwise, array.dtype))
-    mask = jnp.expand_dims(mask, range(mask.ndim, array.ndim))
-    return jnp.where(mask, array, jax.lax.stop_gradient(value))
+    return jnp.where(expand(mask, array), array, jax.lax.stop_gradient(value))
