@@ -205,6 +205,12 @@ def test_masks_and_means_by_hand_hold_no_more(function, products):
     assert count(gradients(function), ROWS, *TOKENS) == products
 
 
+def test_no_cumulative_sum_is_taken_of_a_mask():
+    masked = functools.partial(loss, ignore_index=-1, chunk_size=LENGTH)
+    program = str(jax.make_jaxpr(gradients(masked))(ROWS, *TOKENS))
+    assert "sort[" in program and "cumsum[" not in program
+
+
 def test_a_second_call_for_scores_computes_logits_again():
     def twice(rows, *batch):
         return loss(rows, *batch) - jnp.mean(decode_with(rows).score(*batch).entropy)

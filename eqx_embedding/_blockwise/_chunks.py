@@ -91,7 +91,9 @@ class Chunks:
         place = jnp.arange(C * count, dtype="int32").reshape(count, C).T
         self.valid = place < counted
         self.token = first[jnp.where(self.valid, place, 0)]  # in each place, (C, count)
-        rank = jnp.cumsum(mask, dtype="int32") - 1
+        # The inverse of `first`: XLA for GPUs can fuse a cumulative sum of the mask into what reads
+        # it, and then needs minutes to compile that.
+        rank = jnp.argsort(first).astype("int32")
         self.place = jnp.where(mask, rank % C * count + rank // C, 0)  # of each token, (N,)
         self.num_used = -(-counted // C)  # the number of chunks with tokens
 
