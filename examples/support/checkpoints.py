@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from support.folder import lock, must_be_new, one_line
+from support.folder import CHECKPOINTS, lock, must_be_new, one_line
 from support.meshes import find_all_devices
 
 
@@ -278,7 +278,7 @@ def _path_for_orbax(out: Path) -> Path:
             f"cannot use the folder {path}: orbax finds no checkpoint by a name with a backslash, "
             "[brackets], gs:/ or bytes that are not UTF-8."
         )
-    return Path(path) / "checkpoints"
+    return Path(path) / CHECKPOINTS
 
 
 def _check_permissions(folder: Path) -> None:

@@ -20,6 +20,7 @@ FILES = [
     "vectors.txt",
     "words.png",
 ]
+CHECKPOINTS = "checkpoints"  # the folder of those, which `Checkpoints` alone writes to
 PARTIAL = ".partial"  # the end of the name of a file that is being written
 
 
@@ -62,7 +63,7 @@ def lock(folder: Path) -> int:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other runs out of it until the end.
+    """Makes the folder of a run without checkpoints, and keeps other runs out of it until the end.
 
     Stops the program with one line if it holds a run, or cannot be written to.
     """
@@ -72,6 +73,8 @@ def new_folder(folder: Path) -> Iterator[None]:
         descriptor = lock(folder)
     try:
         must_be_new(folder)
+        if any((folder / CHECKPOINTS).glob("*")):  # the run may have written nothing else yet
+            raise SystemExit(f"{folder} holds a run: choose another --out.")
         yield
     finally:
         os.close(descriptor)

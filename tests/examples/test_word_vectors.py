@@ -266,9 +266,11 @@ def test_numbers_that_are_not_finite_stop_the_run(config, tmp_path, learning_rat
 def test_a_folder_that_is_in_use_is_refused(config, trained, tmp_path):
     assert written(config.out) <= {*FILES}
     (tmp_path / "file").touch()
+    (tmp_path / "killed" / "checkpoints" / "0").mkdir(parents=True)
     with new_folder(tmp_path / "busy"):
         for out, message in [
             (config.out, "out holds a run: choose another --out."),
+            (tmp_path / "killed", "killed holds a run: choose another --out."),
             (tmp_path / "busy", "another run is writing to .*busy: choose another --out."),
             (tmp_path / "file", "cannot use the folder .*file: File exists."),
         ]:
