@@ -37,9 +37,10 @@ class Chunks:
     they are. With a `mask`, tokens that it leaves out cost no time: the others fill the first
     chunks, and the rest are skipped. A single chunk never is: XLA holds more for a branch.
 
-    With `stay`, tokens that the mask leaves out are computed, too. XLA may have split the tokens
-    over devices in a way that cannot be seen here, and would compute all of them on each device to
-    bring those that count together.
+    With several `parts`, XLA may have split the tokens over as many devices in a way that cannot be
+    seen here. Then tokens that the mask leaves out are computed, too: to bring those that count
+    together, each device would compute all of them. There are up to half more chunks if these
+    divide the tokens of each device: else XLA would send the tokens, to fill up the last places.
 
     Places without a token repeat one that counts; what is computed there is thrown away.
 
@@ -55,20 +56,23 @@ class Chunks:
         mask: Bool[Array, " N"] | None,
         in_step: Callable[[Array], Array] | None = None,
         *,
-        stay: bool = False,
+        parts: int = 1,
         rewrite_skipped: bool = False,
     ):
         N = num_tokens
         count = max(-(-N // chunk_size), 1)
         C = -(-N // count)
-        if count > 1:
+        counts = range(count, count * 3 // 2 + 1 if parts > 1 else count)
+        if even := [c for c in counts if N % (c * parts) == 0]:
+            count, C = even[0], N // even[0]
+        elif count > 1:
             C = -(-C // multiple) * multiple
             count = -(-N // C)
             C = N if count == 1 else C
         self.num_tokens, self.count, self.size = N, count, C
         self.rewrite_skipped = rewrite_skipped
         self.mask = mask if N > 0 else None
-        self.moves = self.mask is not None and not stay
+        self.moves = self.mask is not None and parts == 1
         self.all_masked = None  # whether no token counts, in chunks that are computed in any case
         if self.mask is None:
             return

@@ -193,7 +193,7 @@ def chunks_of(options: Options, operands: Operands) -> Chunks:
         16 * options.parts,  # a vector register of a CPU has up to 16 numbers
         operands.mask,
         in_step,
-        stay=options.local.parts > 1,
+        parts=options.local.parts,
         rewrite_skipped=options.plan.rewrite_skipped,
     )
 

@@ -182,6 +182,20 @@ def test_without_rules_chunks_are_planned_for_all_devices():
         assert sizes(None, "cuda") == {2048}
 
 
+@pytest.mark.parametrize("length", [127, 255])
+def test_without_rules_chunks_of_an_uneven_length_move_no_hidden_vectors(length):
+    def loss(table, hidden, targets):
+        return EmbeddingDecode(table).cross_entropy(hidden[:, :-1], targets[:, 1:])
+
+    table = make_table(8192)
+    hidden = random((B, length + 1, D), seed=1)
+    targets = jnp.zeros((B, length + 1), "int32")
+    with split("automatic", table, hidden, targets, data=4, model=1) as operands:
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(*operands).compile()
+    found = re.findall(r" (all-\w+|collective-permute|reduce-scatter)\(", str(program.as_text()))
+    assert set(found) == {"all-reduce"}  # of the gradient of the table
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("counted", ["all", "half", "none"])
 def test_chunks_that_are_planned_without_rules_give_the_same(counted):
