@@ -1,6 +1,7 @@
 """Loops over chunks of tokens, and over tiles of the vocabulary within a chunk."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,8 @@ class Chunks:
 
     With several `parts`, XLA may have split the tokens over as many devices in a way that cannot be
     seen here. Then tokens that the mask leaves out are computed, too: to bring those that count
-    together, each device would compute all of them. There are up to half more chunks if these
-    divide the tokens of each device: else XLA would send the tokens, to fill up the last places.
+    together, each device would compute all of them. A chunk has equally many places in each part:
+    if the last part alone were filled up, XLA would send all tokens.
 
     Places without a token repeat one that counts; what is computed there is thrown away.
 
@@ -60,16 +61,16 @@ class Chunks:
         rewrite_skipped: bool = False,
     ):
         N = num_tokens
+        self.parts = math.gcd(N, parts)
+        of_part = N // self.parts
         count = max(-(-N // chunk_size), 1)
-        C = -(-N // count)
-        counts = range(count, count * 3 // 2 + 1 if parts > 1 else count)
-        if even := [c for c in counts if N % (c * parts) == 0]:
-            count, C = even[0], N // even[0]
-        elif count > 1:
-            C = -(-C // multiple) * multiple
-            count = -(-N // C)
-            C = N if count == 1 else C
-        self.num_tokens, self.count, self.size = N, count, C
+        c = -(-of_part // count)
+        if count > 1:
+            multiple = max(multiple // self.parts, 1)
+            c = -(-c // multiple) * multiple
+            count = -(-of_part // c)
+            c = of_part if count == 1 else c
+        self.num_tokens, self.count, self.size = N, count, c * self.parts
         self.rewrite_skipped = rewrite_skipped
         self.mask = mask if N > 0 else None
         self.moves = self.mask is not None and parts == 1
@@ -102,11 +103,13 @@ class Chunks:
         self.num_used = -(-counted // C)  # the number of chunks with tokens
 
     def _in_place(self, array: Array, mode: str) -> Array:
-        """`(N, ...)` to `(C, count, ...)`, filled up with zeros or the last token."""
-        rest = self.size * self.count - self.num_tokens
+        """`(N, ...)` to `(C, count, ...)`, parts filled up with zeros or their last token."""
+        rest = (self.size * self.count - self.num_tokens) // self.parts
+        shape = self.size, self.count, *array.shape[1:]
         if rest > 0:
-            array = jnp.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode=mode)
-        return array.reshape(self.size, self.count, *array.shape[1:])
+            array = array.reshape(self.parts, -1, *array.shape[1:])
+            array = jnp.pad(array, [(0, 0), (0, rest)] + [(0, 0)] * (array.ndim - 2), mode=mode)
+        return array.reshape(shape)
 
     def split(self, array: Array) -> Array:
         """`(N, ...)` to `(C, count, ...)`."""
@@ -124,9 +127,12 @@ class Chunks:
 
     def join(self, array: Array) -> Array:
         """`(C, count, ...)` to `(N, ...)`, with zeros for tokens that the mask leaves out."""
-        array = array.reshape(-1, *array.shape[2:])
-        array = array[self.place] if self.moves else array[: self.num_tokens]
-        return only(self.mask, array)
+        shape = array.shape[2:]
+        if self.moves:
+            return only(self.mask, array.reshape(-1, *shape)[self.place])
+        of_part = self.num_tokens // self.parts
+        array = array.reshape(self.parts, self.size // self.parts * self.count, *shape)
+        return only(self.mask, array[:, :of_part].reshape(self.num_tokens, *shape))
 
     def is_token(self, i: Any) -> Array | None:
         """Which places of chunk `i` have a token, or `None` if all have."""
@@ -134,8 +140,8 @@ class Chunks:
             return lax.dynamic_index_in_dim(self.valid, i, 1, keepdims=False)
         if self.size * self.count == self.num_tokens:
             return None
-        place = jnp.arange(self.size, dtype="int32") * self.count + i
-        return place < self.num_tokens
+        place = jnp.arange(self.size, dtype="int32") % (self.size // self.parts) * self.count + i
+        return place < self.num_tokens // self.parts
 
     def run(self, body: Callable[..., Any], tokens: PyTree, sums: PyTree) -> tuple[PyTree, PyTree]:
         """`sums, results = body(sums, is_token, *tokens of a chunk)`, chunk after chunk.
