@@ -21,6 +21,7 @@ class Plan(NamedTuple):
     keep_copy: bool = False  # whether no product may undo the copy of a transposed table
     hold_logits: bool = False  # whether logits are held after their bias, cap and mask
     rewrite_skipped: bool = False  # whether a skipped chunk writes a row of each sum again
+    search_blocks: bool = True  # whether to look for the likeliest tokens in the largest blocks
     logits_apart: bool = False  # whether to keep the logits of the two passes apart without chunks
 
 
@@ -60,6 +61,9 @@ def make_plan(platform: Platform, work: Work) -> Plan:
         round_early=dtype == jnp.bfloat16,
         # XLA for TPUs would hold both the logits before their bias, cap and mask, and after.
         hold_logits=platform == "tpu",
+        # By XLA's estimate for TPUs, to gather the logits of blocks takes more than ten times as long
+        # as to search all.
+        search_blocks=platform != "tpu",
         # XLA for GPUs would copy the gradient of the table twice for each chunk: it copies what one
         # branch adds to and another returns as it is.
         rewrite_skipped=platform == "gpu",
