@@ -252,7 +252,10 @@ def _import_safetensors() -> Any:
 def _open(path: Path) -> Iterator[File]:
     safetensors = _import_safetensors()
     if not path.is_file():  # a named pipe would wait for a writer
-        raise FileNotFoundError(f"cannot find the file {path}.")
+        raise FileNotFoundError(
+            f"cannot find the file {path}. Nothing is downloaded here: "
+            "huggingface_hub.snapshot_download downloads a model and returns its directory."
+        )
     with open(path, "rb") as stream:
         try:
             # Only checks: the pages that its tensors map would count as memory of the process

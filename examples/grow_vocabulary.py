@@ -7,6 +7,7 @@
 Writes growth.png and a checkpoint to --out. generate.py can read the checkpoint.
 """
 
+import codecs
 import dataclasses
 import math
 import time
@@ -99,6 +100,16 @@ def read_new_text(path: Path | None) -> Text:
     return cut_text("Python's source code", "\n".join(sources).encode())
 
 
+def occurs_in_utf8(piece: bytes) -> bool:
+    """Whether a text could have these bytes, which may start or end within a character."""
+    chars = piece.lstrip(bytes(range(0x80, 0xC0)))  # which continue a character
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(chars)  # the last one may be incomplete
+    except UnicodeDecodeError:
+        return False
+    return len(piece) - len(chars) <= 3
+
+
 def frequent_strings(
     tokens: Integer[np.ndarray, " tokens"],
     pieces: list[bytes],
@@ -108,7 +119,8 @@ def frequent_strings(
     """Up to `count` strings that would save many tokens: byte pair encoding continued, except
     that a pair may cross the ends of words and lines.
 
-    Strings in `reserved` and parts of characters are only used as parts of longer strings."""
+    Strings in `reserved` and parts of characters are only used as parts of longer strings, and
+    bytes that are not UTF-8 not at all."""
     tokens, pieces, known = tokens.astype(np.int64), list(pieces), set(pieces)
     strings = []
     while len(strings) < count:
@@ -116,7 +128,7 @@ def frequent_strings(
         for pair in pairs[np.argsort(-counts, kind="stable")[: np.sum(counts > 1)]].tolist():
             left, right = divmod(pair, len(pieces))
             piece = pieces[left] + pieces[right]
-            if piece not in known:
+            if piece not in known and occurs_in_utf8(piece):
                 break
         else:
             break  # no pair that occurs twice is left

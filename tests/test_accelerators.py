@@ -243,7 +243,7 @@ def test_a_tpu_whose_compiler_copies_rows_for_a_loop_has_one_chunk(monkeypatch, 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("jax_defaults")
-def test_the_likeliest_of_one_chunk_take_the_memory_and_time_of_a_search_of_all(target):
+def test_the_likeliest_take_the_memory_and_bytes_of_a_search_of_all(target):
     def plain(hidden, rows, targets):
         logits = jnp.dot(hidden, rows.T, preferred_element_type="float32")
         return jax.lax.top_k(jax.nn.log_softmax(logits), 20)

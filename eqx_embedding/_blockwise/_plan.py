@@ -61,8 +61,8 @@ def make_plan(platform: Platform, work: Work) -> Plan:
         round_early=dtype == jnp.bfloat16,
         # XLA for TPUs would hold both the logits before their bias, cap and mask, and after.
         hold_logits=platform == "tpu",
-        # By XLA's estimate for TPUs, to gather the logits of blocks takes more than ten times as long
-        # as to search all.
+        # By XLA's estimate for TPUs, to gather the logits of blocks reads more than ten times the
+        # bytes that a search of all reads.
         search_blocks=platform != "tpu",
         # XLA for GPUs would copy the gradient of the table twice for each chunk: it copies what one
         # branch adds to and another returns as it is.

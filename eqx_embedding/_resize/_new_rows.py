@@ -41,7 +41,7 @@ def check_pieces(
     """Raises a `ValueError` unless each piece is an old token, and stands for a new one."""
     if not pieces:
         return None
-    parts_of = {as_named_int("pieces", token): _as_ints(parts) for token, parts in pieces.items()}
+    parts_of = {as_named_int("a key of pieces", token): _as_ints(pieces[token]) for token in pieces}
     for token, parts in parts_of.items():
         if not old_tokens <= token < tokens:
             raise ValueError(

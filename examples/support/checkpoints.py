@@ -51,8 +51,8 @@ class Checkpoints:
                 self._must_be_new()
             elif not self.steps:
                 raise SystemExit(
-                    f"{out} holds no checkpoint. Check the name; train_lm.py without --resume "
-                    "starts a run there."
+                    f"{out} holds no checkpoint. Check the name: the folder of a run has a folder "
+                    f"{CHECKPOINTS}. train_lm.py without --resume starts a run there."
                 )
         except SystemExit:
             self._unlock()

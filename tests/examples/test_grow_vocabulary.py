@@ -86,6 +86,22 @@ def test_frequent_strings_are_those_of_byte_pair_encoding_by_hand():
     assert all(string.decode() for string in frequent_strings(euros, pieces, 3))
 
 
+@pytest.mark.parametrize("encoding", ["cp1251", "gbk"])
+def test_a_text_that_is_not_utf8_is_not_merged_to_its_end(monkeypatch, encoding):
+    rounds = []
+
+    def unique(*args, **options):
+        rounds.append(1)
+        return real_unique(*args, **options)
+
+    real_unique, draw = np.unique, np.random.default_rng(0)
+    words = ["".join(draw.choice(list("абвгдежзиклмнопрстуфхцчшщыэюя"), 5)) for _ in range(300)]
+    text = np.frombuffer(" ".join(draw.choice(words, 3000)).encode(encoding), np.uint8)
+    monkeypatch.setattr(np, "unique", unique)
+    frequent_strings(text, [bytes([byte]) for byte in range(256)], 256)
+    assert len(rounds) < 500
+
+
 @pytest.mark.parametrize("word", ["é", "für", "Ã©", "電話", "łąkę 🙂"])
 def test_new_tokens_of_any_characters_change_no_old_token(word):
     """A tokenizer.json spells the byte 0xe9 as "é", and the bytes of "é" as "Ã©"."""
