@@ -328,6 +328,25 @@ def test_data_may_be_python_numbers_and_host_arrays():
     assert loss(np.float64(2.0)) == loss(np.full((), 2, np.float32)) == loss(2.0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_data_may_have_no_numbers_for_each_token(masked):
+    layer, weights = make_layer(), MASK.astype("float32") if masked else None
+    hidden, empty = (
+        make_array((*BATCH, *layer.table.embedding_axes.values())),
+        jnp.zeros((*BATCH, 0)),
+    )
+
+    def loss(empty):
+        def of_token(scores, x):
+            return jnp.sum(x) - scores.log_prob
+
+        return layer.token_loss(of_token, hidden, TARGETS, empty, weights=weights)
+
+    value, grad = jax.value_and_grad(loss)(empty)
+    assert_close(value, layer.cross_entropy(hidden, TARGETS, weights=weights))
+    assert grad.shape == empty.shape
+
+
 # Scores beside a loss
 
 

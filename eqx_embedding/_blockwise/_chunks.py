@@ -62,7 +62,7 @@ class Chunks:
     ):
         N = num_tokens
         self.parts = math.gcd(N, parts)
-        of_part = N // self.parts
+        self.of_part = of_part = N // self.parts
         count = max(-(-N // chunk_size), 1)
         c = -(-of_part // count)
         if count > 1:
@@ -104,12 +104,12 @@ class Chunks:
 
     def _in_place(self, array: Array, mode: str) -> Array:
         """`(N, ...)` to `(C, count, ...)`, parts filled up with zeros or their last token."""
-        rest = (self.size * self.count - self.num_tokens) // self.parts
-        shape = self.size, self.count, *array.shape[1:]
+        shape = array.shape[1:]
+        rest = self.size // self.parts * self.count - self.of_part
         if rest > 0:
-            array = array.reshape(self.parts, -1, *array.shape[1:])
-            array = jnp.pad(array, [(0, 0), (0, rest)] + [(0, 0)] * (array.ndim - 2), mode=mode)
-        return array.reshape(shape)
+            array = array.reshape(self.parts, self.of_part, *shape)
+            array = jnp.pad(array, [(0, 0), (0, rest)] + [(0, 0)] * len(shape), mode=mode)
+        return array.reshape(self.size, self.count, *shape)
 
     def split(self, array: Array) -> Array:
         """`(N, ...)` to `(C, count, ...)`."""
@@ -128,11 +128,12 @@ class Chunks:
     def join(self, array: Array) -> Array:
         """`(C, count, ...)` to `(N, ...)`, with zeros for tokens that the mask leaves out."""
         shape = array.shape[2:]
-        if self.moves:
-            return only(self.mask, array.reshape(-1, *shape)[self.place])
-        of_part = self.num_tokens // self.parts
         array = array.reshape(self.parts, self.size // self.parts * self.count, *shape)
-        return only(self.mask, array[:, :of_part].reshape(self.num_tokens, *shape))
+        if self.moves:
+            array = array[0][self.place]
+        else:
+            array = array[:, : self.of_part].reshape(self.num_tokens, *shape)
+        return only(self.mask, array)
 
     def is_token(self, i: Any) -> Array | None:
         """Which places of chunk `i` have a token, or `None` if all have."""
@@ -141,7 +142,7 @@ class Chunks:
         if self.size * self.count == self.num_tokens:
             return None
         place = jnp.arange(self.size, dtype="int32") % (self.size // self.parts) * self.count + i
-        return place < self.num_tokens // self.parts
+        return place < self.of_part
 
     def run(self, body: Callable[..., Any], tokens: PyTree, sums: PyTree) -> tuple[PyTree, PyTree]:
         """`sums, results = body(sums, is_token, *tokens of a chunk)`, chunk after chunk.
