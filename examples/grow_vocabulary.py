@@ -211,7 +211,9 @@ def more_tokens(config: Config, tokenizer: Tokenizer, text: Text, train: Tokens)
         train.values, tokenizer.pieces, config.new_tokens, reserved=tokenizer.names
     )
     if not strings:
-        raise SystemExit(f"in {text.name}, no string that could be a new token occurs twice.")
+        raise SystemExit(
+            f"in {text.name}, no string that could be a new token occurs twice. Is it UTF-8?"
+        )
     grown = add_tokens(tokenizer, strings)
     size = len(tokenizer.pieces)
     if len(grown.pieces) != size + len(strings):
