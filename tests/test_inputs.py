@@ -268,7 +268,7 @@ def test_numpy_numbers_serve_as_sizes_and_options(tmp_path):
         ("pad_to_multiple_of", lambda t, h: resize_vocabulary(t, 9, pad_to_multiple_of=True)),
         ("size", lambda t, h: unique_tokens(ONES, True)),
         (
-            "pieces",
+            "a key of pieces",
             lambda t, h: resize_vocabulary(t, 9, pad_to_multiple_of=1, pieces={"a": [1]}),
         ),
     ],
