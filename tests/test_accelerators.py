@@ -126,6 +126,24 @@ def one_device(target, shape, dtype="bfloat16"):
     return accelerators.make_operands(found, "one device", shape, jnp.dtype(dtype), kind)
 
 
+def compile_alone(target, shape, function):
+    found, mesh = one_device(target, shape)
+    with jax.set_mesh(mesh):
+        return accelerators.compile_for(target, jax.jit(function).trace(*found))
+
+
+def temporaries_of(program):
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+def bytes_accessed(program):
+    costs = program.cost_analysis()
+    assert costs is not None
+    return costs["bytes accessed"]
+
+
 def figures(target, shape, loss, dtype="bfloat16"):
     return accelerators.measure(target, loss, *one_device(target, shape, dtype))
 
@@ -165,14 +183,10 @@ def test_a_large_sharded_table_takes_two_gradients_of_it(target, devices, layout
 @pytest.mark.usefixtures("jax_defaults")
 def test_without_a_gradient_of_the_table_logits_of_1024_tokens_are_held(target, tokens):
     N, D, V = tokens, 1024, 32000
-    (operands, mesh), logits = one_device(target, (N, D, V)), 4 * 1024 * V
+    logits = 4 * 1024 * V
 
     def temporaries(function):
-        with jax.set_mesh(mesh):
-            traced = jax.jit(function).trace(*operands)
-            memory = accelerators.compile_for(target, traced).memory_analysis()
-        assert memory is not None
-        return memory.temp_size_in_bytes
+        return temporaries_of(compile_alone(target, (N, D, V), function))
 
     assert temporaries(loss) < 1.2 * logits + 12 * N * D
     # with the gradient of the logits, in bfloat16
@@ -248,16 +262,10 @@ def test_the_likeliest_take_the_memory_and_bytes_of_a_search_of_all(target):
         logits = jnp.dot(hidden, rows.T, preferred_element_type="float32")
         return jax.lax.top_k(jax.nn.log_softmax(logits), 20)
 
-    (found, mesh), programs = one_device(target, (1024, 1024, 50257)), []
-    with jax.set_mesh(mesh):
-        for function in (likeliest, plain):
-            traced = jax.jit(function).trace(*found)
-            programs.append(accelerators.compile_for(target, traced))
-    ours, allowed = (program.memory_analysis().temp_size_in_bytes for program in programs)
-    assert ours <= 1.01 * allowed
+    ours, allowed = (compile_alone(target, (1024, 1024, 50257), f) for f in (likeliest, plain))
+    assert temporaries_of(ours) <= 1.01 * temporaries_of(allowed)
     if target == "v6e":  # of GPUs, the compiler does not know what a search reads
-        ours, allowed = (program.cost_analysis()["bytes accessed"] for program in programs)
-        assert ours <= 1.5 * allowed
+        assert bytes_accessed(ours) <= 1.5 * bytes_accessed(allowed)
 
 
 @pytest.mark.slow

@@ -62,15 +62,16 @@ class Chunks:
     ):
         N = num_tokens
         self.parts = math.gcd(N, parts)
-        self.of_part = of_part = N // self.parts
+        self.part_tokens = N // self.parts
         count = max(-(-N // chunk_size), 1)
-        c = -(-of_part // count)
+        c = -(-self.part_tokens // count)  # of C, in each part
         if count > 1:
             multiple = max(multiple // self.parts, 1)
             c = -(-c // multiple) * multiple
-            count = -(-of_part // c)
-            c = of_part if count == 1 else c
+            count = -(-self.part_tokens // c)
+            c = self.part_tokens if count == 1 else c
         self.num_tokens, self.count, self.size = N, count, c * self.parts
+        self.part_size = c
         self.rewrite_skipped = rewrite_skipped
         self.mask = mask if N > 0 else None
         self.moves = self.mask is not None and parts == 1
@@ -105,9 +106,9 @@ class Chunks:
     def _in_place(self, array: Array, mode: str) -> Array:
         """`(N, ...)` to `(C, count, ...)`, parts filled up with zeros or their last token."""
         shape = array.shape[1:]
-        rest = self.size // self.parts * self.count - self.of_part
+        rest = self.part_size * self.count - self.part_tokens
         if rest > 0:
-            array = array.reshape(self.parts, self.of_part, *shape)
+            array = array.reshape(self.parts, self.part_tokens, *shape)
             array = jnp.pad(array, [(0, 0), (0, rest)] + [(0, 0)] * len(shape), mode=mode)
         return array.reshape(self.size, self.count, *shape)
 
@@ -128,11 +129,11 @@ class Chunks:
     def join(self, array: Array) -> Array:
         """`(C, count, ...)` to `(N, ...)`, with zeros for tokens that the mask leaves out."""
         shape = array.shape[2:]
-        array = array.reshape(self.parts, self.size // self.parts * self.count, *shape)
+        array = array.reshape(self.parts, self.part_size * self.count, *shape)
         if self.moves:
             array = array[0][self.place]
         else:
-            array = array[:, : self.of_part].reshape(self.num_tokens, *shape)
+            array = array[:, : self.part_tokens].reshape(self.num_tokens, *shape)
         return only(self.mask, array)
 
     def is_token(self, i: Any) -> Array | None:
@@ -141,8 +142,8 @@ class Chunks:
             return lax.dynamic_index_in_dim(self.valid, i, 1, keepdims=False)
         if self.size * self.count == self.num_tokens:
             return None
-        place = jnp.arange(self.size, dtype="int32") % (self.size // self.parts) * self.count + i
-        return place < self.of_part
+        place = jnp.arange(self.size, dtype="int32") % self.part_size * self.count + i
+        return place < self.part_tokens
 
     def run(self, body: Callable[..., Any], tokens: PyTree, sums: PyTree) -> tuple[PyTree, PyTree]:
         """`sums, results = body(sums, is_token, *tokens of a chunk)`, chunk after chunk.

@@ -4,7 +4,7 @@ The logits of a chunk are held, unless only the likeliest token is asked for, an
 of 128 rows. The ids of tokens fix their blocks, so a mesh that splits the table changes no draw.
 
 - The k likeliest tokens are in the k blocks with the largest logits. On TPUs, XLA's own search
-  takes less time.
+  reads less.
 - A draw takes two steps: a block by its probability, then a token of that block. Each step adds
   Gumbel noise and takes the largest sum (https://arxiv.org/abs/1411.0030). So it needs a random
   number for each block and for each token of one block, instead of one for each logit.

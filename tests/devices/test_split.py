@@ -182,7 +182,7 @@ def test_without_rules_chunks_are_planned_for_all_devices():
         assert sizes(None, "cuda") == {2048}
 
 
-@pytest.mark.parametrize("length", [127, 509])
+@pytest.mark.parametrize("length", [127, 255, 509])
 def test_without_rules_chunks_of_an_uneven_length_move_no_hidden_vectors(length):
     def loss(table, hidden, targets):
         return EmbeddingDecode(table).cross_entropy(hidden[:, :-1], targets[:, 1:])
