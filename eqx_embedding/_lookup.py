@@ -1,6 +1,7 @@
 """`EmbeddingLookup`: tokens to vectors, and the gradient of that."""
 
 import functools
+import math
 from typing import Any, final, get_args, Literal, NamedTuple
 
 import equinox as eqx
@@ -18,8 +19,10 @@ from ._devices import (
     explicit_sharding,
     flat,
     gather_wide,
+    is_alone,
     raise_unless,
     remaining,
+    runs_line_by_line,
     sum_over_axes,
     widen,
 )
@@ -164,22 +167,38 @@ class _Take(NamedTuple):
     row_axis: RowAxis
     out_sharding: NamedSharding | None
 
+    def on_one_device(self, array: Array) -> bool:
+        """Whether no other device has a part, as far as is known here."""
+        return self.out_sharding is None and is_alone(array)
+
     def __call__(self, array: Array, index: Array) -> Array:
         if array.dtype == at_least_float32(array.dtype):
             return self.rows(array, index)
-        # As one operation, for else a `jax.lax.scan` would lose the rule below.
-        return call_as_one(functools.partial(_take, self), array, index)
+        return _take_narrow(self, (array, index))
 
-    def rows(self, array: Array, index: Array) -> Array:
+    def rows(self, array: Array, index: Array, is_unique: bool = False) -> Array:
         with jax.auto_pcast(True):
             taken = self.row_axis.at(array, index).get(
                 mode="fill",
                 fill_value=0,
+                unique_indices=is_unique,
                 wrap_negative_indices=False,
                 out_sharding=self.out_sharding,
             )
         # To move the axes of the result, and not those of the array, spares a copy of its gradient.
         return self.row_axis.move_first(taken, index.ndim)
+
+
+def _take_narrow(take: _Take, operands: tuple[Array, Array]) -> Array:
+    """The rows of an index, in a dtype below float32."""
+
+    def of_examples(size: int, mesh_axes: Any, mapped: Any, operands: Any) -> Any:
+        if mapped[0] or not take.on_one_device(operands[0]):  # each has a table of its own
+            return None
+        return _take_narrow(take, operands)
+
+    # As one operation, for else a `jax.lax.scan` would lose the rule below.
+    return call_as_one(lambda both: _take(take, *both), operands, vmap_rule=of_examples)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -190,10 +209,34 @@ def _take(take: _Take, array: Array, index: Array) -> Array:
 @_take.defjvp
 def _take_jvp(take, primals, tangents):
     array, index = primals
-    # The gradient is the transpose of this line: a scatter-add, in float32 at least, for bfloat16
+    dtype, tangent = at_least_float32(array.dtype), jnp.asarray(tangents[0])  # it may be of NumPy
+    # The gradient is the transpose of these lines: a scatter-add, in float32 at least, for bfloat16
     # stops counting the repeats of a token at 256, and float16 at 2048.
-    wide = widen(at_least_float32(array.dtype), jnp.asarray(tangents[0]))  # it may be of NumPy
-    return take(array, index), take.rows(wide, index).astype(array.dtype)
+    num_tokens = math.prod(index.shape)  # symbolic, perhaps, in `jax.export`
+    few = isinstance(num_tokens, int) and 4 * num_tokens <= take.row_axis.of(array.shape)
+    # Line by line, a `jax.vmap` would add the gradients of its examples in the narrow dtype.
+    if few and take.on_one_device(array) and not runs_line_by_line():
+        taken = _take_once(take, dtype, tangent, index)
+    else:
+        taken = take.rows(widen(dtype, tangent), index)
+    return take(array, index), taken.astype(array.dtype)
+
+
+def _take_once(take: _Take, dtype: np.dtype, array: Array, index: Array) -> Array:
+    """The rows of an index in a wider dtype. Each is taken from the array once.
+
+    So its gradient is summed, rounded and written once, and there is no wide array of all rows.
+    """
+    num_rows, tokens = take.row_axis.of(array.shape), index.reshape(-1).astype(np.int32)
+    places = np.arange(len(tokens), dtype=np.int32)
+    # Of the places of a token, the last one stands for all.
+    last = jnp.zeros(num_rows, np.int32)
+    last = last.at[tokens].max(places, mode="drop", wrap_negative_indices=False)
+    last = last.at[tokens].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
+    once = jnp.where(last == places, tokens, num_rows + places)  # past the end, there is no row
+    rows = take.rows(array, once, is_unique=True).astype(dtype)
+    rows = rows.at[last].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return rows.reshape(*index.shape, *rows.shape[1:])
 
 
 class _Lookup(NamedTuple):

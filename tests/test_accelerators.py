@@ -427,6 +427,26 @@ def lookup(table, tokens):
     return jnp.sum(jnp.sin(EmbeddingLookup(table)(tokens).astype("float32")))
 
 
+def mapped_lookup(table, tokens):
+    return jnp.sum(jnp.sin(jax.vmap(EmbeddingLookup(table))(tokens).astype("float32")))
+
+
+@pytest.mark.parametrize("function", [lookup, mapped_lookup])
+def test_the_gradient_of_few_tokens_holds_a_float32_row_for_each(target, function):
+    found, kind = accelerators.find_devices(target, 1), AxisType.Auto
+    shape = 2048, 256, 32768
+    (_, rows, tokens), mesh = accelerators.make_operands(
+        found, "one device", shape, jnp.dtype("bfloat16"), kind
+    )
+    table = make_table(rows)
+    tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=tokens.sharding)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(function)).trace(table, tokens)
+        program = accelerators.compile_for(target, traced)
+    N, D, V = shape
+    assert temporaries_of(program) < 1.1 * 4 * N * D + 8 * V  # of 4 V D without this
+
+
 def make_hidden(tokens):
     """Vectors that are split over devices as the tokens are."""
     return jnp.broadcast_to(tokens.astype("bfloat16")[..., None], (*tokens.shape, 128))

@@ -1,5 +1,6 @@
 """`EmbeddingLookup`: the vectors of tokens, and what their gradient does to the table."""
 
+import dataclasses
 import enum
 
 import equinox as eqx
@@ -111,6 +112,115 @@ def test_the_gradient_of_100_000_repeats_is_the_exact_sum_rounded_once(dtype):
     assert np.all(expected[..., 3] > 20_000)
     assert gradient.dtype == dtype
     np.testing.assert_array_equal(gradient, expected.astype(dtype))
+
+
+# Few tokens for the rows: what is summed in float32 is not as large as a narrow table
+
+
+MANY_ROWS = EmbeddingTable(
+    jnp.zeros((2, 5000, 3), jnp.bfloat16), ("a", "vocabulary", "b"), padding_rows=900
+)
+
+
+def few_tokens():
+    """Of which 0, 7 and the last one occur more often than bfloat16 can count."""
+    draw = np.random.default_rng(0)
+    others = draw.integers(-9, MANY_ROWS.vocab_size + 9, 150)
+    tokens = draw.permutation(np.concatenate([np.repeat([0, 7, 4099], 350), others]))
+    # multiples of an eighth, which float32 adds exactly
+    cotangent = draw.integers(-2, 8, (len(tokens), 2, 3)) / 8
+    return tokens.reshape(3, 40, 10).astype("int32"), cotangent.reshape(3, 40, 10, 2, 3)
+
+
+def of_pairs(lookup):
+    """Of two tokens, each with the vector of both."""
+    return lambda tokens: jax.vmap(lookup)(tokens.reshape(-1, 2)).reshape(*tokens.shape, 2, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda lookup: lookup,
+        jax.vmap,
+        lambda lookup: jax.vmap(jax.vmap(lookup, 1, 1)),
+        lambda lookup: jax.vmap(jax.jit(jax.checkpoint(lookup))),
+        of_pairs,
+    ],
+    ids=["at once", "vmap", "vmap of vmap", "checkpoint", "pairs"],
+)
+@pytest.mark.parametrize("line_by_line", [False, True], ids=["jit", "disable_jit"])
+def test_the_gradient_of_few_tokens_is_the_exact_sum_rounded_once(way, line_by_line, dtype):
+    tokens, cotangent = few_tokens()
+
+    def total(embeddings):
+        lookup = EmbeddingLookup(dataclasses.replace(MANY_ROWS, embeddings=embeddings))
+        vectors = jnp.nan_to_num(way(lambda tokens: lookup(tokens))(jnp.asarray(tokens)))
+        return jnp.sum(jnp.asarray(cotangent, "float32") * vectors.astype("float32"))
+
+    with jax.disable_jit(line_by_line):
+        gradient = jax.grad(total)(MANY_ROWS.embeddings.astype(dtype))
+    expected = lookup_gradient_reference(MANY_ROWS, tokens, cotangent)
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient, expected.astype(dtype))
+
+
+def test_few_tokens_have_gradients_for_each_example_and_each_table():
+    tokens, cotangent = few_tokens()
+
+    def total(embeddings, tokens, cotangent):
+        lookup = EmbeddingLookup(dataclasses.replace(MANY_ROWS, embeddings=embeddings))
+        vectors = jnp.nan_to_num(lookup(tokens)).astype("float32")
+        return jnp.sum(jnp.asarray(cotangent, "float32") * vectors)
+
+    of_examples = jax.vmap(jax.grad(total), (None, 0, 0))(MANY_ROWS.embeddings, tokens, cotangent)
+    tables = jnp.stack(3 * [MANY_ROWS.embeddings])
+
+    def total_of_all(tables):
+        return jnp.sum(jax.vmap(total)(tables, tokens, cotangent))
+
+    of_tables = jax.jit(jax.grad(total_of_all))(tables)
+    for i in range(3):
+        expected = lookup_gradient_reference(MANY_ROWS, tokens[i], cotangent[i])
+        np.testing.assert_array_equal(of_examples[i], expected.astype("bfloat16"))
+        np.testing.assert_array_equal(of_tables[i], expected.astype("bfloat16"))
+
+
+def test_few_tokens_have_all_derivatives():
+    tokens = jnp.asarray([3, 3, 1, -1, 5000])
+    rows = make_array((5000, 4), "bfloat16")
+
+    def energy(rows):
+        vectors = EmbeddingLookup(EmbeddingTable(rows, NAMES))(tokens)
+        return jnp.sum(vectors[:3].astype("float32") ** 3)
+
+    def of_plain_rows(rows):
+        return jnp.sum(rows.astype("float32")[tokens[:3]] ** 3)
+
+    direction = make_array((5000, 4), "bfloat16", seed=1)
+    for derivative in (
+        lambda f: jax.jvp(f, (rows,), (direction,))[1],
+        lambda f: jax.jvp(jax.grad(f), (rows,), (direction,))[1],
+        lambda f: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), direction).astype("float32"))(rows),
+        lambda f: jax.grad(lambda x: jax.jvp(f, (x,), (direction,))[1])(rows),
+    ):
+        actual, expected = map(derivative, (energy, of_plain_rows))
+        assert_close(actual, expected, rtol=0.02)
+        assert np.count_nonzero(actual) == np.count_nonzero(expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_the_gradient_of_few_tokens_holds_no_wide_table(dtype):
+    table = EmbeddingTable(jnp.zeros((5003, 8), dtype), NAMES)
+
+    @jax.grad
+    def gradient(table, tokens):
+        return jnp.sum(jax.vmap(EmbeddingLookup(table))(tokens).astype("float32"))
+
+    text = jax.jit(gradient).lower(table, jnp.zeros((5, 250), "int32")).as_text()
+    assert "5003x8x" in text and "5003x8xf32" not in text
+    text = jax.jit(gradient).lower(table, jnp.zeros((5, 251), "int32")).as_text()
+    assert "5003x8xf32" in text  # as large as one of the tokens
 
 
 # Raising

@@ -42,7 +42,8 @@ class Work(NamedTuple):
 
 
 def make_plan(platform: Platform, work: Work) -> Plan:
-    """The fastest plan that holds no more than the plain way: all logits, as one chunk."""
+    """The fastest plan by which a loss alone holds no more than the plain way: all logits, as one
+    chunk."""
     if platform == "cpu":
         # XLA for CPUs cannot run a product in bfloat16 that transposes the table
         return _cpu_plan(work)._replace(keep_copy=True)

@@ -28,6 +28,11 @@ from ._mesh import as_axes, Axes
 VmapRule = Callable[..., Any]
 
 
+def runs_line_by_line() -> bool:
+    """Whether JAX runs each operation by itself, even inside of `jax.jit`: no rule is kept then."""
+    return getattr(jax.config, "jax_disable_jit")  # pyright does not know the name
+
+
 def call_as_one(
     function: Callable[..., Any],
     *arguments: Any,
@@ -38,7 +43,7 @@ def call_as_one(
 
     With `recompute`, derivatives save the arguments, and nothing that is computed from them.
     """
-    if getattr(jax.config, "jax_disable_jit"):  # line by line; pyright does not know the name
+    if runs_line_by_line():
         return function(*arguments)
     leaves, structure = jax.tree.flatten(arguments)
 
@@ -170,10 +175,10 @@ def _drop_unused(used_results, *others):
     """What nobody uses is not computed, such as the gradient of a table that is frozen."""
     operation = others[-1]  # from JAX 0.11 on, there is one more in front of it
     jaxpr, rule = operation.params["jaxpr"], operation.params["rule"]
-    if rule is not None:  # it takes all arguments, and returns all results
-        return [True] * len(operation.invars), operation
     if not any(used_results) and not operation.effects:
         return [False] * len(operation.invars), None
+    if rule is not None:  # it takes all arguments, and returns all results
+        return [True] * len(operation.invars), operation
     smaller, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, used_results)
     new = operation.replace(
         invars=[x for x, is_used in zip(operation.invars, used, strict=True) if is_used],
