@@ -477,9 +477,14 @@ def _as_index(rows: ArrayLike | Sequence[int | np.integer] | slice, vocab_size: 
         ) from None
     if index.dtype == bool and index.shape == (vocab_size,):
         index = np.flatnonzero(index)
-    if index.ndim != 1 or index.size == 0 or not np.issubdtype(index.dtype, np.integer):
+    if index.shape == (0,):
         raise ValueError(
-            "rows must be at least one integer, a slice, or a boolean for each of the "
+            f"rows must have at least one of the {vocab_size} tokens, got none. New tokens have no "
+            "rows before `resize_vocabulary`."
+        )
+    if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
+        raise ValueError(
+            "rows must be integers, a slice, or a boolean for each of the "
             f"{vocab_size} tokens, got {index.dtype.name} of shape {index.shape}."
         )
     outside = index[(index < 0) | (index >= vocab_size)]
