@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from support.terminal import stop_on_interrupt
+    from support.terminal import start_script
 
-    stop_on_interrupt("stopped. The teacher's run was not changed.")
+    start_script("stopped. The teacher's run was not changed.")
 
 import equinox as eqx
 import jax

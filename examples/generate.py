@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from support.terminal import stop_on_interrupt
+    from support.terminal import start_script
 
-    stop_on_interrupt("stopped.")
+    start_script("stopped.")
 
 import equinox as eqx
 import jax

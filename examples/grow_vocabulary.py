@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from support.terminal import stop_on_interrupt
+    from support.terminal import start_script
 
-    stop_on_interrupt("stopped. The original run was not changed.")
+    start_script("stopped. The original run was not changed.")
 
 import equinox as eqx
 import jax
@@ -122,27 +122,29 @@ def frequent_strings(
     Strings in `reserved` and parts of characters are only used as parts of longer strings, and
     bytes that are not UTF-8 not at all."""
     tokens, pieces, known = tokens.astype(np.int64), list(pieces), set(pieces)
-    strings = []
-    while len(strings) < count:
-        pairs, counts = np.unique(tokens[:-1] * len(pieces) + tokens[1:], return_counts=True)
-        for pair in pairs[np.argsort(-counts, kind="stable")[: np.sum(counts > 1)]].tolist():
-            left, right = divmod(pair, len(pieces))
-            piece = pieces[left] + pieces[right]
-            if piece not in known and occurs_in_utf8(piece):
-                break
-        else:
-            break  # no pair that occurs twice is left
-        at = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
-        # Of pairs that overlap, as in "aaaa", every other one
-        runs = np.maximum.accumulate(np.where(np.diff(at, prepend=-2) > 1, at, 0))
-        at = at[(at - runs) % 2 == 0]
-        tokens[at] = len(pieces)
-        tokens = np.delete(tokens, at + 1)
-        pieces.append(piece)
-        known.add(piece)
-        text = piece.decode(errors="ignore")
-        if text.encode() == piece and text not in reserved:
-            strings.append(piece)
+    strings: list[bytes] = []
+    with tqdm(total=count, unit="token", desc="new tokens") as bar:
+        while len(strings) < count:
+            pairs, counts = np.unique(tokens[:-1] * len(pieces) + tokens[1:], return_counts=True)
+            for pair in pairs[np.argsort(-counts, kind="stable")[: np.sum(counts > 1)]].tolist():
+                left, right = divmod(pair, len(pieces))
+                piece = pieces[left] + pieces[right]
+                if piece not in known and occurs_in_utf8(piece):
+                    break
+            else:
+                break  # no pair that occurs twice is left
+            at = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
+            # Of pairs that overlap, as in "aaaa", every other one
+            runs = np.maximum.accumulate(np.where(np.diff(at, prepend=-2) > 1, at, 0))
+            at = at[(at - runs) % 2 == 0]
+            tokens[at] = len(pieces)
+            tokens = np.delete(tokens, at + 1)
+            pieces.append(piece)
+            known.add(piece)
+            text = piece.decode(errors="ignore")
+            if text.encode() == piece and text not in reserved:
+                strings.append(piece)
+                bar.update()
     return strings
 
 

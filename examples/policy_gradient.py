@@ -19,9 +19,9 @@ from typing import Any
 
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from support.terminal import stop_on_interrupt
+    from support.terminal import start_script
 
-    stop_on_interrupt("stopped. The original run was not changed.")
+    start_script("stopped. The original run was not changed.")
 
 import equinox as eqx
 import jax

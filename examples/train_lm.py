@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from support.terminal import stop_on_interrupt
+    from support.terminal import start_script
 
-    stop_on_interrupt("stopped. If the run has a checkpoint, --resume continues from it.")
+    start_script("stopped. If the run has a checkpoint, --resume continues from it.")
 
 import equinox as eqx
 import jax

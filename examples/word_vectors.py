@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from support.terminal import stop_on_interrupt
+    from support.terminal import start_script
 
-    stop_on_interrupt("stopped. Files that are in the folder already are whole.")
+    start_script("stopped. Files that are in the folder already are whole.")
 
 import equinox as eqx
 import jax

@@ -73,7 +73,7 @@ class Checkpoints:
             self._finish()
         elif jax.process_count() > 1:  # it might wait for one that has ended
             return
-        elif kind is SystemExit:
+        elif kind is SystemExit and self.folder.is_dir():  # not moved or removed
             try:
                 self._finish()
             except SystemExit as other:

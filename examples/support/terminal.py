@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 
-def stop_on_interrupt(message: str) -> None:
-    """From now on, Ctrl-C ends the program with this line.
+def start_script(message: str) -> None:
+    """From now on, Ctrl-C ends the program with this line, and the error for a package that is not
+    installed says how to install it.
 
-    Without an exception, which an import or a callback might swallow, and without Python's own
-    exit, which would wait for a checkpoint that is being written. In IPython it ends the script
+    Ctrl-C makes no exception, which an import or a callback might swallow, and no exit of Python's
+    own, which would wait for a checkpoint that is being written. In IPython it ends the script
     alone, as IPython does it.
     """
     if _in_ipython():
@@ -28,10 +29,20 @@ def stop_on_interrupt(message: str) -> None:
         os._exit(130)
 
     _open_streams()
+    sys.excepthook = _show_error
     # It may be that of a notebook, which need not be installed for `!python`. No window is opened.
     os.environ.pop("MPLBACKEND", None)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is not ignored
         signal.signal(signal.SIGINT, stop)
+
+
+def _show_error(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    if isinstance(error, ModuleNotFoundError):
+        error.add_note(
+            "The examples need packages that the library does not. In the root of the repository: "
+            'pip install -e ".[examples]"'
+        )
+    sys.__excepthook__(kind, error, traceback)
 
 
 def _in_ipython() -> bool:

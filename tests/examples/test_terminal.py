@@ -61,6 +61,23 @@ def test_scripts_run_from_any_folder_and_fail_in_one_line(finished_bpe, tmp_path
         assert failed.stdout == "" and failed.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("script", [train_lm, generate])
+def test_a_script_says_how_to_install_what_it_needs(script, tmp_path):
+    # the first package that a script imports
+    missing = 'raise ModuleNotFoundError("No module named \'equinox\'", name="equinox")'
+    (tmp_path / "equinox.py").write_text(missing)
+    failed = subprocess.run(
+        [sys.executable, script.__file__],
+        capture_output=True,
+        text=True,
+        env=python_environment(PYTHONPATH=str(tmp_path)),
+    )
+    assert failed.returncode == 1
+    error, advice = failed.stderr.splitlines()[-2:]
+    assert error == "ModuleNotFoundError: No module named 'equinox'"
+    assert advice.endswith('pip install -e ".[examples]"')
+
+
 @pytest.mark.parametrize(
     "script, options, message",
     [

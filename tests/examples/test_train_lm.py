@@ -14,6 +14,7 @@ import grow_vocabulary
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import train_lm
 from support import text_data
@@ -182,10 +183,13 @@ def test_a_folder_that_is_moved_stops_a_run_in_one_line(text, tmp_path, monkeypa
         while not (out / "checkpoints" / "1").exists():  # it is written in the background
             time.sleep(0.01)
         out.rename(tmp_path / "moved")
+        # as if it was being written
+        patch.setattr(ocp.CheckpointManager, "wait_until_finished", out.stat)
 
-    monkeypatch.setattr(train_lm.results, "write_metrics", move)
-    with pytest.raises(SystemExit, match="out was moved or removed during the run") as error:
-        train_lm.main(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lm.results, "write_metrics", move)
+        with pytest.raises(SystemExit, match="out was moved or removed during the run") as error:
+            train_lm.main(config)
     assert "\n" not in str(error.value)
     generate.load(tmp_path / "moved")
 
