@@ -15,6 +15,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 from ._devices import (
     Axes,
     call_as_one,
+    call_linear,
     explicit_axes,
     explicit_sharding,
     flat,
@@ -22,7 +23,6 @@ from ._devices import (
     is_alone,
     raise_unless,
     remaining,
-    runs_line_by_line,
     sum_over_axes,
     widen,
 )
@@ -167,38 +167,22 @@ class _Take(NamedTuple):
     row_axis: RowAxis
     out_sharding: NamedSharding | None
 
-    def on_one_device(self, array: Array) -> bool:
-        """Whether no other device has a part, as far as is known here."""
-        return self.out_sharding is None and is_alone(array)
-
     def __call__(self, array: Array, index: Array) -> Array:
         if array.dtype == at_least_float32(array.dtype):
             return self.rows(array, index)
-        return _take_narrow(self, (array, index))
+        # As one operation, for else a `jax.lax.scan` would lose the rule below.
+        return call_as_one(functools.partial(_take, self), array, index)
 
-    def rows(self, array: Array, index: Array, is_unique: bool = False) -> Array:
+    def rows(self, array: Array, index: Array) -> Array:
         with jax.auto_pcast(True):
             taken = self.row_axis.at(array, index).get(
                 mode="fill",
                 fill_value=0,
-                unique_indices=is_unique,
                 wrap_negative_indices=False,
                 out_sharding=self.out_sharding,
             )
         # To move the axes of the result, and not those of the array, spares a copy of its gradient.
         return self.row_axis.move_first(taken, index.ndim)
-
-
-def _take_narrow(take: _Take, operands: tuple[Array, Array]) -> Array:
-    """The rows of an index, in a dtype below float32."""
-
-    def of_examples(size: int, mesh_axes: Any, mapped: Any, operands: Any) -> Any:
-        if mapped[0] or not take.on_one_device(operands[0]):  # each has a table of its own
-            return None
-        return _take_narrow(take, operands)
-
-    # As one operation, for else a `jax.lax.scan` would lose the rule below.
-    return call_as_one(lambda both: _take(take, *both), operands, vmap_rule=of_examples)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -209,34 +193,52 @@ def _take(take: _Take, array: Array, index: Array) -> Array:
 @_take.defjvp
 def _take_jvp(take, primals, tangents):
     array, index = primals
-    dtype, tangent = at_least_float32(array.dtype), jnp.asarray(tangents[0])  # it may be of NumPy
-    # The gradient is the transpose of these lines: a scatter-add, in float32 at least, for bfloat16
-    # stops counting the repeats of a token at 256, and float16 at 2048.
-    num_tokens = math.prod(index.shape)  # symbolic, perhaps, in `jax.export`
-    few = isinstance(num_tokens, int) and 4 * num_tokens <= take.row_axis.of(array.shape)
-    # Line by line, a `jax.vmap` would add the gradients of its examples in the narrow dtype.
-    if few and take.on_one_device(array) and not runs_line_by_line():
-        taken = _take_once(take, dtype, tangent, index)
-    else:
-        taken = take.rows(widen(dtype, tangent), index)
-    return take(array, index), taken.astype(array.dtype)
+    tangent = jnp.asarray(tangents[0])  # it may be of NumPy
+    return take(array, index), _take_wide(take, tangent, index).astype(array.dtype)
 
 
-def _take_once(take: _Take, dtype: np.dtype, array: Array, index: Array) -> Array:
-    """The rows of an index in a wider dtype. Each is taken from the array once.
+def _take_wide(take: _Take, array: Array, index: Array) -> Array:
+    """The rows of an index, in float32 at least, and so are the sums that are its transpose.
 
-    So its gradient is summed, rounded and written once, and there is no wide array of all rows.
+    For bfloat16 stops counting the repeats of a token at 256, and float16 at 2048.
     """
-    num_rows, tokens = take.row_axis.of(array.shape), index.reshape(-1).astype(np.int32)
+    dtype, num_rows = at_least_float32(array.dtype), take.row_axis.of(array.shape)
+    num_tokens = math.prod(index.shape)  # symbolic, perhaps, in `jax.export`
+    is_few = isinstance(num_tokens, int) and 4 * num_tokens <= num_rows
+    if not is_few or take.out_sharding is not None or not is_alone(array):
+        return take.rows(widen(dtype, array), index)  # whose transpose holds a wide table
+
+    def of_examples(mapped: list[bool], array: Array, index: Array) -> Array:
+        if mapped[0]:
+            axes = [0 if is_mapped else None for is_mapped in mapped]
+            return jax.vmap(take.rows, axes)(array.astype(dtype), index)
+        return _take_wide(take, array, index)  # for their gradients are added
+
+    return call_linear(
+        lambda array, index: take.rows(array, index).astype(dtype),
+        functools.partial(_add_few, take.row_axis, num_rows, array.dtype),
+        array,
+        index,
+        vmap_rule=of_examples,
+    )
+
+
+def _add_few(
+    row_axis: RowAxis, num_rows: int, dtype: np.dtype, vectors: Array, index: Array
+) -> Array:
+    """The sum of the vectors of each row. It is rounded and written once."""
+    tokens = index.reshape(-1).astype(np.int32)
+    vectors = vectors.reshape(len(tokens), *vectors.shape[index.ndim :])
     places = np.arange(len(tokens), dtype=np.int32)
-    # Of the places of a token, the last one stands for all.
+    # The last one of the places of a token gets its sum. A token past the end has none.
     last = jnp.zeros(num_rows, np.int32)
     last = last.at[tokens].max(places, mode="drop", wrap_negative_indices=False)
-    last = last.at[tokens].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
-    once = jnp.where(last == places, tokens, num_rows + places)  # past the end, there is no row
-    rows = take.rows(array, once, is_unique=True).astype(dtype)
-    rows = rows.at[last].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return rows.reshape(*index.shape, *rows.shape[1:])
+    place = last.at[tokens].get(mode="fill", fill_value=len(tokens), wrap_negative_indices=False)
+    sums = jnp.zeros_like(vectors).at[place].add(vectors, mode="drop").astype(dtype)
+    row = jnp.where(place == places, tokens, num_rows + places)
+    total = jnp.zeros((num_rows, *sums.shape[1:]), dtype)
+    # Not `set`: XLA can add to the gradient of a loss in place of zeros.
+    return row_axis.move_back(total.at[row].add(sums, mode="drop", unique_indices=True))
 
 
 class _Lookup(NamedTuple):

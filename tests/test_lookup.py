@@ -186,6 +186,47 @@ def test_few_tokens_have_gradients_for_each_example_and_each_table():
         np.testing.assert_array_equal(of_tables[i], expected.astype("bfloat16"))
 
 
+def take_of_example(rows, token):
+    return EmbeddingLookup(EmbeddingTable(rows, NAMES))(token)
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        lambda rows, tokens: jax.vmap(
+            lambda token: jax.vmap(take_of_example, (0, None))(jnp.stack([rows, rows]), token)[1]
+        )(tokens),
+        lambda rows, tokens: jax.vmap(
+            lambda token: jax.jvp(lambda x: take_of_example(x, token), (rows,), (rows,))[1]
+        )(tokens),
+        lambda rows, tokens: jax.lax.map(
+            jax.vmap(lambda token: take_of_example(rows, token)), tokens[None]
+        ),
+        lambda rows, tokens: jax.vmap(
+            lambda token: jax.lax.map(lambda token: take_of_example(rows, token), token[None])
+        )(tokens),
+    ],
+    ids=["stacked tables", "jvp", "map of vmap", "vmap of map"],
+)
+def test_gradients_of_600_examples_of_one_token_are_added_in_float32(vectors):
+    tokens = jnp.full(600, 7)
+    gradient = jax.grad(lambda rows: jnp.sum(vectors(rows, tokens).astype("float32")))
+    rows = jnp.zeros((3000, 2), "bfloat16")
+    assert float64(gradient(rows))[7].tolist() == [600, 600]
+
+
+def test_600_examples_may_share_a_cotangent():
+    rows = jnp.zeros((3000, 2), "bfloat16")
+
+    def total(cotangent):
+        def gradient(token):
+            return jax.vjp(lambda rows: take_of_example(rows, token), rows)[1](cotangent)[0]
+
+        return jnp.sum(jax.vmap(gradient)(jnp.full(600, 7)).astype("float32"))
+
+    assert float64(jax.grad(total)(jnp.ones(2, "bfloat16"))).tolist() == [600, 600]
+
+
 def test_few_tokens_have_all_derivatives():
     tokens = jnp.asarray([3, 3, 1, -1, 5000])
     rows = make_array((5000, 4), "bfloat16")

@@ -37,7 +37,7 @@ from ._mesh import (
     sum_over_axes,
     varying_axes,
 )
-from ._primitive import call_as_one, call_linear, jvp_of_active, runs_line_by_line
+from ._primitive import call_as_one, call_linear, jvp_of_active
 from ._raise import raise_unless
 from ._types import (
     cast_to_varying,

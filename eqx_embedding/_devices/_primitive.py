@@ -9,7 +9,6 @@ rule of their own, and does not take them apart.
   tiles at once: twice the memory.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,11 +27,6 @@ from ._mesh import as_axes, Axes
 VmapRule = Callable[..., Any]
 
 
-def runs_line_by_line() -> bool:
-    """Whether JAX runs each operation by itself, even inside of `jax.jit`: no rule is kept then."""
-    return getattr(jax.config, "jax_disable_jit")  # pyright does not know the name
-
-
 def call_as_one(
     function: Callable[..., Any],
     *arguments: Any,
@@ -43,7 +37,7 @@ def call_as_one(
 
     With `recompute`, derivatives save the arguments, and nothing that is computed from them.
     """
-    if runs_line_by_line():
+    if getattr(jax.config, "jax_disable_jit"):  # line by line; pyright does not know the name
         return function(*arguments)
     leaves, structure = jax.tree.flatten(arguments)
 
@@ -130,55 +124,85 @@ def _map(axis, arguments, dims, *, jaxpr, rule, recompute):
     return results, [0] * len(results)
 
 
-def call_linear(function: Callable[[Any], Any], transpose: Callable[[Any], Any], array: Any) -> Any:
-    """`function(array)`, a linear function, whose transpose is the other one.
+# `rule(mapped, array, *others)` returns the results of several calls of a linear function, with an
+# axis for them in front. So have those of the arguments that are `mapped`.
+LinearVmapRule = Callable[..., Any]
+
+
+def call_linear(
+    function: Callable[..., Any],
+    transpose: Callable[..., Any],
+    array: Any,
+    *others: Any,
+    vmap_rule: LinearVmapRule | None = None,
+) -> Any:
+    """`function(array, *others)`, a linear function of the array, whose transpose is the other one.
+    The others are integers.
 
     Unlike `jax.custom_vjp`, it has a forward mode; unlike `jax.custom_derivatives.linear_call`, it
-    may be mapped.
+    may be mapped. It is mapped by the rule, if there is one; its transpose is not.
     """
     with jax.auto_pcast(True):
-        forward = jax.make_jaxpr(function)(array)
+        forward = jax.make_jaxpr(function)(array, *others)
         (result,) = forward.out_avals
-        backward = jax.make_jaxpr(transpose)(result)
-    return _linear.bind(array, forward=forward, backward=backward)
-
-
-def _transpose_linear(cotangent, _, *, forward, backward):
-    return [_linear.bind(cotangent, forward=backward, backward=forward)]
-
-
-def _map_linear(arrays, dims, *, forward, backward):
-    def mapped(array, jaxpr):
-        with jax.auto_pcast(False):  # of the `spmd_axis_name` of a `jax.vmap`
-            return jax.vmap(lambda x: jaxpr_as_fun(jaxpr)(x)[0])(array)
-
-    (array,), (dim,) = arrays, dims
-    array = jnp.moveaxis(array, dim, 0)
-    function, transpose = (functools.partial(mapped, jaxpr=jaxpr) for jaxpr in (forward, backward))
-    return call_linear(function, transpose, array), 0
+        backward = jax.make_jaxpr(transpose)(result, *others)
+    return _linear.bind(array, *others, forward=forward, backward=backward, rules=(vmap_rule, None))
 
 
 _linear = Primitive("call_linear")
-_linear.def_impl(lambda array, *, forward, backward: jaxpr_as_fun(forward)(array)[0])
-_linear.def_abstract_eval(lambda _, *, forward, backward: forward.out_avals[0])
+
+
+def _run_linear(*arrays, forward, backward, rules):
+    return jaxpr_as_fun(forward)(*arrays)[0]
+
+
+def _differentiate_linear(arrays, tangents, **parameters):
+    tangent = _linear.bind(tangents[0], *arrays[1:], **parameters)  # integers have no tangents
+    return _linear.bind(*arrays, **parameters), tangent
+
+
+def _transpose_linear(cotangent, _, *others, forward, backward, rules):
+    parameters = {"forward": backward, "backward": forward, "rules": rules[::-1]}
+    return [_linear.bind(cotangent, *others, **parameters), *(None for _ in others)]
+
+
+def _map_linear(arrays, dims, *, forward, backward, rules):
+    mapped = [dim is not None for dim in dims]
+    moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arrays, dims)]
+    if rules[0] is not None:
+        return rules[0](mapped, *moved), 0
+    size = next(x.shape[0] for x, is_mapped in zip(moved, mapped) if is_mapped)
+    array, *others = moved
+    if not mapped[0]:
+        array = jnp.broadcast_to(array, (size, *array.shape))
+    axes = [0, *(0 if is_mapped else None for is_mapped in mapped[1:])]
+
+    def map_jaxpr(jaxpr):
+        def of_all(*arrays):
+            with jax.auto_pcast(False):  # of the `spmd_axis_name` of a `jax.vmap`
+                return jax.vmap(lambda *each: jaxpr_as_fun(jaxpr)(*each)[0], axes)(*arrays)
+
+        return of_all
+
+    return call_linear(map_jaxpr(forward), map_jaxpr(backward), array, *others), 0
+
+
+_linear.def_impl(_run_linear)
+_linear.def_abstract_eval(lambda *_, forward, backward, rules: forward.out_avals[0])
 ad.deflinear2(_linear, _transpose_linear)
+ad.primitive_jvps[_linear] = _differentiate_linear
 batching.primitive_batchers[_linear] = _map_linear
-mlir.register_lowering(
-    _linear,
-    mlir.lower_fun(
-        lambda array, *, forward, backward: jaxpr_as_fun(forward)(array)[0], multiple_results=False
-    ),
-)
+mlir.register_lowering(_linear, mlir.lower_fun(_run_linear, multiple_results=False))
 
 
 def _drop_unused(used_results, *others):
     """What nobody uses is not computed, such as the gradient of a table that is frozen."""
     operation = others[-1]  # from JAX 0.11 on, there is one more in front of it
     jaxpr, rule = operation.params["jaxpr"], operation.params["rule"]
-    if not any(used_results) and not operation.effects:
-        return [False] * len(operation.invars), None
     if rule is not None:  # it takes all arguments, and returns all results
         return [True] * len(operation.invars), operation
+    if not any(used_results) and not operation.effects:
+        return [False] * len(operation.invars), None
     smaller, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, used_results)
     new = operation.replace(
         invars=[x for x, is_used in zip(operation.invars, used, strict=True) if is_used],
