@@ -50,6 +50,24 @@ def test_lookup_and_decode_export_for_any_token_count():
     assert_close(decode(table.embeddings, hidden), decode_reference(table, hidden))
 
 
+def test_a_mapped_lookup_exports_for_any_batch_with_its_gradient():
+    (n,) = export.symbolic_shape("n")
+    rows = jax.ShapeDtypeStruct((90, 4), jnp.bfloat16)
+
+    def gradient(embeddings, tokens):
+        def total(embeddings):
+            table = EmbeddingTable(embeddings, NAMES)
+            return jnp.sum(jax.vmap(EmbeddingLookup(table))(tokens).astype("float32"))
+
+        return jax.grad(total)(embeddings)
+
+    # 600 repeats, which bfloat16 would not count
+    call = exported(gradient, rows, jax.ShapeDtypeStruct((n, 20), jnp.int32))
+    counted = call(jnp.zeros((90, 4), jnp.bfloat16), np.full((30, 20), 7, np.int32))
+    assert np.asarray(counted, np.float64)[7].tolist() == [600] * 4
+    assert np.count_nonzero(counted) == 4
+
+
 def test_the_loss_exports_with_its_gradient():
     table, hidden = make_table("first"), make_array((4, 4), seed=1)
     call = exported(use_loss, table.embeddings, hidden, jnp.asarray(FOUR_TARGETS), vjp_order=1)
