@@ -121,8 +121,8 @@ def compiled_text(target, layout, tokens=1024):
     return text
 
 
-def one_device(target, shape, dtype="bfloat16"):
-    found, kind = accelerators.find_devices(target, 1), AxisType.Explicit
+def one_device(target, shape, dtype="bfloat16", kind=AxisType.Explicit):
+    found = accelerators.find_devices(target, 1)
     return accelerators.make_operands(found, "one device", shape, jnp.dtype(dtype), kind)
 
 
@@ -433,17 +433,13 @@ def mapped_lookup(table, tokens):
 
 @pytest.mark.parametrize("function", [lookup, mapped_lookup])
 def test_the_gradient_of_few_tokens_holds_a_float32_row_for_each(target, function):
-    found, kind = accelerators.find_devices(target, 1), AxisType.Auto
-    shape = 2048, 256, 32768
-    (_, rows, tokens), mesh = accelerators.make_operands(
-        found, "one device", shape, jnp.dtype("bfloat16"), kind
-    )
+    N, D, V = 2048, 256, 32768
+    (_, rows, tokens), mesh = one_device(target, (N, D, V), kind=AxisType.Auto)
     table = make_table(rows)
     tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=tokens.sharding)
     with jax.set_mesh(mesh):
         traced = jax.jit(jax.grad(function)).trace(table, tokens)
         program = accelerators.compile_for(target, traced)
-    N, D, V = shape
     assert temporaries_of(program) < 1.1 * 4 * N * D + 8 * V  # of 4 V D without this
 
 

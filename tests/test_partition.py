@@ -350,6 +350,7 @@ def test_other_rows_of_the_same_number_compile_nothing_anew():
         (range(20), r"got \[7, 8, 9, 10, 11\]\.$"),
         (2 * [0, 1, 2, 3, 4, 5], r"must be unique, got \[0, 1, 2, 3, 4\] more than"),
         ([], "at least one of the 7 tokens, got none"),
+        (slice(3, 3), "at least one of the 7 tokens, got none"),
         (slice(7, None), "got none. New tokens have no rows before `resize_vocabulary`"),
         (np.zeros(7, bool), "at least one of the 7 tokens, got none"),
         (np.ones(9, bool), r"a boolean for each of the 7 tokens, got bool of shape \(9,\)"),
