@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray
 
 from ._devices import (
@@ -23,6 +23,7 @@ from ._devices import (
     is_alone,
     raise_unless,
     remaining,
+    reshard,
     sum_over_axes,
     widen,
 )
@@ -165,21 +166,25 @@ class _Take(NamedTuple):
     """How to take the rows of an index, whose axes come first; zeros past the end."""
 
     row_axis: RowAxis
-    out_sharding: NamedSharding | None
+    mesh: AbstractMesh | None  # whose explicit axes split the result as they split the operands
 
     def __call__(self, array: Array, index: Array) -> Array:
         if array.dtype == at_least_float32(array.dtype):
             return self.rows(array, index)
-        # As one operation, for else a `jax.lax.scan` would lose the rule below.
-        return call_as_one(functools.partial(_take, self), array, index)
+        # As one operation, for else a `jax.lax.scan` would lose the rule below; and compiled, for
+        # else JAX would not know the devices of a gradient, if no mesh is set.
+        return call_as_one(functools.partial(jax.jit(_take, static_argnums=0), self), array, index)
 
     def rows(self, array: Array, index: Array) -> Array:
+        batch = explicit_axes(index)
+        others = [remaining(axes, batch) for axes in explicit_axes(array)]
+        out_sharding = explicit_sharding(self.mesh, self.row_axis.replace(others, batch))
         with jax.auto_pcast(True):
             taken = self.row_axis.at(array, index).get(
                 mode="fill",
                 fill_value=0,
                 wrap_negative_indices=False,
-                out_sharding=self.out_sharding,
+                out_sharding=out_sharding,
             )
         # To move the axes of the result, and not those of the array, spares a copy of its gradient.
         return self.row_axis.move_first(taken, index.ndim)
@@ -205,8 +210,10 @@ def _take_wide(take: _Take, array: Array, index: Array) -> Array:
     dtype, num_rows = at_least_float32(array.dtype), take.row_axis.of(array.shape)
     num_tokens = math.prod(index.shape)  # symbolic, perhaps, in `jax.export`
     is_few = isinstance(num_tokens, int) and 4 * num_tokens <= num_rows
-    if not is_few or take.out_sharding is not None or not is_alone(array):
+    if not is_few or not is_alone(array, index):
         return take.rows(widen(dtype, array), index)  # whose transpose holds a wide table
+
+    whole, of_table = functools.partial(reshard, take.mesh, axes=()), explicit_axes(array)
 
     def of_examples(mapped: list[bool], array: Array, index: Array) -> Array:
         if mapped[0]:
@@ -214,9 +221,13 @@ def _take_wide(take: _Take, array: Array, index: Array) -> Array:
             return jax.vmap(take.rows, axes)(array.astype(dtype), index)
         return _take_wide(take, array, index)  # for their gradients are added
 
+    def transpose(vectors: Array, index: Array) -> Array:
+        total = _add_few(take.row_axis, num_rows, array.dtype, whole(vectors), whole(index))
+        return reshard(take.mesh, total, of_table)
+
     return call_linear(
         lambda array, index: take.rows(array, index).astype(dtype),
-        functools.partial(_add_few, take.row_axis, num_rows, array.dtype),
+        transpose,
         array,
         index,
         vmap_rule=of_examples,
@@ -294,12 +305,10 @@ def _take_gathered(lookup: _Lookup, arrangement: Arrangement, array: Array, inde
 def _take_as_split(lookup: _Lookup, array: Array, index: Array) -> Array:
     """The rows of an index in a table that only manual axes split, as far as is known here."""
     row_axis, past_the_end, split = lookup
-    # Explicit mesh axes split the vectors as they split the tokens and the embedding axes.
-    batch, of_table = explicit_axes(index), explicit_axes(array)
-    others = [remaining(axes, batch) for axes in of_table]
-    sharding = explicit_sharding(split.mesh, row_axis.replace(others, batch))
-    if split.in_shard_map and not flat(batch + of_table):
-        sharding = None  # here, JAX cannot differentiate a lookup with a sharding
+    of_table = explicit_axes(array)
+    mesh = split.mesh
+    if split.in_shard_map and not flat(explicit_axes(index) + of_table):
+        mesh = None  # here, JAX cannot differentiate a lookup with a sharding
     for gathered, explicit in zip(split.manual_shared, row_axis.first(of_table), strict=True):
         if gathered and explicit:
             raise ValueError(
@@ -308,7 +317,7 @@ def _take_as_split(lookup: _Lookup, array: Array, index: Array) -> Array:
                 "make the others automatic."
             )
     axes = row_axis, past_the_end, split.manual_shared, split.manual_vocabulary
-    return _take_on_device(*axes, sharding, array, index)
+    return _take_on_device(*axes, mesh, array, index)
 
 
 def _take_on_device(
@@ -316,7 +325,7 @@ def _take_on_device(
     past_the_end: int | None,
     gathered: tuple[Axes, ...],
     vocabulary: Axes,
-    out_sharding: NamedSharding | None,
+    mesh: AbstractMesh | None,
     array: Array,
     index: Array,
 ) -> Array:
@@ -327,7 +336,7 @@ def _take_on_device(
     if vocabulary:  # One device has the row of a token, the others add zeros.
         start = lax.axis_index(vocabulary) * row_axis.of(array.shape)
         row = index - start.astype(index.dtype)
-    vectors = _Take(row_axis, out_sharding)(array, row).astype(dtype)
+    vectors = _Take(row_axis, mesh)(array, row).astype(dtype)
     vectors = sum_over_axes(vocabulary, vectors)
     if past_the_end is None or not _has_nan(dtype):
         return vectors

@@ -431,10 +431,11 @@ def mapped_lookup(table, tokens):
     return jnp.sum(jnp.sin(jax.vmap(EmbeddingLookup(table))(tokens).astype("float32")))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("function", [lookup, mapped_lookup])
-def test_the_gradient_of_few_tokens_holds_a_float32_row_for_each(target, function):
+def test_the_gradient_of_few_tokens_holds_a_float32_row_for_each(target, function, kind):
     N, D, V = 2048, 256, 32768
-    (_, rows, tokens), mesh = one_device(target, (N, D, V), kind=AxisType.Auto)
+    (_, rows, tokens), mesh = one_device(target, (N, D, V), kind=kind)
     table = make_table(rows)
     tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=tokens.sharding)
     with jax.set_mesh(mesh):

@@ -1,5 +1,6 @@
 """`EmbeddingLookup`: the vectors of tokens, and what their gradient does to the table."""
 
+import contextlib
 import dataclasses
 import enum
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from eqx_embedding import EmbeddingLookup, EmbeddingTable
 
@@ -163,6 +165,31 @@ def test_the_gradient_of_few_tokens_is_the_exact_sum_rounded_once(way, line_by_l
     expected = lookup_gradient_reference(MANY_ROWS, tokens, cotangent)
     assert gradient.dtype == dtype
     np.testing.assert_array_equal(gradient, expected.astype(dtype))
+
+
+@pytest.mark.parametrize("set_mesh", [True, False], ids=["set", "unset"])
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("spec", [P(), P(None, "model"), P(None, None, "data")], ids=str)
+def test_few_tokens_on_an_explicit_mesh_of_one_device(spec, jit, set_mesh):
+    tokens, cotangent = few_tokens()
+    expected = lookup_gradient_reference(MANY_ROWS, tokens, cotangent).astype("bfloat16")
+    mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+    batch = P("model" if "data" in spec else "data")
+    embeddings = jax.device_put(MANY_ROWS.embeddings, NamedSharding(mesh, spec))
+    of_batch = jax.device_put((tokens, cotangent.astype("float32")), NamedSharding(mesh, batch))
+    for way in (lambda lookup: lookup, jax.vmap, lambda lookup: jax.vmap(jax.vmap(lookup))):
+
+        def total(embeddings, tokens, cotangent, way=way):
+            lookup = EmbeddingLookup(dataclasses.replace(MANY_ROWS, embeddings=embeddings))
+            vectors = jnp.nan_to_num(way(lambda tokens: lookup(tokens))(tokens))
+            return jnp.sum(cotangent * vectors.astype("float32"))
+
+        compute = jax.jit(jax.grad(total))
+        with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+            assert "2x5000x3xf32" not in compute.lower(embeddings, *of_batch).as_text()
+            gradient = (compute if jit else jax.grad(total))(embeddings, *of_batch)
+        assert jax.typeof(gradient) == jax.typeof(embeddings)
+        np.testing.assert_array_equal(gradient, expected)
 
 
 def test_few_tokens_have_gradients_for_each_example_and_each_table():

@@ -47,9 +47,9 @@ def device_type(*trees: PyTree) -> DeviceType:
     return DeviceType(mesh, varying_axes(*jax.tree.leaves(trees)))
 
 
-def is_alone(array: Array) -> bool:
-    """Whether a gradient of the array cannot be summed over devices, for lack of others."""
-    mesh = device_type(array).mesh
+def is_alone(*arrays: Array) -> bool:
+    """Whether a gradient of the arrays cannot be summed over devices, for lack of others."""
+    mesh = device_type(arrays).mesh
     return mesh.empty or mesh.size == 1
 
 
