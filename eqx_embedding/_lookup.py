@@ -246,7 +246,9 @@ def _add_few(
     last = last.at[tokens].max(places, mode="drop", wrap_negative_indices=False)
     place = last.at[tokens].get(mode="fill", fill_value=len(tokens), wrap_negative_indices=False)
     sums = jnp.zeros_like(vectors).at[place].add(vectors, mode="drop").astype(dtype)
-    row = jnp.where(place == places, tokens, num_rows + places)
+    other = num_rows + places  # past the end, too
+    # Not `where`: on an explicit mesh, `jax.vmap` line by line needs both cases for each example.
+    row = other + (place == places) * (tokens - other)
     total = jnp.zeros((num_rows, *sums.shape[1:]), dtype)
     # Not `set`: XLA can add to the gradient of a loss in place of zeros.
     return row_axis.move_back(total.at[row].add(sums, mode="drop", unique_indices=True))

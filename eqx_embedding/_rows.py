@@ -156,7 +156,8 @@ def put_rows(
 ) -> PyTree:
     """Puts the rows that [`eqx_embedding.take_rows`][] returned back, after they were changed.
 
-    Under `eqx.filter_jit` with donation, the tables change in place.
+    Under `eqx.filter_jit` with donation, the tables change in place. (XLA for CPUs copies those in
+    bfloat16 and float8.)
 
     **Arguments:**
 

@@ -13,8 +13,11 @@ from support.folder import one_line
 from support.tokenizer import Tokenizer
 
 
+MOST_HELD_OUT = 2**17  # bytes, for each report measures all of them
+
+
 class Text(NamedTuple):
-    """A text in bytes, cut in two: the last tenth is held out."""
+    """A text in bytes, cut in two: the last tenth is held out, or the last 128 KiB if less."""
 
     name: str
     train: Integer[np.ndarray, " train"]
@@ -47,7 +50,7 @@ def read_text(path: Path | None) -> Text:
 def cut_text(name: str, data: bytes) -> Text:
     if not data:
         raise SystemExit(f"the text {name} is empty.")
-    cut = len(data) * 9 // 10
+    cut = max(len(data) * 9 // 10, len(data) - MOST_HELD_OUT)
     values = np.frombuffer(data, np.uint8)
     return Text(name, values[:cut], values[cut:], hashlib.sha256(data).hexdigest())
 

@@ -164,7 +164,10 @@ def read_tokenizer(path: Path) -> Tokenizer:
         tokenizer.encode(bytes(range(256)))
         return tokenizer
     except OSError as error:
-        raise SystemExit(f"cannot read the tokenizer {path}: {error.strerror}.") from None
+        raise SystemExit(
+            f"cannot read the tokenizer {path}: {error.strerror}. Give bytes, bpe, or the path "
+            "of a tokenizer.json."
+        ) from None
     except Exception as error:  # tokenizers raises no class of its own
         raise SystemExit(f"cannot use {path} as a tokenizer.json: {error}.") from None
 

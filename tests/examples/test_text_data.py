@@ -35,6 +35,13 @@ def test_a_text_that_cannot_be_used_is_refused_in_one_line(text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_last_tenth_is_held_out_up_to_128_kib():
+    for size, held_out in (19, 2), (1_310_720, 131_072), (1_310_730, 131_072):
+        text = text_data.cut_text("text", bytes(size - held_out) + b"h" * held_out)
+        assert text.train.tolist() == [0] * (size - held_out)
+        assert text.held_out.tobytes() == b"h" * held_out
+
+
 def test_windows_ask_for_each_byte_but_the_first_exactly_once():
     values = np.arange(100, 131, dtype=np.uint8)
     inputs, targets, weights = text_data.windows(values, length=4, batch_size=3)

@@ -137,7 +137,11 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_in_one_line(text, bpe, tmp_p
     lower.normalizer = tokenizers.normalizers.Replace("times", "x")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"is": 0}, unk_token="?"))
     for name, content, message in [
-        ("missing", None, "cannot read the tokenizer .*missing: No such file or directory"),
+        (
+            "missing",
+            None,
+            ".*missing: No such file or directory. Give bytes, bpe, or the path of a",
+        ),
         ("empty", "", "cannot use .*empty as a tokenizer.json: EOF"),
         ("json", "{}", "cannot use .*json as a tokenizer.json: Model missing"),
         ("words", words.to_str(), r"cannot use .*words as a tokenizer.json: .*\[UNK\]"),
