@@ -164,7 +164,7 @@ def prepare_targets(
     # JAX cannot compare with a number that does not fit the dtype
     index = None if ignore_index is None else as_named_int("ignore_index", ignore_index)
     if index is not None and np.iinfo(targets.dtype).min <= index <= np.iinfo(targets.dtype).max:
-        counts = targets != index
+        counts = targets != targets.dtype.type(index)
     targets = reshard(jnp.asarray(xp.where(in_range, targets, vocab_size).astype(np.int32)))
     if target_weights is None:
         return targets, None, counts

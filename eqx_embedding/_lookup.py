@@ -248,7 +248,7 @@ def _add_few(
     sums = jnp.zeros_like(vectors).at[place].add(vectors, mode="drop").astype(dtype)
     other = num_rows + places  # past the end, too
     # Not `where`: on an explicit mesh, `jax.vmap` line by line needs both cases for each example.
-    row = other + (place == places) * (tokens - other)
+    row = other + (place == places).astype(np.int32) * (tokens - other)
     total = jnp.zeros((num_rows, *sums.shape[1:]), dtype)
     # Not `set`: XLA can add to the gradient of a loss in place of zeros.
     return row_axis.move_back(total.at[row].add(sums, mode="drop", unique_indices=True))

@@ -444,6 +444,55 @@ def test_the_gradient_of_few_tokens_holds_a_float32_row_for_each(target, functio
     assert temporaries_of(program) < 1.1 * 4 * N * D + 8 * V  # of 4 V D without this
 
 
+@pytest.mark.parametrize("way", ["map", "scan"])
+def test_a_loop_of_checkpointed_losses_holds_no_wide_table(target, way):
+    steps, N, D, V = 8, 64, 512, 32768
+    (_, rows, tokens), mesh = one_device(target, (N, D, V), kind=AxisType.Auto)
+    tokens = jax.ShapeDtypeStruct((steps, N), jnp.int32, sharding=tokens.sharding)
+
+    def total(rows, tokens):
+        @jax.checkpoint
+        def of_step(rows, tokens):
+            table = make_table(rows)
+            hidden = jnp.tanh(EmbeddingLookup(table)(tokens))
+            return EmbeddingDecode(table).cross_entropy(hidden, tokens)
+
+        if way == "map":
+            return jnp.sum(jax.lax.map(lambda step: of_step(rows, step), tokens))
+        return jax.lax.scan(lambda sum, step: (sum + of_step(rows, step), None), 0.0, tokens)[0]
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.value_and_grad(total)).trace(rows, tokens)
+        program = accelerators.compile_for(target, traced)
+    logits, table = 4 * N * V, 2 * D * V  # which takes twice as much in float32
+    assert temporaries_of(program) < 1.6 * logits + 1.1 * table
+
+
+SEARCHES = {
+    "top_k": lambda decode, hidden, tokens: decode.top_k(hidden, 10),
+    "sample": lambda decode, hidden, tokens: decode.sample(hidden, key=jax.random.key(0)),
+    "greedy": lambda decode, hidden, tokens: decode.sample(
+        hidden, temperature=0.0, key=jax.random.key(0)
+    ),
+    "score": lambda decode, hidden, tokens: decode.score(hidden, tokens),
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_no_search_copies_a_table_in_float8(target, search):
+    N, D, V = 8, 1024, 32768
+    (hidden, rows, tokens), mesh = one_device(target, (N, D, V))
+    rows = jax.ShapeDtypeStruct(rows.shape, "float8_e4m3fn", sharding=rows.sharding)
+
+    def find(hidden, rows, tokens):
+        decode = EmbeddingDecode(make_table(rows), dtype=jnp.bfloat16)
+        return SEARCHES[search](decode, hidden, tokens)
+
+    with jax.set_mesh(mesh):
+        program = accelerators.compile_for(target, jax.jit(find).trace(hidden, rows, tokens))
+    assert temporaries_of(program) < 4 * 4 * N * V  # a table takes eight times as much
+
+
 def make_hidden(tokens):
     """Vectors that are split over devices as the tokens are."""
     return jnp.broadcast_to(tokens.astype("bfloat16")[..., None], (*tokens.shape, 128))

@@ -275,6 +275,18 @@ def test_targets_may_be_of_any_integer_dtype(dtype):
     assert layer.cross_entropy(hidden[1], 100) == layer.cross_entropy(hidden[1], targets[1])
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64"])
+def test_the_largest_unsigned_number_may_be_ignored(dtype):
+    layer, hidden = flat_layer(257, 4), make_array((3, 4), seed=2)
+    expected = layer.cross_entropy(hidden[1:], jnp.asarray([100, 127]))
+    for as_array in (np.asarray, jnp.asarray):  # JAX makes 32 bits of 64
+        targets = as_array(np.asarray([0, 100, 127], dtype))
+        targets = as_array([np.iinfo(targets.dtype).max, 100, 127], targets.dtype)
+        index = int(targets[0])
+        assert_close(layer.cross_entropy(hidden, targets, ignore_index=index), expected)
+        assert_close(layer.score(hidden, targets, ignore_index=index).log_prob[0], 0)
+
+
 def test_large_logits_overflow_nothing():
     layer = flat_layer(257, 4)
     hidden = 1e4 * make_array((33, 4), seed=2)

@@ -295,9 +295,14 @@ def _match_rows(split: Split, arrangement: Arrangement, operands: Operands) -> O
 def _prepare(
     options: Options, split: Split, arrangement: Arrangement, operands: Operands
 ) -> tuple[Options, Operands]:
-    """Of one device: what it knows, and its operands, of N tokens, in a wide dtype."""
+    """Of one device: what it knows, and its operands, of N tokens.
+
+    They are in a wide dtype. The rows are as they were given if no device adds to their gradient:
+    XLA would hold a wide table beside a loop, or for a product with a table in float8.
+    """
     head = operands.hidden, operands.rows, operands.bias
-    head = jax.tree.map(functools.partial(widen, options.wide), head)
+    hidden, rows, bias = jax.tree.map(functools.partial(widen, options.wide), head)
+    head = hidden, operands.rows if is_alone(operands.rows) else rows, bias
     others = operands._replace(hidden=None, rows=None, bias=None)
     others = others._replace(closure=_widen_closure(operands.closure))
     same = remaining(arrangement.vocabulary, [arrangement.tokens])
@@ -312,7 +317,7 @@ def _prepare(
         whole = whole._replace(teacher=Teacher(teacher, *of_rows))
     mesh = jax.sharding.get_abstract_mesh()
     local = Local(
-        rows_dtype=operands.rows.dtype if is_alone(rows) else options.wide,
+        rows_dtype=rows.dtype,
         logits_fit=not flat(gathered),
         device_kind=device_kind(split.mesh),
         parts=split.parts,

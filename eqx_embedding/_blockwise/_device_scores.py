@@ -99,7 +99,8 @@ def _score_gradients(
         # After the logits of the forward pass, on which `before` depends: not both in one product
         tokens = jax.lax.optimization_barrier(tokens)
     d_head, d_hidden = chunks.run(chunk, tokens, zero_gradient(options, head, chunks.count))
-    return Operands(d_hidden, *whole_gradient(options, d_head))
+    d_rows, d_bias = whole_gradient(options, d_head)
+    return Operands(d_hidden, d_rows.astype(options.local.rows_dtype), d_bias)
 
 
 def _any_of_token(array: Array) -> Array:

@@ -119,7 +119,8 @@ def _device_total_backward(
             product = cotangent.astype(dtype) * gradient.astype(dtype)
             return product.astype(gradient.dtype)
 
-        return jax.tree.map(scale_one, gradients)
+        scaled = jax.tree.map(scale_one, gradients)
+        return scaled._replace(rows=scaled.rows.astype(options.local.rows_dtype))
 
     types, gradients = (Operands(*each) for each in load(saved))
     return (without_devices(scale, options.local.outer_axes, types, cotangent, gradients),)

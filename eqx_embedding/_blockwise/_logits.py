@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
 class Local(NamedTuple):
     """What is known on a device, of its part of the arrays."""
 
-    rows_dtype: Any = None  # of the table, if its gradient is not summed over devices
+    rows_dtype: Any = None  # of the table; wide if its gradient is summed over devices
     logits_fit: bool = True  # whether there is a gradient, in whose place logits fit before it
     device_kind: str = ""  # of the devices that the program is most likely for
     parts: int = 1  # that XLA may make of this part, for devices of automatic axes without rules
