@@ -16,6 +16,7 @@ from ._devices import (
     Axes,
     call_as_one,
     call_linear,
+    cast_to_varying,
     explicit_axes,
     explicit_sharding,
     flat,
@@ -25,6 +26,7 @@ from ._devices import (
     remaining,
     reshard,
     sum_over_axes,
+    varying_axes,
     widen,
 )
 from ._inputs import at_least_float32, nan_where, tokens_in_range
@@ -213,6 +215,8 @@ def _take_wide(take: _Take, array: Array, index: Array) -> Array:
     if not is_few or not is_alone(array, index):
         return take.rows(widen(dtype, array), index)  # whose transpose holds a wide table
 
+    # In a `jax.shard_map` over one device, the array may be the same along axes of the index.
+    array = cast_to_varying(varying_axes(index), array)
     whole, of_table = functools.partial(reshard, take.mesh, axes=()), explicit_axes(array)
 
     def of_examples(mapped: list[bool], array: Array, index: Array) -> Array:

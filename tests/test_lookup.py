@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from eqx_embedding import EmbeddingLookup, EmbeddingTable
 
@@ -190,6 +190,36 @@ def test_few_tokens_on_an_explicit_mesh_of_one_device(spec, jit, set_mesh):
             gradient = (compute if jit else jax.grad(total))(embeddings, *of_batch)
         assert jax.typeof(gradient) == jax.typeof(embeddings)
         np.testing.assert_array_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("axes", [{"data"}, {"data", "model"}], ids=["some axes", "all axes"])
+@pytest.mark.parametrize("rules", [None, {"batch": "data", "vocabulary": "data"}], ids=str)
+@pytest.mark.parametrize("inside", [False, True], ids=["from outside", "inside"])
+def test_few_tokens_in_a_shard_map_over_one_device(inside, rules, axes, kind):
+    tokens, cotangent = few_tokens()
+    mesh = jax.make_mesh((1, 1), ("data", "model"), (kind, kind), devices=jax.devices()[:1])
+    spec, batch = P(None, "data") if rules else P(), P("data")
+    embeddings = jax.device_put(MANY_ROWS.embeddings, NamedSharding(mesh, spec))
+    of_batch = jax.device_put((tokens, cotangent.astype("float32")), NamedSharding(mesh, batch))
+
+    def look_up(embeddings, tokens):
+        table = dataclasses.replace(MANY_ROWS, embeddings=embeddings)
+        return jnp.nan_to_num(EmbeddingLookup(table)(tokens, rules=rules)).astype("float32")
+
+    def gradient(function):
+        def total(embeddings, tokens, cotangent):
+            return jnp.sum(cotangent * function(embeddings, tokens))
+
+        return jax.grad(total)
+
+    function, out_spec = (gradient(look_up), spec) if inside else (look_up, batch)
+    in_specs = (spec, batch, batch) if inside else (spec, batch)
+    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_spec, axis_names=axes)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(mapped if inside else gradient(mapped))(embeddings, *of_batch)
+    expected = lookup_gradient_reference(MANY_ROWS, tokens, cotangent).astype("bfloat16")
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_few_tokens_have_gradients_for_each_example_and_each_table():
