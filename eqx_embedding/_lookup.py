@@ -175,7 +175,7 @@ class _Take(NamedTuple):
             return self.rows(array, index)
         # As one operation, for else a `jax.lax.scan` would lose the rule below; and compiled, for
         # else JAX would not know the devices of a gradient, if no mesh is set.
-        return call_as_one(functools.partial(jax.jit(_take, static_argnums=0), self), array, index)
+        return call_as_one(functools.partial(_compiled_take, self), array, index)
 
     def rows(self, array: Array, index: Array) -> Array:
         batch = explicit_axes(index)
@@ -202,6 +202,9 @@ def _take_jvp(take, primals, tangents):
     array, index = primals
     tangent = jnp.asarray(tangents[0])  # it may be of NumPy
     return take(array, index), _take_wide(take, tangent, index).astype(array.dtype)
+
+
+_compiled_take = jax.jit(_take, static_argnums=0)
 
 
 def _take_wide(take: _Take, array: Array, index: Array) -> Array:
