@@ -3,8 +3,8 @@
     python -m benchmarks.quality [--text FILE] [--steps 2000] [--seeds 0 1 2]
 
 Both train on the same batches of bytes: 12 sequences of 64 tokens a step. Both have 4 layers, 4
-heads, width 128 and no dropout. The loss is measured on the whole held-out tenth of the text, in
-nats per byte: the mean over the seeds, with the lowest and the highest. A seed determines the
+heads, width 128 and no dropout. The loss is measured on all of the held-out text, in nats per
+byte: the mean over the seeds, with the lowest and the highest. A seed determines the
 initial parameters and the batches.
 
 nanoGPT's model is implemented again here (benchmarks/gpt_torch.py, which needs PyTorch), with the

@@ -98,14 +98,23 @@ class Batch(NamedTuple):
     """The tokens that have them."""
 
 
-def with_top_k(teacher: Transformer, values: Integer[np.ndarray, " tokens"], k: int) -> Batch:
-    """The text in sequences, with the largest log-probabilities of the teacher for each token."""
+def with_top_k(
+    teacher: Transformer,
+    values: Integer[np.ndarray, " tokens"],
+    k: int,
+    most: int | None = None,
+    seed: int = 0,
+) -> Batch:
+    """The text in sequences, with the largest log-probabilities of the teacher for each token.
+
+    If there are more than `most` sequences, so many of them are drawn.
+    """
     length = teacher.positions.vocab_size
-    count = (len(values) - 1) // length
-    inputs, targets = (
-        jnp.asarray(values[start : start + count * length].reshape(count, length), "int32")
-        for start in (0, 1)
-    )
+    starts = np.arange(0, len(values) - length, length)
+    if most is not None and len(starts) > most:
+        starts = np.sort(np.random.default_rng(seed).choice(starts, most, replace=False))
+    places = starts[:, None] + np.arange(length)
+    inputs, targets = (jnp.asarray(values[places + shift], "int32") for shift in (0, 1))
 
     @jax.jit
     def store(teacher: Transformer, inputs: Integer[Array, "count sequence"]):
@@ -250,7 +259,8 @@ def main(config: Config) -> list[dict[str, Any]]:
         train_text, held_out = tokenize(text, tokenizer, length)
         out.claim()
         print("the teacher reads the text, and its largest probabilities are stored")
-        data = with_top_k(teacher, train_text.values, config.top_k)
+        seen = config.steps * config.batch_size  # sequences, by each student
+        data = with_top_k(teacher, train_text.values, config.top_k, seen, config.seed)
         share = float(jnp.exp(data.log_probs).sum(axis=-1).mean())
         print(f"{config.top_k} for each token, which add up to {share:.3f} on average")
         student_config = config.student(length)

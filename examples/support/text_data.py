@@ -79,7 +79,9 @@ def tokenize(text: Text, tokenizer: Tokenizer, sequence_length: int) -> tuple[To
     Stops the program with one line if the tokenizer changes the text, or a part is too short.
     """
     parts = []
-    for part, data in ("first nine tenths", text.train), ("last tenth", text.held_out):
+    is_tenth = len(text.held_out) < MOST_HELD_OUT
+    last = "last tenth" if is_tenth else "held-out part, which is at most 128 KiB,"
+    for part, data in ("first nine tenths", text.train), (last, text.held_out):
         data = data.tobytes()
         values = tokenizer.encode(data)
         if tokenizer.decode(values) != data:

@@ -191,6 +191,17 @@ def test_the_largest_probabilities_of_the_teacher_are_stored(run):
 
 
 @pytest.mark.exhaustive
+def test_no_more_is_stored_than_students_see(run):
+    teacher, values = generate.load(run.run.out).model, held_out(run)
+    whole, some = (distill.with_top_k(teacher, values, 3, most) for most in (1000, 2))
+    assert len(whole.inputs) == (len(values) - 1) // 16 > 2
+    (places,) = np.nonzero((whole.inputs == some.inputs[:, None]).all(-1).any(0))
+    assert len(some.inputs) == len(places) == 2
+    for of_whole, of_some in zip(whole, some):
+        np.testing.assert_allclose(of_some, of_whole[places], atol=1e-4)
+
+
+@pytest.mark.exhaustive
 def test_what_was_not_stored_goes_to_the_token_in_the_text(run):
     teacher = generate.load(run.run.out).model
     student = Transformer(256, ModelConfig(16, 1, 2, 8), key=jax.random.key(0))
