@@ -268,6 +268,16 @@ def test_the_likeliest_take_the_memory_and_bytes_of_a_search_of_all(target):
         assert bytes_accessed(ours) <= 1.5 * bytes_accessed(allowed)
 
 
+@pytest.mark.parametrize("target", ["v5e", "v6e"], indirect=True)
+@pytest.mark.usefixtures("jax_defaults")
+def test_on_tpus_the_logits_are_read_no_more_than_by_the_plain_way(target):
+    def bytes_of(function):
+        gradient = jax.value_and_grad(function, (0, 1))
+        return bytes_accessed(compile_alone(target, (1024, 512, 16384), gradient))
+
+    assert bytes_of(loss) <= 1.02 * bytes_of(plain_loss)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("jax_defaults")
 def test_padding_and_weights_hold_the_logits_once(target):

@@ -243,7 +243,8 @@ def tile_logits(
         # temperature would enlarge the difference.
         z = jnp.maximum(z, -options.soft_cap)
     z = without_padding(options, head, z, start, -jnp.inf)
-    return lax.optimization_barrier(z) if options.plan.hold_logits else z
+    changed = head.bias is not None or options.soft_cap is not None or options.padded
+    return lax.optimization_barrier(z) if options.plan.hold_logits and changed else z
 
 
 def without_padding(options: Options, head: Head, array: Array, start: Any, fill: float) -> Array:

@@ -19,7 +19,7 @@ class Plan(NamedTuple):
     transpose: bool  # whether to transpose a tile before its product with the table
     round_early: bool  # whether a gradient of the table from one product is rounded at once
     keep_copy: bool = False  # whether no product may undo the copy of a transposed table
-    hold_logits: bool = False  # whether logits are held after their bias, cap and mask
+    hold_logits: bool = False  # whether logits are held after their bias, cap and mask, if any
     rewrite_skipped: bool = False  # whether a skipped chunk writes a row of each sum again
     search_blocks: bool = True  # whether to look for the likeliest tokens in the largest blocks
     logits_apart: bool = False  # whether to keep the logits of the two passes apart without chunks
@@ -60,7 +60,8 @@ def make_plan(platform: Platform, work: Work) -> Plan:
         d_logits_dtype,
         transpose=False,
         round_early=dtype == jnp.bfloat16,
-        # XLA for TPUs would hold both the logits before their bias, cap and mask, and after.
+        # XLA for TPUs would hold both the logits before their bias, cap and mask, and after. If
+        # there is none of these, it finds the largest logit while it computes the product.
         hold_logits=platform == "tpu",
         # By XLA's estimate for TPUs, to gather the logits of blocks reads more than ten times the
         # bytes that a search of all reads.
