@@ -300,9 +300,12 @@ def _prepare(
     They are in a wide dtype. The rows are as they were given if no device adds to their gradient:
     XLA would hold a wide table beside a loop, or for a product with a table in float8.
     """
-    head = operands.hidden, operands.rows, operands.bias
-    hidden, rows, bias = jax.tree.map(functools.partial(widen, options.wide), head)
-    head = hidden, operands.rows if is_alone(operands.rows) else rows, bias
+
+    def wide(array: Array | None) -> Any:
+        return None if array is None else widen(options.wide, array)
+
+    rows = operands.rows if is_alone(operands.rows) else wide(operands.rows)
+    head = wide(operands.hidden), rows, wide(operands.bias)
     others = operands._replace(hidden=None, rows=None, bias=None)
     others = others._replace(closure=_widen_closure(operands.closure))
     same = remaining(arrangement.vocabulary, [arrangement.tokens])
