@@ -117,7 +117,8 @@ def nan_where(condition: Bool[Array, "..."], array: Float[Array, "..."]) -> Floa
     The NaN is computed, because `jax_debug_nans` would report a constant NaN even if no element
     needs it.
     """
-    nan = jnp.sqrt(jnp.where(condition, -1.0, 1.0).astype(array.dtype))
+    # Not `where`, whose result has no mesh in JAX 0.12 if none is set
+    nan = jnp.sqrt(1 - 2 * condition.astype(array.dtype))
     return jnp.where(condition, nan, array)
 
 
