@@ -140,7 +140,8 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_in_one_line(text, bpe, tmp_p
         (
             "missing",
             None,
-            ".*missing: No such file or directory. Give bytes, bpe, or the path of a",
+            "cannot read the tokenizer .*missing: No such file or directory. "
+            "Give bytes, bpe, or the path of a tokenizer.json",
         ),
         ("empty", "", "cannot use .*empty as a tokenizer.json: EOF"),
         ("json", "{}", "cannot use .*json as a tokenizer.json: Model missing"),
