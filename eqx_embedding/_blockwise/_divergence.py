@@ -4,7 +4,6 @@ By the table of `_reference.py`. Both logits of the chunk are held; their probab
 again where they are needed, for each tile of the vocabulary.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float
 
 from .._devices import sum_over_devices
 from ._chunks import over_tiles, tile
-from ._logits import Head, Options, tile_logits
+from ._logits import Head, Logits, Options, tile_logits
 from ._scores import cool, find_statistics, Used
 from ._token_scores import Divergence
 
@@ -24,14 +23,15 @@ PullBack = Callable[[tuple[Array, ...]], Callable[[Any, Array], Array]]
 
 
 def compare(
-    options: Options, head: Head, teacher_x: Float[Array, "C E"], z: Float[Array, "V C"]
+    options: Options, head: Head, teacher_x: Float[Array, "C E"], logits: Logits
 ) -> tuple[Divergence, PullBack]:
-    """The divergence of C tokens with the logits `z`, and how to pull back cotangents of it."""
+    """The divergence of C tokens, and how to pull back cotangents of it."""
     assert options.comparison is not None and head.teacher is not None
     of_teacher, kind, T = options.of_teacher(), options.comparison.kind, options.temperature
-    y = tile_logits(of_teacher, head.teacher, teacher_x, 0, len(head.teacher.rows))
-    student = _log_softmax(options, head, z)
-    teacher = _log_softmax(of_teacher, head.teacher, y)
+    teacher_logits = tile_logits(of_teacher, head.teacher, teacher_x, 0, len(head.teacher.rows))
+    student = _log_softmax(options, head, logits)
+    teacher = _log_softmax(of_teacher, head.teacher, teacher_logits)
+    z, y = logits.values, teacher_logits.values
 
     def add(start: Any, size: int, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         terms = _terms(kind, student(tile(z, start, size)), teacher(tile(y, start, size)))
@@ -63,10 +63,10 @@ def count_rows(head: Head) -> int:
     return len(head.rows) if head.teacher is None else min(len(head.rows), len(head.teacher.rows))
 
 
-def _log_softmax(options: Options, head: Head, z: Array) -> Callable[[Array], Array]:
-    """A function of a tile of the logits `z` that returns its log-probabilities."""
-    no_targets = jnp.zeros((z.shape[1], 0), "int32")
-    statistics = find_statistics(options, Used(), head, no_targets, functools.partial(tile, z))
+def _log_softmax(options: Options, head: Head, logits: Logits) -> Callable[[Array], Array]:
+    """A function of the values of a tile of the logits that returns its log-probabilities."""
+    no_targets = jnp.zeros((len(logits.largest), 0), "int32")
+    statistics = find_statistics(options, Used(), head, no_targets, logits.tile)
     maximum, log_total = statistics.maximum[None], jnp.log(statistics.total)[None]
     return lambda z: cool(options, z - maximum) - log_total
 

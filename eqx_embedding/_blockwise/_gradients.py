@@ -20,6 +20,7 @@ from ._divergence import compare, count_rows, PullBack
 from ._logits import (
     all_tokens,
     Head,
+    Logits,
     Options,
     own_tokens,
     sum_own_tokens,
@@ -72,7 +73,7 @@ def chunk_scores(
     the hidden vectors of a teacher."""
     x, goals = all_tokens(options, (x, goals))
 
-    def logits(start: Any, size: int) -> Array:
+    def logits(start: Any, size: int) -> Logits:
         return tile_logits(options, head, x, start, size)
 
     if options.comparison is None:
@@ -99,16 +100,16 @@ def chunk_gradients(
     """
     x, goals = all_tokens(options, (x, goals))
     (C, D), (V, _) = x.shape, head.rows.shape
-    z = tile_logits(options, head, x, 0, V)
+    logits = tile_logits(options, head, x, 0, V)
     if options.comparison is None:
-        scores, pull_back = _score_targets(options, used, head, goals, z)
+        scores, pull_back = _score_targets(options, used, head, goals, logits)
     else:
-        scores, pull_back = compare(options, head, goals, z)
+        scores, pull_back = compare(options, head, goals, logits)
     cotangents, other = cotangents_of(own_tokens(options, scores))
     gradient = pull_back(all_tokens(options, cotangents))
 
     def add(start: Any, size: int, carry: Any) -> Any:
-        z_tile = tile(z, start, size)
+        z_tile = tile(logits.values, start, size)
         d_z = _before_cap(options, head, gradient(start, z_tile), z_tile, start)
         return _add_products(options, head, x, d_z, start, *carry)
 
@@ -118,14 +119,10 @@ def chunk_gradients(
 
 
 def _score_targets(
-    options: Options, used: Used, head: Head, targets: Targets, z: Float[Array, "V C"]
+    options: Options, used: Used, head: Head, targets: Targets, logits: Logits
 ) -> tuple[TokenScores, PullBack]:
-    """The scores of C tokens with the logits `z`, and how to pull back cotangents of them."""
-
-    def logits(start: Any, size: int) -> Array:
-        return tile(z, start, size)
-
-    statistics = find_statistics(options, used, head, targets, logits)
+    """The scores of C tokens, and how to pull back cotangents of them."""
+    statistics = find_statistics(options, used, head, targets, logits.tile)
     scores = as_scores(options, targets, statistics)
 
     def pull_back(cotangents: tuple[Array, ...]) -> Callable[[Any, Array], Array]:

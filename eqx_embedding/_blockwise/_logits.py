@@ -219,16 +219,31 @@ def sum_own_tokens(options: Options, array: Array) -> Array:
     return sum_to_owners(options.local.tokens, array)
 
 
-def tile_logits(
-    options: Options, head: Head, x: Float[Array, "C D"], start: Any, size: int
-) -> Float[Array, "size C"]:
-    """The logits of `size` rows from `start` on, -inf for padding.
+class Logits(NamedTuple):
+    """The logits of C tokens for some rows, -inf for padding, and the largest of each token.
 
     The vocabulary comes first, so that a tile of the logits is contiguous.
     """
+
+    values: Float[Array, "size C"]
+    largest: Float[Array, " C"]  # without a gradient: no score depends on what is subtracted
+
+    def tile(self, start: Any, size: int) -> "Logits":
+        if size == len(self.values):
+            return self
+        return with_largest(tile(self.values, start, size))
+
+
+def with_largest(z: Float[Array, "size C"]) -> Logits:
+    return Logits(z, lax.stop_gradient(jnp.max(z, axis=0)))
+
+
+def tile_logits(
+    options: Options, head: Head, x: Float[Array, "C D"], start: Any, size: int
+) -> Logits:
+    """The logits of `size` rows from `start` on."""
     C = len(x)
-    if C == 1 and jnp.finfo(x.dtype).bits == 16:
-        # XLA for CPUs would convert the whole table to multiply it by one vector.
+    if C == 1 and options.plan.double_one and jnp.finfo(x.dtype).bits == 16:
         x = jnp.concatenate([x, x])
     z = lax.dot_general(
         tile(head.rows, start, size),
@@ -242,9 +257,9 @@ def tile_logits(
         # Changes no number, but makes XLA round the product before anything is subtracted. A low
         # temperature would enlarge the difference.
         z = jnp.maximum(z, -options.soft_cap)
-    z = without_padding(options, head, z, start, -jnp.inf)
-    changed = head.bias is not None or options.soft_cap is not None or options.padded
-    return lax.optimization_barrier(z) if options.plan.hold_logits and changed else z
+    # With the largest before the barrier, XLA finds them while it computes the product.
+    logits = with_largest(without_padding(options, head, z, start, -jnp.inf))
+    return lax.optimization_barrier(logits) if options.plan.hold_logits else logits
 
 
 def without_padding(options: Options, head: Head, array: Array, start: Any, fill: float) -> Array:

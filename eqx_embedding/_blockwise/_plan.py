@@ -19,7 +19,8 @@ class Plan(NamedTuple):
     transpose: bool  # whether to transpose a tile before its product with the table
     round_early: bool  # whether a gradient of the table from one product is rounded at once
     keep_copy: bool = False  # whether no product may undo the copy of a transposed table
-    hold_logits: bool = False  # whether logits are held after their bias, cap and mask, if any
+    double_one: bool = False  # whether one vector in half precision is computed as two
+    hold_logits: bool = False  # whether logits are held as they are after bias, cap and padding
     rewrite_skipped: bool = False  # whether a skipped chunk writes a row of each sum again
     search_blocks: bool = True  # whether to look for the likeliest tokens in the largest blocks
     logits_apart: bool = False  # whether to keep the logits of the two passes apart without chunks
@@ -45,8 +46,9 @@ def make_plan(platform: Platform, work: Work) -> Plan:
     """The fastest plan by which a loss alone holds no more than the plain way: all logits, as one
     chunk."""
     if platform == "cpu":
-        # XLA for CPUs cannot run a product in bfloat16 that transposes the table
-        return _cpu_plan(work)._replace(keep_copy=True)
+        # XLA for CPUs cannot run a product in bfloat16 that transposes the table, and would convert
+        # the whole table to multiply it by one vector.
+        return _cpu_plan(work)._replace(keep_copy=True, double_one=True)
     # float16 and float8 would lose the small probabilities.
     keeps_range = work.dtype == jnp.bfloat16 or jnp.finfo(work.dtype).bits >= 32
     dtype = work.dtype if keeps_range else work.wide
@@ -60,8 +62,7 @@ def make_plan(platform: Platform, work: Work) -> Plan:
         d_logits_dtype,
         transpose=False,
         round_early=dtype == jnp.bfloat16,
-        # XLA for TPUs would hold both the logits before their bias, cap and mask, and after. If
-        # there is none of these, it finds the largest logit while it computes the product.
+        # XLA for TPUs would hold both the logits before their bias, cap and padding, and after.
         hold_logits=platform == "tpu",
         # By XLA's estimate for TPUs, to gather the logits of blocks reads more than ten times the
         # bytes that a search of all reads.

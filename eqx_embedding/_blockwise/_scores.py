@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from .._devices import max_over_devices, min_over_devices, sum_over_devices
 from .._inputs import nan_where
 from ._chunks import over_tiles
-from ._logits import Head, is_unknown, Options, tokens_before, without_padding
+from ._logits import Head, is_unknown, Logits, Options, tokens_before, without_padding
 from ._token_scores import Scores, TokenScores
 
 
@@ -44,13 +44,13 @@ def find_statistics(
     used: Used,
     head: Head,
     targets: Targets,
-    logits: Callable[[Any, int], Array],
+    logits: Callable[[Any, int], Logits],
 ) -> Statistics:
-    """`logits(start, size)` are those of the `size` rows from `start` on, (size, C)."""
+    """`logits(start, size)` are those of the `size` rows from `start` on."""
 
     def add(start: Any, size: int, statistics: Statistics) -> Statistics:
-        z = logits(start, size)
-        return _add_tile(options, used, head, rows - head.start, z, start, statistics)
+        of_tile = logits(start, size)
+        return _add_tile(options, used, head, rows - head.start, of_tile, start, statistics)
 
     rows = targets_first(targets)
     zeros, tops = jnp.zeros(len(targets), options.wide), jnp.zeros(len(targets), "int32")
@@ -99,14 +99,13 @@ def _add_tile(
     used: Used,
     head: Head,
     targets: Array,
-    z: Array,
+    logits: Logits,
     start: Any,
     statistics: Statistics,
 ) -> Statistics:
     """Adds the logits of the rows from `start` on (online softmax,
     https://arxiv.org/abs/1805.02867). `targets`, (k, C), count from the first row of the device."""
-    # The scores do not depend on what is subtracted, so neither do their derivatives.
-    largest = lax.stop_gradient(jnp.max(z, axis=0))
+    z, largest = logits
     higher = jnp.maximum(statistics.maximum, largest)
     new = _lower(options, statistics, higher, tokens_before(options, head, start))
     shifted = cool(options, z - higher[None])

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from .._devices import gather_over_devices, max_over_devices, min_over_devices, sum_over_devices
 from .._inputs import HOTTEST, nan_where, NO_TARGET
 from ._chunks import over_tiles, tile
-from ._logits import all_tokens, Head, Options, own_tokens, tile_logits
+from ._logits import all_tokens, Head, Logits, Options, own_tokens, tile_logits
 from ._scores import find_statistics, Used
 
 
@@ -84,7 +84,10 @@ def draw_among(
 ) -> Int[Array, " C"]:
     """One of `tokens` for each vector; the first has the largest probability."""
     relative = (log_probs - log_probs[:, :1]) * draws.coldness[:, None]
-    scores = relative + draws.noise(0, tokens.shape[1], log_probs.dtype)
+    noise = draws.noise(0, tokens.shape[1], log_probs.dtype)
+    # A flat array has one layout. Else XLA for TPUs could bring all logits into that of the noise.
+    noise = lax.optimization_barrier(noise.reshape(-1)).reshape(noise.shape)
+    scores = relative + noise
     return draws.if_valid(_pick(tokens, jnp.argmax(scores, axis=1)))
 
 
@@ -93,7 +96,7 @@ def draw_token(
 ) -> Int[Array, " C"]:
     """A token for each vector; -1 without a distribution."""
     x, draws = all_tokens(options, (x, draws))
-    z = tile_logits(options, head, x, 0, len(head.rows))
+    z = tile_logits(options, head, x, 0, len(head.rows)).values
     blocks = _sum_blocks(options, head, z, draws.coldness)
     blocks = _merge_devices(options, head, blocks, draws.coldness)
     largest = jnp.max(blocks.largest, axis=0)
@@ -118,7 +121,7 @@ def draw_token(
 def _likeliest_one(options: Options, head: Head, x: Array) -> tuple[Array, Array, Array]:
     """Of logits that are not held."""
 
-    def logits(start: Any, size: int) -> Array:
+    def logits(start: Any, size: int) -> Logits:
         return tile_logits(options, head, x, start, size)
 
     targets = jnp.full(len(x), NO_TARGET)
@@ -128,13 +131,13 @@ def _likeliest_one(options: Options, head: Head, x: Array) -> tuple[Array, Array
 
 
 def _likeliest_some(options: Options, k: int, head: Head, x: Array) -> tuple[Array, Array, Array]:
-    z = tile_logits(options, head, x, 0, len(head.rows))
+    z, z_largest = tile_logits(options, head, x, 0, len(head.rows))
     group = options.local.vocabulary
     if options.plan.search_blocks and k * BLOCK < len(z):
         values, rows, largest, total = _search_blocks(options, k, head, z)
     else:
         values, rows = lax.top_k(z.T, min(k, len(z)))
-        largest = max_over_devices(group, jnp.max(z, axis=0))
+        largest = max_over_devices(group, z_largest)
         total = jnp.sum(jnp.exp(z - largest[None]), axis=0)
     tokens = head.start + rows
     if group.axes:
