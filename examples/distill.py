@@ -64,7 +64,7 @@ class Config:
     embedding_size: int = 64
     """The size of an embedding, a multiple of --num-heads."""
     top_k: int = 8
-    """How many of the teacher's largest probabilities are stored for each token of the text."""
+    """How many of the teacher's largest probabilities are stored for each token of the batches."""
 
     steps: int = 2000
     """How many batches each student is trained on."""
@@ -98,22 +98,25 @@ class Batch(NamedTuple):
     """The tokens that have them."""
 
 
+def draw_batches(
+    config: Config, num_tokens: int, length: int
+) -> tuple[Integer[np.ndarray, " sequences"], Integer[np.ndarray, "steps batch"]]:
+    """Where the sequences begin that students see, and which of these are in each batch."""
+    starts = np.arange(0, num_tokens - length, length)
+    steps = (np.random.default_rng((config.seed, step)) for step in range(config.steps))
+    rows = np.stack([random.integers(0, len(starts), config.batch_size) for random in steps])
+    seen, places = np.unique(rows, return_inverse=True)
+    return starts[seen], places.reshape(rows.shape)
+
+
 def with_top_k(
     teacher: Transformer,
     values: Integer[np.ndarray, " tokens"],
+    starts: Integer[np.ndarray, " sequences"],
     k: int,
-    most: int | None = None,
-    seed: int = 0,
 ) -> Batch:
-    """The text in sequences, with the largest log-probabilities of the teacher for each token.
-
-    If there are more than `most` sequences, so many of them are drawn.
-    """
-    length = teacher.positions.vocab_size
-    starts = np.arange(0, len(values) - length, length)
-    if most is not None and len(starts) > most:
-        starts = np.sort(np.random.default_rng(seed).choice(starts, most, replace=False))
-    places = starts[:, None] + np.arange(length)
+    """Sequences of the text, with the largest log-probabilities of the teacher for each token."""
+    places = starts[:, None] + np.arange(teacher.positions.vocab_size)
     inputs, targets = (jnp.asarray(values[places + shift], "int32") for shift in (0, 1))
 
     @jax.jit
@@ -206,6 +209,7 @@ def train(
     student: Transformer,
     teacher: Transformer,
     text: Batch,
+    batches: Integer[np.ndarray, "steps batch"],
     held_out: Tokens,
 ) -> tuple[Transformer, list[dict[str, Any]]]:
     """Trains a student by the loss of this name, and returns it with its reports."""
@@ -220,10 +224,8 @@ def train(
         return value, eqx.apply_updates(student, updates), opt_state
 
     reports = []
-    bar = tqdm(range(config.steps), unit="step", desc=name)
-    for step in bar:
-        random = np.random.default_rng((config.seed, step))
-        rows = random.integers(0, len(text.inputs), config.batch_size)
+    bar = tqdm(batches, unit="step", desc=name)
+    for step, rows in enumerate(bar):
         batch = Batch(*(array[rows] for array in text))
         loss, student, opt_state = train_step(student, opt_state, teacher, batch)
         bar.set_postfix_str(f"loss {float(loss):.3f}")
@@ -258,16 +260,16 @@ def main(config: Config) -> list[dict[str, Any]]:
         text = read_text_of(config.run, identity, config.text)
         train_text, held_out = tokenize(text, tokenizer, length)
         out.claim()
-        print("the teacher reads the text, and its largest probabilities are stored")
-        seen = config.steps * config.batch_size  # sequences, by each student
-        data = with_top_k(teacher, train_text.values, config.top_k, seen, config.seed)
+        print("the teacher reads the batches, and its largest probabilities are stored")
+        starts, batches = draw_batches(config, len(train_text.values), length)
+        data = with_top_k(teacher, train_text.values, starts, config.top_k)
         share = float(jnp.exp(data.log_probs).sum(axis=-1).mean())
         print(f"{config.top_k} for each token, which add up to {share:.3f} on average")
         student_config = config.student(length)
         untrained = Transformer(vocab_size, student_config, key=jax.random.key(config.seed))
         students, reports = {}, [report("teacher", 0, teacher, teacher, held_out)]
         for name in LOSSES:
-            students[name], lines = train(config, name, untrained, teacher, data, held_out)
+            students[name], lines = train(config, name, untrained, teacher, data, batches, held_out)
             reports += lines
 
         identity["model"] = dataclasses.asdict(student_config)
