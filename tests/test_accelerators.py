@@ -95,6 +95,13 @@ def test_only_on_tpus_no_logits_are_gathered_to_find_the_likeliest(platform, gat
     assert ("stablehlo.gather" in text) == gathers
 
 
+@pytest.mark.parametrize("platform, count", [("cpu", 2), ("tpu", 1), ("cuda", 1)])
+def test_only_cpus_compute_one_vector_in_half_precision_as_two(platform, count):
+    shapes = (jax.ShapeDtypeStruct((n, D), jnp.bfloat16) for n in (1, V))
+    traced = jax.jit(lambda x, rows: EmbeddingDecode(make_table(rows)).top_k(x, 20)).trace(*shapes)
+    assert chunk_sizes(traced.lower(lowering_platforms=(platform,)).as_text()) == {count}
+
+
 # What the compilers of accelerators say
 
 
@@ -266,6 +273,42 @@ def test_the_likeliest_take_the_memory_and_bytes_of_a_search_of_all(target):
     assert temporaries_of(ours) <= 1.01 * temporaries_of(allowed)
     if target == "v6e":  # of GPUs, the compiler does not know what a search reads
         assert bytes_accessed(ours) <= 1.5 * bytes_accessed(allowed)
+
+
+@pytest.mark.parametrize("target", ["h100"], indirect=True)
+@pytest.mark.usefixtures("jax_defaults")
+def test_a_loop_over_examples_with_a_bias_each_holds_less_than_the_plain_way(target):
+    N, D, V = 1024, 512, 16384
+
+    def mean_of(loss, map_examples):
+        def of_example(rows, hidden, targets):
+            banned = jnp.arange(V) % 7 == targets[0] % 7 + 1
+            return loss(hidden, rows, targets, jnp.where(banned, -jnp.inf, 0.0))
+
+        def mean(hidden, rows, targets):
+            examples = hidden.reshape(8, -1, D), targets.reshape(8, -1)
+            return jnp.mean(map_examples(functools.partial(of_example, rows), *examples))
+
+        return jax.value_and_grad(mean, (0, 1))
+
+    def ours(hidden, rows, targets, bias):
+        table = dataclasses.replace(make_table(rows), bias=bias)
+        return EmbeddingDecode(table).cross_entropy(hidden, targets)
+
+    def plain(hidden, rows, targets, bias):
+        logits = jnp.dot(hidden, rows.T, preferred_element_type="float32") + bias
+        found = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - found)
+
+    def loop(function, *examples):
+        return jax.lax.map(lambda each: jax.checkpoint(function)(*each), examples)
+
+    def at_once(function, *examples):
+        return jax.vmap(function)(*examples)
+
+    programs = mean_of(ours, loop), mean_of(plain, at_once)
+    held, allowed = (temporaries_of(compile_alone(target, (N, D, V), f)) for f in programs)
+    assert held < allowed / 2
 
 
 @pytest.mark.slow
