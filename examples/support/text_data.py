@@ -61,7 +61,9 @@ def read_text_of(
     """Reads a text, and stops the program with one line unless the run learned from it."""
     text = read_text(path)
     if text.sha256 != identity["data"]["text"]:
-        raise SystemExit(f"{text.name} is not what {run} learned from: give {option}.")
+        raise SystemExit(
+            f"{text.name} is not what {run} learned from: give {option} the text of that run."
+        )
     return text
 
 

@@ -145,7 +145,8 @@ def test_numbers_that_stand_for_nothing_leave_no_place_for_new_tokens():
         ({"learning_rate": 1e30}, "the loss is not finite: try a lower --learning-rate"),
         (
             {"old_text": None},
-            r"the built-in text of Python 3\.\d+ is not what .* learned from: give --old-text",
+            r"the built-in text of Python 3\.\d+ is not what .* learned from: "
+            "give --old-text the text of that run",
         ),
     ],
 )

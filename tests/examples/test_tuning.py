@@ -336,7 +336,8 @@ REFUSED = [
     ({"text": Path("missing")}, "cannot read the text missing: No such file"),
     (
         {"text": None},
-        r"the built-in text of Python 3\.\d+ is not what .* learned from: give --text",
+        r"the built-in text of Python 3\.\d+ is not what .* learned from: "
+        "give --text the text of that run",
     ),
 ]
 
