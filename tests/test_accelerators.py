@@ -96,7 +96,7 @@ def test_only_on_tpus_no_logits_are_gathered_to_find_the_likeliest(platform, gat
 
 
 @pytest.mark.parametrize("platform, count", [("cpu", 2), ("tpu", 1), ("cuda", 1)])
-def test_only_cpus_compute_one_vector_in_half_precision_as_two(platform, count):
+def test_only_cpus_compute_one_vector_in_bfloat16_as_two(platform, count):
     shapes = (jax.ShapeDtypeStruct((n, D), jnp.bfloat16) for n in (1, V))
     traced = jax.jit(lambda x, rows: EmbeddingDecode(make_table(rows)).top_k(x, 20)).trace(*shapes)
     assert chunk_sizes(traced.lower(lowering_platforms=(platform,)).as_text()) == {count}

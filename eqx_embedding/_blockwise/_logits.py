@@ -243,7 +243,7 @@ def tile_logits(
 ) -> Logits:
     """The logits of `size` rows from `start` on."""
     C = len(x)
-    if C == 1 and options.plan.double_one and jnp.finfo(x.dtype).bits == 16:
+    if C == 1 and options.plan.double_one and x.dtype == jnp.bfloat16:
         x = jnp.concatenate([x, x])
     z = lax.dot_general(
         tile(head.rows, start, size),

@@ -19,7 +19,7 @@ class Plan(NamedTuple):
     transpose: bool  # whether to transpose a tile before its product with the table
     round_early: bool  # whether a gradient of the table from one product is rounded at once
     keep_copy: bool = False  # whether no product may undo the copy of a transposed table
-    double_one: bool = False  # whether one vector in half precision is computed as two
+    double_one: bool = False  # whether one vector in bfloat16 is computed as two
     hold_logits: bool = False  # whether logits are held as they are after bias, cap and padding
     rewrite_skipped: bool = False  # whether a skipped chunk writes a row of each sum again
     search_blocks: bool = True  # whether to look for the likeliest tokens in the largest blocks
