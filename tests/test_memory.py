@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.losses import LOSSES
+from eqx_embedding import EmbeddingDecode, EmbeddingTable
 
 from .helpers import compile_by_default, temporaries
 
@@ -57,3 +58,16 @@ def test_the_loss_takes_no_more_memory_than_the_plain_way(shape, dtype, gradient
     functions = [jax.value_and_grad(f, (0, 1)) if gradients else f for f in (loss, plain_loss)]
     ours, plain = (mebibytes(f, shape, dtype) for f in functions)
     assert ours <= plain + 1
+
+
+@pytest.mark.parametrize("shape", [(128, 256, 16000), (256, 512, 8000)], ids=str)
+@pytest.mark.parametrize("kind", ["forward", "jensen_shannon"])
+@pytest.mark.usefixtures("jax_defaults")
+def test_a_divergence_without_gradients_holds_the_two_logits_of_a_chunk(shape, kind):
+    N, _, V = shape
+
+    def divergence(hidden, rows, targets):
+        decode = EmbeddingDecode(EmbeddingTable(rows, ("vocabulary", "embedding")))
+        return decode.divergence(hidden, decode, hidden[::-1], kind=kind)
+
+    assert mebibytes(divergence, shape, "bfloat16") <= 1.4 * 2 * N * V * 4 / 2**20

@@ -90,9 +90,10 @@ def _cpu_plan(work: Work) -> Plan:
     A small problem is one chunk and one tile, the plain way: if it has no more logits than those,
     or than numbers that a loop would hold. These are vectors of a chunk and their gradient; with
     several chunks also the gradient of all vectors, and the logits of a chunk; and float32 copies
-    that XLA makes of tables and vectors in bfloat16. A mask needs chunks, to skip some.
+    that XLA makes of tables and vectors in bfloat16, but not to compare two tables without a
+    gradient. A mask needs chunks, to skip some.
     """
-    N, V, D, logits_per_row, dtype, wide, tiles, masked, _, _, chunk_size = work
+    N, V, D, logits_per_row, dtype, wide, tiles, masked, logits_fit, _, chunk_size = work
     largest = 128 if masked else 256
     C = max(min(max(logits_per_row * D * 13 // 16, 128), largest), 2**20 // V)
     narrow = dtype == jnp.bfloat16
@@ -100,7 +101,8 @@ def _cpu_plan(work: Work) -> Plan:
     if not masked:
         chunks = max(-(-N // C), 1)
         several = N * D + N // chunks * (V + D) if chunks > 1 else 0
-        held = max(held, several) + (N + V) * D * narrow
+        copied = narrow and (logits_fit or logits_per_row == 1)
+        held = max(held, several) + (N + V) * D * copied
     if logits_per_row * N * V <= max(2**20, held) and N <= (chunk_size or N):
         factors = dtype if narrow else wide
         half = jnp.finfo(dtype).bits <= 16
