@@ -155,6 +155,17 @@ def figures(target, shape, loss, dtype="bfloat16"):
     return accelerators.measure(target, loss, *one_device(target, shape, dtype))
 
 
+def plain_losses(hidden, rows, targets, bias=None, soft_cap=None, padding_rows=0):
+    """Of each token, from all logits."""
+    logits = jnp.dot(hidden, rows.T, preferred_element_type="float32")
+    logits = logits if bias is None else logits + bias
+    logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+    if padding_rows:
+        logits = jnp.where(jnp.arange(len(rows)) < len(rows) - padding_rows, logits, -jnp.inf)
+    found = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=1) - found
+
+
 # The largest shapes that docs/benchmarks.md has numbers of, and what each may hold in MiB.
 @pytest.mark.parametrize("target", ["v6e", "v5p", "h100"], indirect=True)
 @pytest.mark.parametrize(
@@ -296,9 +307,7 @@ def test_a_loop_over_examples_with_a_bias_each_holds_less_than_the_plain_way(tar
         return EmbeddingDecode(table).cross_entropy(hidden, targets)
 
     def plain(hidden, rows, targets, bias):
-        logits = jnp.dot(hidden, rows.T, preferred_element_type="float32") + bias
-        found = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - found)
+        return jnp.mean(plain_losses(hidden, rows, targets, bias))
 
     def loop(function, *examples):
         return jax.lax.map(lambda each: jax.checkpoint(function)(*each), examples)
@@ -336,13 +345,7 @@ def test_on_tpus_the_logits_are_read_no_more_than_by_the_plain_way(target, chang
         return EmbeddingDecode(table, soft_cap=soft_cap).cross_entropy(hidden, targets)
 
     def plain(hidden, rows, targets):
-        logits = jnp.dot(hidden, rows.T, preferred_element_type="float32")
-        logits = logits if bias is None else logits + bias
-        logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
-        if padding_rows:
-            logits = jnp.where(jnp.arange(V) < V - padding_rows, logits, -jnp.inf)
-        found = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - found)
+        return jnp.mean(plain_losses(hidden, rows, targets, bias, soft_cap, padding_rows))
 
     def bytes_of(function):
         gradient = jax.value_and_grad(function, (0, 1))
@@ -364,10 +367,7 @@ def test_padding_and_weights_hold_the_logits_once(target):
         return EmbeddingDecode(table).cross_entropy(hidden, targets, weights=weights(targets))
 
     def plain(hidden, rows, targets):
-        logits = jnp.dot(hidden, rows.T, preferred_element_type="float32")
-        logits = jnp.where(jnp.arange(V) < V - 100, logits, -jnp.inf)
-        found = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        losses = jax.nn.logsumexp(logits, axis=1) - found
+        losses = plain_losses(hidden, rows, targets, padding_rows=100)
         return jnp.sum(losses * weights(targets)) / jnp.sum(weights(targets))
 
     held, allowed = (figures(target, (N, D, V), f)["temporaries"] for f in (ours, plain))
